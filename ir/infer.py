@@ -1,0 +1,217 @@
+"""Type inference of one node: symbolic shapes by our own rules, anything else by ONNX's shape inference.
+
+ONNX's inference gives up on ``past + seq``; ours keeps such dimensions as polynomials, and also the *elements* of small
+integer tensors, so that ``Reshape(x, Concat(Shape(..), [-1], [64]))`` has a known shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TypeProto, helper, numpy_helper
+
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.graph import Value
+from vacc_opt.ir.tensor import Literal
+from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
+
+MAX_ELEMENTS = 64  # integer tensors up to this size have their elements followed
+Elements = tuple[Dim, ...]
+
+
+class InferenceError(CheckError):
+    """The inputs of a node do not fit its operator."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is inferred of one output."""
+
+    type: TensorType
+    elements: Elements | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """The node under inference, as a rule sees it."""
+
+    op: str
+    inputs: Sequence[Value | None]
+    attributes: Mapping[str, Any]
+    opset: int
+    label: str
+
+    def type(self, index: int) -> TensorType:
+        """Type of an input; raises InferenceError when it is absent."""
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if value is None:
+            raise InferenceError(f"{self.label}: input {index} of {self.op} is missing")
+        return value.type
+
+    def has(self, index: int) -> bool:
+        """True when the optional input is given."""
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def dtype(self, index: int = 0) -> DType:
+        """Element type of an input."""
+        return self.type(index).dtype
+
+    def shape(self, index: int = 0) -> Shape | None:
+        """Shape of an input, None when the rank is unknown."""
+        return self.type(index).shape
+
+    def elements(self, index: int) -> Elements | None:
+        """Elements of a small integer input, None when unknown or absent."""
+        value = self.inputs[index] if index < len(self.inputs) else None
+        return None if value is None else elements_of(value)
+
+    def ints(self, index: int) -> tuple[int, ...] | None:
+        """Elements of an integer input when all of them are numbers."""
+        elements = self.elements(index)
+        if elements is None:
+            return None
+        numbers = tuple(e for e in elements if isinstance(e, int))
+        return numbers if len(numbers) == len(elements) else None
+
+    def unknown(self, axis: int) -> Dim:
+        """A fresh opaque dimension."""
+        return SymbolicDim.parse(f"{self.label}.{axis}".replace(" ", "_").replace("-", "_"))
+
+    def error(self, message: str) -> InferenceError:
+        """An error that names the node."""
+        return InferenceError(f"{self.label}: {self.op}: {message}")
+
+
+Rule = Callable[[Context], Result | Sequence[Result]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators (``Vastai::`` ones with their domain)."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[op] = function
+        return function
+
+    return register
+
+
+def elements_of(value: Value) -> Elements | None:
+    """Entries of a small integer tensor, row-major, as numbers or symbolic dimensions."""
+    if value.elements is not None:
+        return value.elements
+    small = value.const is not None and math.prod(value.const.shape) <= MAX_ELEMENTS
+    if small and isinstance(value.const, Literal) and value.const.dtype in (DType.INT64, DType.INT32, DType.BOOL):
+        return tuple(int(x) for x in value.const.array.reshape(-1))
+    return None
+
+
+def broadcast(ctx: Context, *shapes: Shape | None) -> Shape | None:
+    """The shape that numpy's broadcasting gives; a mismatch of two numbers is an error."""
+    known = [s for s in shapes if s is not None]
+    if len(known) != len(shapes):
+        return None
+    rank = max(len(s) for s in known)
+    padded: list[Shape] = [(1,) * (rank - len(s)) + s for s in known]
+    result: list[Dim] = []
+    for axis in range(rank):
+        dims = [s[axis] for s in padded if s[axis] != 1]
+        numbers = {d for d in dims if isinstance(d, int)}
+        if len(numbers) > 1:
+            raise ctx.error(f"shapes {' and '.join(map(shape_text, known))} do not broadcast")
+        symbols = dict.fromkeys(d for d in dims if not isinstance(d, int))
+        if numbers:
+            result.append(numbers.pop())
+        elif not symbols:
+            result.append(1)
+        else:
+            # different names must be equal at run time, or 1, which our exports rule out: keep the first
+            result.append(next(iter(symbols)))
+    return tuple(result)
+
+
+def shape_text(shape: Shape | None) -> str:
+    """``[batch,4]``."""
+    return "[?]" if shape is None else f"[{','.join(map(str, shape))}]"
+
+
+def infer(
+    op: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any], outputs: int, *, opset: int, label: str
+) -> list[Result]:
+    """Types of the outputs of a node that is about to be made; raises InferenceError when its inputs do not fit."""
+    ctx = Context(op, inputs, attributes, opset, label)
+    if op in RULES:
+        found = RULES[op](ctx)
+        results = [found] if isinstance(found, Result) else list(found)
+        return results[:outputs]
+    if "::" in op:
+        raise InferenceError(f"{label}: no type rule for {op}")
+    return _infer_by_onnx(ctx, outputs)
+
+
+def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
+    names = [f"i{n}" if v is not None else "" for n, v in enumerate(ctx.inputs)]
+    node = helper.make_node(ctx.op, names, [f"o{n}" for n in range(outputs)])
+    node.attribute.extend(make_attribute(k, v) for k, v in ctx.attributes.items())
+    types: dict[str, TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for name, value in zip(names, ctx.inputs, strict=True):
+        if value is None:
+            continue
+        types[name] = type_proto(value.type)
+        if isinstance(value.const, Literal) and value.const.array.size <= MAX_ELEMENTS:
+            data[name] = numpy_helper.from_array(value.const.array, name)
+    try:
+        schema = onnx.defs.get_schema(ctx.op, ctx.opset)
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, node, types, data, opset_imports=[helper.make_opsetid("", ctx.opset)], ir_version=10
+        )
+    except (onnx.shape_inference.InferenceError, onnx.defs.SchemaError, RuntimeError) as error:
+        raise ctx.error(str(error).splitlines()[0]) from error
+    results: list[Result] = []
+    for n in range(outputs):
+        proto = found.get(f"o{n}")
+        if proto is None or not proto.tensor_type.elem_type:
+            raise ctx.error(f"the type of output {n} cannot be inferred")
+        results.append(Result(type_from_proto(proto, f"{ctx.label}.{n}")))
+    return results
+
+
+def make_attribute(name: str, value: Any) -> onnx.AttributeProto:
+    """An ONNX attribute from our plain Python form; arrays become tensors."""
+    if isinstance(value, np.ndarray):
+        return helper.make_attribute(name, numpy_helper.from_array(value))
+    if isinstance(value, tuple):
+        if not value:
+            return helper.make_attribute(name, [], attr_type=onnx.AttributeProto.INTS)
+        return helper.make_attribute(name, list(value))
+    return helper.make_attribute(name, value)
+
+
+def type_proto(type: TensorType) -> TypeProto:
+    """ONNX's form of a type; symbolic dimensions become ``dim_param`` text."""
+    shape = None if type.shape is None else [d if isinstance(d, int) else str(d) for d in type.shape]
+    return helper.make_tensor_type_proto(type.dtype.onnx, shape)
+
+
+def type_from_proto(proto: TypeProto, stem: str) -> TensorType:
+    """Our form of an ONNX tensor type; a dimension without value or name becomes an opaque one named from ``stem``."""
+    tensor = proto.tensor_type
+    if not proto.HasField("tensor_type"):
+        raise InferenceError(f"{stem}: only tensors are supported, not {proto.WhichOneof('value')}")
+    dtype = DType.from_onnx(tensor.elem_type)
+    if not tensor.HasField("shape"):
+        return TensorType(dtype)
+    dims: list[Dim] = []
+    for axis, dim in enumerate(tensor.shape.dim):
+        if dim.HasField("dim_value"):
+            dims.append(dim.dim_value)
+        else:
+            dims.append(SymbolicDim.parse(dim.dim_param or f"{stem}.{axis}".replace("-", "_")))
+    return TensorType(dtype, tuple(dims))

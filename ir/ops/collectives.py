@@ -1,0 +1,42 @@
+"""AllReduce and AllGather: the exchanges between tensor-parallel ranks, summed or joined in rank order."""
+
+from __future__ import annotations
+
+from vacc_opt.ir.infer import Context, Result
+from vacc_opt.ir.ops.base import OpDef, define
+from vacc_opt.ir.types import TensorType
+
+
+def _all_reduce(ctx: Context) -> Result:
+    return Result(ctx.type(0))
+
+
+def _all_gather(ctx: Context) -> Result:
+    shape = ctx.shape(0)
+    if shape is None:
+        return Result(ctx.type(0))
+    axis, ranks = int(ctx.attributes["axis"]) % len(shape), int(ctx.attributes["ranks"])
+    return Result(TensorType(ctx.dtype(0), (*shape[:axis], shape[axis] * ranks, *shape[axis + 1 :])))
+
+
+ALL_REDUCE = define(
+    OpDef(
+        name="AllReduce",
+        doc="y = sum of x over the ranks, added in rank order; every rank gets it.",
+        inputs=("x",),
+        outputs=("y",),
+        attributes=(("ranks", "number of ranks"),),
+        infer=_all_reduce,
+    )
+)
+
+ALL_GATHER = define(
+    OpDef(
+        name="AllGather",
+        doc="y = the x of all ranks joined along `axis` in rank order; every rank gets it.",
+        inputs=("x",),
+        outputs=("y",),
+        attributes=(("ranks", "number of ranks"), ("axis", "axis along which the parts are joined")),
+        infer=_all_gather,
+    )
+)

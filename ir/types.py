@@ -1,0 +1,233 @@
+"""Types of values: element type and shape, whose dimensions may be symbolic polynomials such as ``past + seq``."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+
+class DType(enum.Enum):
+    """Element types, named as ONNX text names them."""
+
+    FLOAT = "float"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    DOUBLE = "double"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    INT16 = "int16"
+    UINT16 = "uint16"
+    INT32 = "int32"
+    UINT32 = "uint32"
+    INT64 = "int64"
+    UINT64 = "uint64"
+    BOOL = "bool"
+    STRING = "string"
+
+    @cached_property
+    def onnx(self) -> int:
+        """The number that TensorProto.DataType gives this type."""
+        return int(TensorProto.DataType.Value(self.name))
+
+    @cached_property
+    def numpy(self) -> np.dtype[np.generic]:
+        """The numpy type; bfloat16 comes from ml_dtypes, strings are objects."""
+        special = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32), "string": np.dtype(object)}
+        found: np.dtype[np.generic] = special.get(self.value) or np.dtype(self.value)
+        return found
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.numpy.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """True for the floating-point types."""
+        return self in (DType.FLOAT, DType.FLOAT16, DType.BFLOAT16, DType.DOUBLE)
+
+    @staticmethod
+    @cache
+    def from_numpy(dtype: npt.DTypeLike) -> DType:
+        """The element type of a numpy dtype; raises KeyError for one that ONNX has not."""
+        by_numpy = {d.numpy: d for d in DType}
+        return by_numpy[np.dtype(dtype)]
+
+    @staticmethod
+    @cache
+    def from_onnx(number: int) -> DType:
+        """The element type of a TensorProto.DataType number; raises KeyError for one that we do not handle."""
+        return DType[TensorProto.DataType.Name(number)]
+
+
+Monomial = tuple[str, ...]
+_TERM = re.compile(r"\s*([+-]?)\s*([A-Za-z_0-9.*]+)")
+
+
+@dataclass(frozen=True)
+class SymbolicDim:
+    """A dimension that is a polynomial with integer coefficients over named sizes.
+
+    Equality is equality of polynomials, so shape variables unify by ``==``.
+
+    >>> past, seq = SymbolicDim.parse("past"), SymbolicDim.parse("seq")
+    >>> past + seq == SymbolicDim.parse("seq + past")
+    True
+    >>> (past + seq) - past
+    SymbolicDim(seq)
+    """
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    @staticmethod
+    def parse(text: str) -> Dim:
+        """Read ``2*seq + past - 1``; text that is no polynomial becomes one opaque name."""
+        terms: dict[Monomial, int] = {}
+        at = 0
+        while at < len(text.rstrip()):
+            match = _TERM.match(text, at)
+            if match is None or (at > 0 and not match[1]):
+                return SymbolicDim((((text,), 1),))
+            factors = match[2].split("*")
+            numbers = [int(f) for f in factors if f.isdigit()]
+            names = tuple(sorted(f for f in factors if not f.isdigit()))
+            coefficient = -1 if match[1] == "-" else 1
+            for number in numbers:
+                coefficient *= number
+            terms[names] = terms.get(names, 0) + coefficient
+            at = match.end()
+        return _dim(terms)
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        for names, coefficient in self.terms:
+            size = "*".join(([str(abs(coefficient))] if abs(coefficient) != 1 or not names else []) + list(names))
+            sign = "-" if coefficient < 0 else "+"
+            parts.append(f"{sign} {size}" if parts else (f"-{size}" if coefficient < 0 else size))
+        return " ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"SymbolicDim({self})"
+
+    def __add__(self, other: Dim) -> Dim:
+        terms = dict(self.terms)
+        for names, coefficient in _terms(other):
+            terms[names] = terms.get(names, 0) + coefficient
+        return _dim(terms)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Dim) -> Dim:
+        return self + (other * -1)
+
+    def __rsub__(self, other: int) -> Dim:
+        return self * -1 + other
+
+    def __mul__(self, other: Dim) -> Dim:
+        terms: dict[Monomial, int] = {}
+        for left, a in self.terms:
+            for right, b in _terms(other):
+                names = tuple(sorted(left + right))
+                terms[names] = terms.get(names, 0) + a * b
+        return _dim(terms)
+
+    __rmul__ = __mul__
+
+    def divided_by(self, other: Dim) -> Dim | None:
+        """The exact quotient, or None: by a number, or by a single product of names that every term holds."""
+        divisor = _terms(other)
+        if len(divisor) != 1 or divisor[0][1] == 0:
+            return 1 if self == other else None
+        names, coefficient = divisor[0]
+        terms: dict[Monomial, int] = {}
+        for own, c in self.terms:
+            left = list(own)
+            for name in names:
+                if name not in left:
+                    return None
+                left.remove(name)
+            if c % coefficient:
+                return None
+            terms[tuple(left)] = c // coefficient
+        return _dim(terms)
+
+    def names(self) -> Iterator[str]:
+        """The sizes that this dimension depends on."""
+        for monomial, _ in self.terms:
+            yield from monomial
+
+    def bind(self, sizes: Mapping[str, int]) -> Dim:
+        """Put numbers in place of some names."""
+        result: Dim = 0
+        for names, coefficient in self.terms:
+            product: Dim = coefficient
+            for name in names:
+                product = product * (sizes[name] if name in sizes else SymbolicDim((((name,), 1),)))
+            result = result + product
+        return result
+
+
+Dim = int | SymbolicDim
+Shape = tuple[Dim, ...]
+
+
+def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:
+    return (((), dim),) if isinstance(dim, int) else dim.terms
+
+
+def _dim(terms: Mapping[Monomial, int]) -> Dim:
+    # names before the constant, so that a dimension prints as the exporter prints it: ``past + seq + 1``
+    kept = tuple(sorted(((n, c) for n, c in terms.items() if c), key=lambda item: (not item[0], item[0])))
+    if not kept:
+        return 0
+    if len(kept) == 1 and not kept[0][0]:
+        return kept[0][1]
+    return SymbolicDim(kept)
+
+
+def divide(dim: Dim, by: Dim) -> Dim | None:
+    """``dim / by`` when it is exact, else None."""
+    if isinstance(dim, int):
+        return dim // by if isinstance(by, int) and by and dim % by == 0 else None
+    return dim.divided_by(by)
+
+
+def bind_shape(shape: Shape | None, sizes: Mapping[str, int]) -> Shape | None:
+    """The shape with numbers in place of the names in ``sizes``."""
+    if shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.bind(sizes) for d in shape)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Element type and shape of a value; ``shape`` is None where even the rank is unknown."""
+
+    dtype: DType
+    shape: Shape | None = None
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return f"{self.dtype.value}[?]"
+        return f"{self.dtype.value}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, if known."""
+        return None if self.shape is None else len(self.shape)
+
+    @property
+    def static_shape(self) -> tuple[int, ...] | None:
+        """The shape when every dimension is a number, else None."""
+        if self.shape is None:
+            return None
+        numbers = tuple(d for d in self.shape if isinstance(d, int))
+        return numbers if len(numbers) == len(self.shape) else None

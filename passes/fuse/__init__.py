@@ -1,0 +1,1 @@
+"""Recognizers: chains of primitives become the operator that they mean."""

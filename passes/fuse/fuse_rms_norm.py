@@ -1,0 +1,56 @@
+"""x * rsqrt(mean(x^2) + eps) * weight  ->  RMSNormalization(x, weight)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import Node, Value
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, option
+from vacc_opt.passes.infra.pattern import Match, Pattern, Reason, maybe, op
+from vacc_opt.passes.infra.pattern_pass import Capture, Const, PatternPass, Scalar
+from vacc_opt.passes.infra.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class FuseRmsNorm(PatternPass):
+    """Fuse the RMS normalization that exporters write as a chain of primitives.
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; ONNX RMSNormalization-23.
+    """
+
+    name: ClassVar[str] = "fuse-rms-norm"
+    kind: ClassVar[Kind] = Kind.REASSOCIATING
+    noun: ClassVar[str] = "norm"
+    anchors: ClassVar[tuple[str, ...]] = ("ReduceMean", "RMSNormalization")
+
+    max_eps: float = option(1e-3, "largest epsilon taken for one")
+
+    def pattern(self, x: Capture, weight: Const, eps: Scalar) -> Pattern:
+        """The chain, with the inverse root written either way and casts around the fp32 part."""
+        wide = maybe(op.Cast)(x)
+        mean = op.ReduceMean(op.Pow(wide, 2) | wide * wide, axes=[-1], keepdims=1)
+        root = op.Sqrt(mean + eps)
+        normed = wide * (op.Reciprocal(root) | 1 / root) | wide / root
+        return maybe(op.Cast)(normed) * weight
+
+    def check(self, m: Match) -> Iterator[Reason]:
+        """Decline what is no epsilon, and weights that are not a vector over the normalized axis."""
+        if m.number("eps") > self.max_eps:
+            yield m.reason("epsilon {eps:g} is above {most:g}", eps=m.number("eps"), most=self.max_eps)
+        if m.weight.rank != 1 or m.weight.shape[0] != m.x.shape[-1]:
+            yield m.reason("weight is {weight}, a vector over the last axis of {x} is expected", weight=m.weight, x=m.x)
+        if m.weight.type.dtype is not m.x.type.dtype:
+            yield m.reason("weight {weight} and x {x} differ in type", weight=m.weight.type, x=m.x.type)
+
+    def rewrite(self, m: Match, rw: Rewriter) -> Value:
+        """One node; the statistics stay in fp32 (stash_type 1)."""
+        rw.raise_opset(23)
+        return rw.op.RMSNormalization(m.x, m.weight, axis=-1, epsilon=m.number("eps"))
+
+    def done(self, node: Node) -> bool:
+        """A norm that is one node."""
+        return node.op == "RMSNormalization"

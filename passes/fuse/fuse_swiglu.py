@@ -1,0 +1,45 @@
+"""gate * sigmoid(gate) * up  ->  Vastai::SwiGLU(gate, up)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import Node, Value
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind
+from vacc_opt.passes.infra.pattern import Match, Pattern, Reason, op
+from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass
+from vacc_opt.passes.infra.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class FuseSwiglu(PatternPass):
+    """Fuse the gated activation of Llama-like feed-forward blocks.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", SwiGLU with beta = 1.
+    """
+
+    name: ClassVar[str] = "fuse-swiglu"
+    kind: ClassVar[Kind] = Kind.EXACT
+    noun: ClassVar[str] = "gated activation"
+    anchors: ClassVar[tuple[str, ...]] = ("Sigmoid", "Swish", "Vastai::SwiGLU")
+
+    def pattern(self, gate: Capture, up: Capture) -> Pattern:
+        """SiLU as exported at opset 23 (Mul and Sigmoid) or as one Swish."""
+        return (gate * op.Sigmoid(gate) | op.Swish(gate, alpha=1.0)) * up
+
+    def check(self, m: Match) -> Iterator[Reason]:
+        """Decline a broadcasting product."""
+        if m.gate.type != m.up.type:
+            yield m.reason("gate is {gate}, up is {up}", gate=m.gate.type, up=m.up.type)
+
+    def rewrite(self, m: Match, rw: Rewriter) -> Value:
+        """One node whose body is the same two products."""
+        return rw.vastai.SwiGLU(m.gate, m.up)
+
+    def done(self, node: Node) -> bool:
+        """Already fused."""
+        return node.op == "Vastai::SwiGLU"

@@ -1,0 +1,1 @@
+"""The last steps before a backend: interface, opset, supported forms."""

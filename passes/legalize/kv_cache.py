@@ -1,0 +1,116 @@
+"""Growing past/present tensors and an attention mask  ->  fixed KV buffers written in place at a position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import DType, Graph, Node, TensorType, Value
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.masks import why_not_causal_padding
+from vacc_opt.passes.infra.registry import register
+
+POS, VALID = "pos", "valid"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One attention with the two Concats that append to its past."""
+
+    attention: Node
+    key: Node
+    value: Node
+
+
+@register
+@dataclass(frozen=True)
+class KvCache(Pass):
+    """Turn past/present into fixed buffers [batch, kv_heads, context, head_dim] with an in-place write at ``pos``.
+
+    The interface becomes input_ids [batch, seq], pos [batch] (tokens already cached), valid [batch] and the buffers;
+    position ids are pos + arange(seq), attention is causal over the first pos + seq slots (bottom-right aligned), and
+    slots past the valid ones hold what no query may see. Masks other than causal with padding are refused.
+    """
+
+    name: ClassVar[str] = "kv-cache"
+    kind: ClassVar[Kind] = Kind.INTERFACE
+
+    context: int = option(2048, "capacity of the buffers, in tokens")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Rewrite all layers or none.
+
+        Raises:
+            CheckError: an attention without past, or a mask that is not causal with padding, named.
+        """
+        layers = [_layer(graph, node) for node in graph.by_op("Attention")]
+        if not layers:
+            raise CheckError("the graph has no Attention node", "run fuse-gqa before kv-cache")
+        why = why_not_causal_padding(graph, [layer.attention for layer in layers])
+        if why:
+            raise CheckError(why)
+        with rw.applying([layer.attention for layer in layers]):
+            self._rewrite(graph, rw, layers)
+        remarks = [Remark("passed", self.name, "reads a fixed KV buffer", where(n)) for n in graph.by_op("Attention")]
+        return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {self.context} tokens", remarks)
+
+    def _rewrite(self, graph: Graph, rw: Rewriter, layers: list[_Layer]) -> None:
+        rw.raise_opset(24)
+        ids = graph.input_named("input_ids")
+        if ids is None or ids.shape is None:
+            raise CheckError("the graph has no input 'input_ids'")
+        batch = TensorType(DType.INT64, ids.shape[:1])
+        pos = rw.add_input(POS, batch)
+        if graph.input_named(VALID) is None:
+            rw.add_input(VALID, batch)
+        length = rw.op.Shape(ids, start=1, end=2)
+        end = rw.op.Add(pos, length)
+        for layer in layers:
+            keys, values = self._append(rw, layer.key, pos), self._append(rw, layer.value, pos)
+            attributes = {**layer.attention.attributes, "is_causal": 1}
+            query = layer.attention.inputs[0]
+            new = rw.op.Attention(query, keys, values, None, None, None, end, **attributes)
+            rw.replace(layer.attention.output, new)
+        for layer in layers:
+            rw.erase_dead(layer.key, layer.value)
+        self._positions(graph, rw, pos, length)
+        for name in ("attention_mask", "position_ids"):
+            value = graph.input_named(name)
+            if value is not None:
+                rw.remove_input(value)
+        rw.infer_again()
+
+    def _append(self, rw: Rewriter, concat: Node, pos: Value) -> Value:
+        past, new = concat.inputs[:2]
+        assert past is not None
+        assert new is not None
+        assert past.shape is not None
+        batch, heads, _, depth = past.shape
+        rw.set_type(past, TensorType(past.type.dtype, (batch, heads, self.context, depth)))
+        written = rw.op.TensorScatter(past, new, pos, axis=2, mode="linear")
+        for name in rw.graph.output_names(concat.output):
+            rw.set_output(name, written)
+        return written
+
+    def _positions(self, graph: Graph, rw: Rewriter, pos: Value, length: Value) -> None:
+        positions = graph.input_named("position_ids")
+        if positions is None or not positions.uses:
+            return
+        zero, one = rw.const(0, "zero", "int64"), rw.const(1, "one", "int64")
+        steps = rw.op.Range(zero, rw.op.Squeeze(length), one)
+        rw.replace(positions, rw.op.Add(rw.op.Unsqueeze(pos, rw.ints(1)), steps))
+
+
+def _layer(graph: Graph, attention: Node) -> _Layer:
+    concats: list[Node] = []
+    for what, value in zip(("key", "value"), attention.inputs[1:3], strict=True):
+        node = value.producer if value is not None else None
+        past = node.inputs[0] if node is not None and node.op == "Concat" and len(node.inputs) == 2 else None
+        if node is None or past is None or past not in graph.inputs or past.rank != 4:
+            raise CheckError(f"the {what} of {where(attention)} is not a past input joined with new tokens")
+        if node.attributes["axis"] not in (2, -2):
+            raise CheckError(f"{where(node)} joins past and new along axis {node.attributes['axis']}, not the sequence")
+        concats.append(node)
+    return _Layer(attention, *concats)

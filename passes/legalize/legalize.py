@@ -1,0 +1,85 @@
+"""The last pass: opset 24, canonical weights, and only operators that the backend has kernels for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import Graph
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.tensor import Transposed
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.linear import as_linear
+from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.simplify.simplify import Simplify
+
+OPSET = 24
+SUPPORTED = frozenset(
+    [
+        "Add",
+        "Attention",
+        "Concat",
+        "Gather",
+        "GatherND",
+        "MatMul",
+        "Mul",
+        "RMSNormalization",
+        "Range",
+        "Reshape",
+        "RotaryEmbedding",
+        "Shape",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "TensorScatter",
+        "Transpose",
+        "Unsqueeze",
+        "Vastai::AllGather",
+        "Vastai::AllReduce",
+        "Vastai::DequantizeKV",
+        "Vastai::EmbeddingShard",
+        "Vastai::QuantizeKV",
+        "Vastai::QuantizedLinearPerChannel",
+        "Vastai::SwiGLU",
+    ]
+)
+
+
+@register
+@dataclass(frozen=True)
+class Legalize(Pass):
+    """Raise the graph to opset 24, store weights as [N, K], and check that every operator has a kernel.
+
+    Before: ``y = MatMul(x, w)`` with w [K, N]; after: ``y = MatMul(x, Transpose(w'))`` with w' [N, K], stored once.
+    """
+
+    name: ClassVar[str] = "legalize"
+    kind: ClassVar[Kind] = Kind.EXACT
+
+    strict: bool = option(True, "fail on an operator without a kernel; false: only remark on it")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Raises CheckError that names the first operators without a kernel and where they come from."""
+        rw.raise_opset(OPSET)
+        flipped = self._canonical_weights(graph, rw)
+        Simplify().run(graph, rw)
+        foreign = [n for n in graph.nodes() if n.op not in SUPPORTED]
+        remarks = [Remark("missed", self.name, f"no kernel for {n.op}", where(n)) for n in foreign]
+        if foreign and self.strict:
+            kinds = ", ".join(sorted({n.op for n in foreign}))
+            raise CheckError(f"no kernel for {kinds}", f"first: {where(foreign[0])}; legalize{{strict=false}} goes on")
+        return Outcome(f"opset {graph.opset}, {len(graph)} nodes, {flipped} weights turned to [N,K]", remarks)
+
+    def _canonical_weights(self, graph: Graph, rw: Rewriter) -> int:
+        flipped = 0
+        for node in graph.by_op("MatMul") + graph.by_op("Gemm"):
+            linear = as_linear(node)
+            if linear is None or (node.op == "MatMul" and linear.rows is linear.weight.const):
+                continue
+            with rw.applying([node]):
+                stored = linear.weight.name if not isinstance(linear.rows, Transposed) else f"{linear.weight.name}.rows"
+                weight = rw.const(linear.rows, stored)
+                rw.replace(node.output, rw.op.MatMul(linear.x, rw.op.Transpose(weight, perm=(1, 0))))
+            flipped += 1
+        return flipped

@@ -1,0 +1,60 @@
+"""lm_head(x)  ->  lm_head(x at the last valid token): the prefill computes one row of logits instead of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import DType, Graph, Node, TensorType, Value
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.linear import as_linear
+from vacc_opt.passes.infra.registry import register
+
+VALID = "valid"
+
+
+@register
+@dataclass(frozen=True)
+class SliceLastToken(Pass):
+    """Let lm_head see only the last valid token: logits become [batch, 1, vocab].
+
+    Adds the input ``valid`` [batch] int64, the number of tokens of this call up to and including the last real one;
+    row ``valid - 1`` is kept, so right padding is correct, and with left padding ``valid`` is the whole length.
+    """
+
+    name: ClassVar[str] = "slice-last-token"
+    kind: ClassVar[Kind] = Kind.INTERFACE
+
+    logits: str = option("logits", "name of the output to slice")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Insert the gather before the last linear; raises CheckError when the output does not come from one."""
+        head = self._head(graph)
+        linear = as_linear(head)
+        assert linear is not None
+        x = linear.x
+        if x.shape is None or len(x.shape) != 3:
+            raise CheckError(f"the input of lm_head is {x.type}, [batch,seq,hidden] is expected")
+        with rw.applying([head]):
+            valid = graph.input_named(VALID) or rw.add_input(VALID, TensorType(DType.INT64, (x.shape[0],)))
+            row = rw.op.Unsqueeze(rw.op.Sub(valid, rw.const(1, "one", "int64")), rw.ints(1))
+            last = rw.op.Unsqueeze(rw.op.GatherND(x, row, batch_dims=1), rw.ints(1))
+            rw.set_input(head, 0, last)
+            rw.touch(head)
+            rw.infer_again()
+        remark = Remark("passed", self.name, f"{head.op} reads row valid - 1", where(head))
+        return Outcome("lm_head reads the last valid token", [remark])
+
+    def _head(self, graph: Graph) -> Node:
+        value: Value | None = graph.outputs.get(self.logits)
+        if value is None:
+            raise CheckError(f"the graph has no output {self.logits!r}", f"outputs: {', '.join(graph.outputs)}")
+        node = value.producer
+        # a bias, a cast or a logit scale may follow the linear
+        while node is not None and as_linear(node) is None and node.op in ("Add", "Cast", "Mul", "Div", "Tanh"):
+            node = next((v.producer for v in node.inputs if v is not None and v.producer is not None), None)
+        if node is None:
+            raise CheckError(f"{self.logits!r} does not come from a linear layer")
+        return node

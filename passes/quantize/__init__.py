@@ -1,0 +1,1 @@
+"""Passes that make weights and KV caches int8."""

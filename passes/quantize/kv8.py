@@ -1,0 +1,95 @@
+"""KV buffers in float  ->  int8 buffers, quantized when written and dequantized when read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from vacc_opt.ir import DType, Graph, Literal, Node, TensorType, Value
+from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.storage import read_safetensors_header
+from vacc_opt.ir.tensor import Source
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.registry import register
+
+NEW_TOKENS = ("float", "quantized")
+_LAYER = re.compile(r"(\d+)\.(key|value)$")
+
+
+@register
+@dataclass(frozen=True)
+class Kv8(Pass):
+    """Keep the KV cache in int8 with static scales, one (scale, zero) a KV head and channel.
+
+    Only new tokens are quantized, once: the cache is never requantized. With ``new_tokens=float`` (the default) the
+    tokens of the current call are attended unquantized, with ``quantized`` as they will be read later.
+    ``scales`` names a safetensors file with layers.N.{key,value}.{scale,zero}, each float [kv_heads, head_dim].
+    """
+
+    name: ClassVar[str] = "kv8"
+    kind: ClassVar[Kind] = Kind.LOSSY
+
+    scales: str = option("", "safetensors file of calibrated scales", metavar="FILE")
+    new_tokens: str = option("float", "how tokens of this call are attended: float or quantized")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Rewrite every KV buffer.
+
+        Raises:
+            UserError: no scales file, or one without this model's layers or of another shape.
+            CheckError: the graph has no KV buffers.
+        """
+        if not self.scales:
+            raise UserError("kv8 needs calibrated scales", "kv8{scales=FILE}; `vacc-opt compile` calibrates them")
+        if self.new_tokens.replace("quantised", "quantized") not in NEW_TOKENS:
+            raise UserError(f"new_tokens is {self.new_tokens!r}", did_you_mean(self.new_tokens, NEW_TOKENS))
+        if graph.ranks > 1:
+            raise CheckError("the graph is split over ranks already", "put kv8 before split-tp: quantize, then split")
+        writes = [n for n in graph.by_op("TensorScatter") if n.inputs[0] in graph.inputs]
+        if not writes:
+            raise CheckError("the graph has no KV buffers", "run kv-cache before kv8")
+        stored = read_safetensors_header(Path(self.scales))
+        outcome = Outcome(f"{len(writes)} KV buffers int8, new tokens {self.new_tokens}")
+        with rw.applying(writes):
+            for write in writes:
+                outcome.remarks.append(Remark("passed", self.name, "int8", where(write)))
+                self._rewrite(graph, rw, write, stored)
+            rw.infer_again()
+        return outcome
+
+    def _rewrite(self, graph: Graph, rw: Rewriter, write: Node, stored: dict[str, Source]) -> None:
+        cache, new, pos = write.inputs[:3]
+        assert cache is not None
+        assert new is not None
+        scale, zero = (self._constant(rw, cache, stored, what) for what in ("scale", "zero"))
+        dtype = cache.type.dtype
+        rw.set_type(cache, TensorType(DType.INT8, cache.shape))
+        codes = rw.vastai.QuantizeKV(new, scale, zero)
+        written = rw.op.TensorScatter(cache, codes, pos, **write.attributes)
+        if self.new_tokens == "float":
+            old = rw.vastai.DequantizeKV(cache, scale, zero, to=dtype.onnx)
+            read = rw.op.TensorScatter(old, new, pos, **write.attributes)
+        else:
+            read = rw.vastai.DequantizeKV(written, scale, zero, to=dtype.onnx)
+        for name in graph.output_names(write.output):
+            rw.set_output(name, written)
+        rw.replace(write.output, read)
+
+    def _constant(self, rw: Rewriter, cache: Value, stored: dict[str, Source], what: str) -> Value:
+        match = _LAYER.search(cache.name)
+        if match is None:
+            raise CheckError(f"the KV buffer {cache.name!r} does not name its layer")
+        name = f"layers.{match[1]}.{match[2]}.{what}"
+        assert cache.shape is not None
+        if name not in stored:
+            raise UserError(f"{self.scales}: no tensor {name!r}", did_you_mean(name, stored))
+        source = stored[name]
+        if source.shape != (cache.shape[1], cache.shape[3]):
+            raise UserError(
+                f"{self.scales}: {name} is {list(source.shape)}, the model has {cache.shape[1]} KV heads of "
+                f"{cache.shape[3]} channels"
+            )
+        return rw.const(Literal(source.read()), f"{cache.name}.{what}")

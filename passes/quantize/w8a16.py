@@ -1,0 +1,83 @@
+"""Linear(x, W)  ->  Vastai::QuantizedLinearPerChannel(x, codes(W), scales(W)): int8 weights, one scale a row."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import Graph, PerRank, Value
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.tensor import Codes, Scales
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.linear import Linear, as_linear
+from vacc_opt.passes.infra.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class W8A16(Pass):
+    """Quantize constant-weight linear layers to int8 by rounding to nearest, one scale an output channel.
+
+    ``scale = max|row| / 127``, ``q = clip(rint(w / scale), -127, 127)``, all in fp32; weights stay expressions, so no
+    weight is read here. Before: ``y = MatMul(x, Transpose(w))``; after: ``y = QuantizedLinearPerChannel(x, q, s)``.
+    The embedding is no linear layer; lm_head stays as it is unless asked for.
+    """
+
+    name: ClassVar[str] = "w8a16"
+    kind: ClassVar[Kind] = Kind.LOSSY
+
+    lm_head: bool = option(False, "quantize the layer that makes the logits too")
+    include: str = option("", "regular expression of weight names to quantize; empty: all")
+    exclude: str = option("", "regular expression of weight names to keep")
+    logits: str = option("logits", "name of the output that lm_head makes")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Rewrite every admitted linear; raises CheckError after split-tp, since a scale belongs to the full row."""
+        if graph.ranks > 1:
+            raise CheckError("the graph is split over ranks already", "put w8a16 before split-tp: quantize, then split")
+        linears = [li for n in graph.nodes() if (li := as_linear(n)) is not None and li.scale is None]
+        head = None if self.lm_head else self._head(graph)
+        outcome = Outcome(fused=0, candidates=len(linears))
+        for linear in linears:
+            reason = self._kept(linear, head)
+            if reason:
+                outcome.remarks.append(Remark("missed", self.name, reason, where(linear.node)))
+                continue
+            remark = Remark(
+                "passed", self.name, f"{linear.weight.name} int8 {list(linear.rows.shape)}", where(linear.node)
+            )
+            self._rewrite(linear, rw)
+            outcome.fused = (outcome.fused or 0) + 1
+            outcome.remarks.append(remark)
+        outcome.summary = f"{outcome.fused} of {outcome.candidates} linears int8"
+        return outcome
+
+    def _head(self, graph: Graph) -> Value | None:
+        value = graph.outputs.get(self.logits)
+        while value is not None and value.producer is not None and as_linear(value.producer) is None:
+            value = value.producer.inputs[0] if value.producer.inputs else None
+        return value
+
+    def _kept(self, linear: Linear, head: Value | None) -> str:
+        name = linear.weight.name
+        if linear.node.output is head:
+            return "lm_head is kept (lm_head=true quantizes it)"
+        try:
+            if self.include and not re.search(self.include, name):
+                return f"{name} does not match include"
+            if self.exclude and re.search(self.exclude, name):
+                return f"{name} matches exclude"
+        except re.error as error:
+            raise UserError(f"include or exclude is no regular expression: {error}") from error
+        if isinstance(linear.rows, PerRank):
+            return "the weight is split over ranks already"
+        return ""
+
+    def _rewrite(self, linear: Linear, rw: Rewriter) -> None:
+        with rw.applying([linear.node]):
+            stem = linear.weight.name.removesuffix(".weight")
+            codes = rw.const(Codes(linear.rows), f"{stem}.qweight")
+            scales = rw.const(Scales(linear.rows), f"{stem}.scale")
+            rw.replace(linear.node.output, rw.vastai.QuantizedLinearPerChannel(linear.x, codes, scales))

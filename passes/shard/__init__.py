@@ -1,0 +1,1 @@
+"""Tensor parallelism: one graph for all ranks."""

@@ -1,0 +1,143 @@
+"""The blocks of a decoder as split-tp sees them: which linears feed an attention or a feed-forward, which follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vacc_opt.ir import Graph, Node, Value
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.passes.infra.base import where
+from vacc_opt.passes.infra.linear import Linear, as_linear
+
+# operators between a projection and its attention, and the operand that carries the heads
+_UPSTREAM = {
+    "RotaryEmbedding": 0,
+    "Transpose": 0,
+    "Reshape": 0,
+    "Cast": 0,
+    "RMSNormalization": 0,
+    "TensorScatter": 1,
+    "Concat": 1,
+    "Vastai::QuantizeKV": 0,
+    "Vastai::DequantizeKV": 0,
+}
+_DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention with its four projections; ``heads`` is (query, KV), ``width`` channels a head."""
+
+    node: Node
+    heads: tuple[int, int]
+    width: int
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    query_bias: tuple[Value, ...]
+    key_bias: tuple[Value, ...]
+    value_bias: tuple[Value, ...]
+    caches: tuple[Value, ...]
+    kv_constants: tuple[Value, ...]
+
+
+@dataclass
+class _Path:
+    """What lies between a projection and the attention."""
+
+    linear: Linear
+    biases: list[Value]
+    constants: list[Value]
+    caches: list[Value]
+
+
+def attention_block(node: Node) -> Attention:
+    """The block around an Attention node; raises CheckError that names the first node not understood."""
+    q, k, v = node.inputs[:3]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    if q.shape is None or k.shape is None or len(q.shape) != 4:
+        raise CheckError(f"{where(node)} is not in [batch, heads, seq, channels] layout")
+    heads, kv, width = q.shape[1], k.shape[1], q.shape[3]
+    if not isinstance(heads, int) or not isinstance(kv, int) or not isinstance(width, int):
+        raise CheckError(f"{where(node)} has a symbolic number of heads")
+    query, key, value = (_upstream(x) for x in (q, k, v))
+    return Attention(
+        node,
+        (heads, kv),
+        width,
+        query.linear,
+        key.linear,
+        value.linear,
+        _downstream(node.output),
+        tuple(query.biases),
+        tuple(key.biases),
+        tuple(value.biases),
+        tuple(dict.fromkeys(key.caches + value.caches)),
+        tuple(dict.fromkeys(key.constants + value.constants)),
+    )
+
+
+def _upstream(value: Value) -> _Path:
+    biases: list[Value] = []
+    constants: list[Value] = []
+    caches: list[Value] = []
+    while value.producer is not None:
+        node = value.producer
+        linear = as_linear(node)
+        if linear is not None:
+            return _Path(linear, biases, constants, caches)
+        if node.op == "Add":
+            sides = [v for v in node.inputs if v is not None and not v.is_const]
+            biases += [v for v in node.inputs if v is not None and v.is_const]
+            if len(sides) != 1:
+                break
+            value = sides[0]
+            continue
+        if node.op in ("Vastai::QuantizeKV", "Vastai::DequantizeKV"):
+            constants += [v for v in node.inputs[1:] if v is not None]
+        if node.op in ("TensorScatter", "Concat"):
+            caches += _caches(node.inputs[0], constants)
+        if node.op not in _UPSTREAM:
+            break
+        following = node.inputs[_UPSTREAM[node.op]]
+        assert following is not None
+        value = following
+    at = where(value.producer) if value.producer is not None else value.name
+    raise CheckError(f"no linear layer is found upstream of an attention: stopped at {at}")
+
+
+def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
+    """The graph input that a cache write starts from, directly or dequantized."""
+    while value is not None and value.producer is not None:
+        node = value.producer
+        if node.op == "Vastai::DequantizeKV":
+            constants += [v for v in node.inputs[1:] if v is not None]
+        value = node.inputs[0]
+    return [value] if value is not None else []
+
+
+def _downstream(value: Value) -> Linear:
+    while True:
+        users = value.users()
+        if len(users) != 1:
+            raise CheckError(f"{value.name} has {len(users)} users; one output projection is expected")
+        linear = as_linear(users[0])
+        if linear is not None and linear.x is value:
+            return linear
+        if users[0].op not in _DOWNSTREAM:
+            raise CheckError(f"no linear layer follows the attention: stopped at {where(users[0])}")
+        value = users[0].output
+
+
+def feed_forward_blocks(graph: Graph) -> list[tuple[Linear, Linear, Linear]]:
+    """(gate, up, down) of every SwiGLU whose operands come from linears and whose result goes into one."""
+    blocks: list[tuple[Linear, Linear, Linear]] = []
+    for node in graph.by_op("SwiGLU", "Vastai"):
+        gate, up = (as_linear(v.producer) if v is not None and v.producer is not None else None for v in node.inputs)
+        if gate is None or up is None:
+            raise CheckError(f"{where(node)} is not fed by two linear layers")
+        blocks.append((gate, up, _downstream(node.output)))
+    return blocks

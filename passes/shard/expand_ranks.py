@@ -1,0 +1,92 @@
+"""The SPMD graph of n ranks  ->  one graph that holds all of them, for stock onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+from vacc_opt.ir import Graph, Node, PerRank, Value
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.registry import register
+
+SHARED_INPUTS = ("input_ids", "pos", "valid", "attention_mask", "position_ids")
+
+
+@register
+@dataclass(frozen=True)
+class ExpandRanks(Pass):
+    """Write out all ranks of a split graph in one: AllReduce becomes additions in rank order, AllGather a Concat.
+
+    KV buffers become one input and output a rank, named ``<name>.rank<i>``; the logits are those of rank 0, which every
+    rank has. Adapter: feed the buffers of rank i to ``<name>.rank<i>``.
+    """
+
+    name: ClassVar[str] = "expand-ranks"
+    kind: ClassVar[Kind] = Kind.INTERFACE
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Raises CheckError when the graph is not split."""
+        ranks = graph.ranks
+        if ranks == 1:
+            raise CheckError("the graph is not split over ranks", "run split-tp before expand-ranks")
+        before = len(graph)
+        with rw.applying(graph.nodes()):
+            self._expand(graph, rw, ranks)
+        return Outcome(f"{ranks} ranks in one graph, {before} nodes to {len(graph)}")
+
+    def _expand(self, graph: Graph, rw: Rewriter, ranks: int) -> None:
+        nodes = list(graph.nodes())
+        copies: dict[Value, list[Value]] = {}
+        for value in list(graph.inputs):
+            shared = value.name in SHARED_INPUTS
+            copies[value] = [
+                value if shared else rw.add_input(f"{value.name}.rank{r}", value.type) for r in range(ranks)
+            ]
+        for value in graph.constants():
+            if isinstance(value.const, PerRank):
+                copies[value] = [rw.const(value.const.rank(r), f"{value.name}.rank{r}") for r in range(ranks)]
+            else:
+                copies[value] = [value] * ranks
+        rw.set_ranks(1)
+        for node in nodes:
+            self._copy(node, rw, copies, ranks)
+        outputs = dict(graph.outputs)
+        for name, value in outputs.items():
+            twins = copies[value]
+            if all(t is twins[0] for t in twins) or name == "logits":
+                rw.set_output(name, twins[0])
+                continue
+            rw.drop_output(name)
+            for r, twin in enumerate(twins):
+                rw.set_output(f"{name}.rank{r}", twin)
+        rw.erase_dead(*nodes)
+        for value in list(graph.inputs):
+            if not graph.use_count(value) and value.name not in SHARED_INPUTS:
+                rw.remove_input(value)
+        rw.erase_unused_constants()
+
+    def _copy(self, node: Node, rw: Rewriter, copies: dict[Value, list[Value]], ranks: int) -> None:
+        columns = [None if v is None else copies[v] for v in node.inputs]
+        if node.op in ("Vastai::AllReduce", "Vastai::AllGather"):
+            assert columns[0] is not None
+            if node.op == "Vastai::AllReduce":
+                joined = reduce(lambda a, b: rw.op.Add(a, b), columns[0])
+            else:
+                joined = rw.op.Concat(*columns[0], axis=node.attributes["axis"])
+            copies[node.output] = [joined] * ranks
+            return
+        distinct = any(c is not None and any(v is not c[0] for v in c) for c in columns)
+        made = []
+        for r in range(ranks if distinct else 1):
+            inputs = [None if c is None else c[r] for c in columns]
+            name = f"{node.output.name}.rank{r}" if distinct else ""
+            twin = rw.add(
+                node.op_type, inputs, node.attributes, domain=node.domain, outputs=len(node.outputs), name=name
+            )
+            rw.touch(twin, node.provenance)
+            made.append(twin)
+        for index, value in enumerate(node.outputs):
+            copies[value] = [(made[r] if distinct else made[0]).outputs[index] for r in range(ranks)]

@@ -1,0 +1,178 @@
+"""One graph for one rank  ->  one SPMD graph for n ranks: weights PerRank, collectives where ranks must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from vacc_opt.ir import Graph, Literal, Node, PerRank, TensorType, Value
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.linear import Linear, as_linear, flipped
+from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.shard.block import Attention, attention_block, feed_forward_blocks
+from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
+from vacc_opt.passes.shard.slices import Rows, columns_per_rank, even_shares, rows_per_rank
+
+VOCABULARY_MULTIPLE = 16  # rows of the vocabulary a rank, as the accelerator's sequence lengths
+
+
+@dataclass
+class _Split:
+    """The constants that were split so far, so that a shared one is split once and the same way."""
+
+    rw: Rewriter
+    tp: int
+    done: dict[Value, object] = field(default_factory=dict)
+
+    def set(self, value: Value, key: object, expr: PerRank) -> None:
+        if self.done.setdefault(value, key) != key:
+            raise CheckError(f"{value.name} is shared by layers that split it differently")
+        self.rw.set_const(value, expr)
+
+    def outputs(self, linear: Linear, rows: tuple[Rows, ...], biases: tuple[Value, ...] = ()) -> None:
+        """Each rank computes ``rows`` of the outputs."""
+        if linear.weight in self.done:
+            self.set(linear.weight, ("rows", rows), linear.weight.const)  # type: ignore[arg-type]
+        else:
+            split = rows_per_rank(linear.rows, rows)
+            flip = linear.rows is not linear.weight.const
+            self.set(linear.weight, ("rows", rows), _flip(split) if flip else split)
+        for vector in (*((linear.scale,) if linear.scale is not None else ()), *biases):
+            if vector.const is not None and vector not in self.done:
+                self.set(vector, ("rows", rows), rows_per_rank(vector.const, rows))
+
+    def inputs(self, linear: Linear, columns: tuple[Rows, ...]) -> None:
+        """Each rank sums over ``columns`` of the inputs; the sums meet in an AllReduce."""
+        if linear.weight not in self.done:
+            split = columns_per_rank(linear.rows, columns)
+            flip = linear.rows is not linear.weight.const
+            self.set(linear.weight, ("columns", columns), _flip(split) if flip else split)
+        with_ranks = {"ranks": self.tp}
+        self.rw.insert_after(linear.node.output, lambda v: self.rw.vastai.AllReduce(v, **with_ranks))
+
+
+def _flip(expr: PerRank) -> PerRank:
+    turned = flipped(expr)
+    assert isinstance(turned, PerRank)
+    return turned
+
+
+@register
+@dataclass(frozen=True)
+class SplitTp(Pass):
+    """Split attention by heads, feed-forward by channels and the vocabulary by rows over ``tp`` ranks.
+
+    Heads that do not divide are padded inside their KV group or by whole groups, KV heads replicated: the cheapest, and
+    said. Two AllReduce a layer, one for the embedding, one AllGather for the logits. Nothing is read or copied.
+    Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
+    """
+
+    name: ClassVar[str] = "split-tp"
+    kind: ClassVar[Kind] = Kind.INTERFACE
+
+    tp: int = option(1, "number of ranks, at most the number of query heads")
+    logits: str = option("logits", "name of the output that lm_head makes")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Split, or leave the graph as it is for tp = 1.
+
+        Raises:
+            UserError: tp below 1 or above the number of query heads.
+            CheckError: a layer whose structure is not recognized, named.
+        """
+        if self.tp < 1:
+            raise UserError(f"tp = {self.tp}, at least 1 rank is needed")
+        if graph.ranks > 1:
+            raise CheckError(f"the graph is split over {graph.ranks} ranks already")
+        blocks = [attention_block(n) for n in graph.by_op("Attention")]
+        if not blocks:
+            raise CheckError("the graph has no Attention node", "run fuse-gqa before split-tp")
+        plans = {b.heads: plan_heads(*b.heads, self.tp) for b in blocks}
+        if self.tp == 1:
+            return Outcome("tp 1: nothing to split")
+        before = len(graph.by_op("AllReduce", "Vastai"))
+        remarks = [
+            Remark("analysis", self.name, str(plan), f"{q} query, {kv} KV heads") for (q, kv), plan in plans.items()
+        ]
+        with rw.applying([b.node for b in blocks]):
+            rw.set_ranks(self.tp)
+            split = _Split(rw, self.tp)
+            for block in blocks:
+                self._attention(split, block, plans[block.heads])
+            channels = [self._feed_forward(split, gate, up, down) for gate, up, down in feed_forward_blocks(graph)]
+            remarks += self._vocabulary(graph, split)
+            rw.infer_again()
+        reduces = len(graph.by_op("AllReduce", "Vastai")) - before
+        plan = next(iter(plans.values()))
+        remarks.append(Remark("analysis", self.name, f"{len(channels)} feed-forward blocks split by channels"))
+        return Outcome(f"tp {self.tp}: {plan}, {reduces} all-reduces", remarks)
+
+    def _attention(self, split: _Split, block: Attention, plan: HeadPlan) -> None:
+        query = tuple(head_rows(heads, block.width) for heads in plan.query)
+        kv = tuple(head_rows(heads, block.width) for heads in plan.kv)
+        split.outputs(block.query, query, block.query_bias)
+        for linear, bias in ((block.key, block.key_bias), (block.value, block.value_bias)):
+            split.outputs(linear, kv, bias)
+        split.inputs(block.out, query)
+        # a padded KV head writes zeros; any finite scale will do, the first head's is one
+        real = tuple(tuple(max(h, 0) for h in heads) for heads in plan.kv)
+        for value in block.kv_constants:
+            if value.const is not None and value not in split.done:
+                split.set(value, ("kv", real), rows_per_rank(value.const, real))
+        for cache in block.caches:
+            assert cache.shape is not None
+            batch, _, context, width = cache.shape
+            split.rw.set_type(cache, TensorType(cache.type.dtype, (batch, plan.kv_per_rank, context, width)))
+
+    def _feed_forward(self, split: _Split, gate: Linear, up: Linear, down: Linear) -> int:
+        shares = even_shares(gate.out_features, self.tp)
+        split.outputs(gate, shares)
+        split.outputs(up, shares)
+        split.inputs(down, shares)
+        return len(shares[0])
+
+    def _vocabulary(self, graph: Graph, split: _Split) -> list[Remark]:
+        """Embedding and lm_head by rows of the vocabulary, tied or not."""
+        rw, remarks = split.rw, []
+        head = self._lm_head(graph)
+        if head is not None:
+            size = head.out_features
+            shares = even_shares(size, self.tp, VOCABULARY_MULTIPLE)
+            split.outputs(head, shares)
+            rw.insert_after(head.node.output, lambda v: self._gather_logits(rw, v, size, len(shares[0])))
+            remarks.append(Remark("passed", self.name, f"{len(shares[0])} rows of logits a rank", where(head.node)))
+        for node in graph.by_op("Gather"):
+            table, ids = node.inputs[:2]
+            if table is None or table.const is None or len(table.const.shape) != 2 or node.attributes.get("axis", 0):
+                continue
+            rows = table.const.shape[0] if table not in split.done else head.out_features if head is not None else 0
+            shares = even_shares(rows, self.tp, VOCABULARY_MULTIPLE)
+            if table not in split.done:
+                split.set(table, ("rows", shares), rows_per_rank(table.const, shares))
+            width = len(shares[0])
+            firsts = PerRank(tuple(Literal(np.array(r * width, np.int64)) for r in range(self.tp)))
+            rank_first = rw.const(firsts, f"{table.name}.first")
+            part = rw.vastai.EmbeddingShard(table, ids, rank_first)
+            remarks.append(Remark("passed", self.name, f"{width} rows of the embedding a rank", where(node)))
+            rw.replace(node.output, rw.vastai.AllReduce(part, ranks=self.tp))
+        return remarks
+
+    def _gather_logits(self, rw: Rewriter, part: Value, size: int, share: int) -> Value:
+        joined = rw.vastai.AllGather(part, ranks=self.tp, axis=-1)
+        if share * self.tp == size:
+            return joined
+        return rw.op.Slice(joined, rw.ints(0), rw.ints(size), rw.ints(-1))
+
+    def _lm_head(self, graph: Graph) -> Linear | None:
+        value = graph.outputs.get(self.logits)
+        node: Node | None = value.producer if value is not None else None
+        while node is not None and as_linear(node) is None:
+            node = node.inputs[0].producer if node.inputs and node.inputs[0] is not None else None
+        return as_linear(node) if node is not None else None
+
+
+assert PAD < 0  # take_rows and take_columns read a negative row as zeros

@@ -1,0 +1,1 @@
+"""Cleaning up without changing a value."""

@@ -1,0 +1,184 @@
+"""Remove operations that give back their input, and make symbolic reshapes constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import Dim, DType, Graph, Node, Value
+from vacc_opt.ir.infer import elements_of
+from vacc_opt.ir.infer_rules import slice_bounds
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.pattern import scalar
+from vacc_opt.passes.infra.registry import register
+
+Rule = Callable[[Node, Rewriter], Value | None]
+
+
+@register
+@dataclass(frozen=True)
+class EliminateIdentities(Pass):
+    """Drop Identity, full Slice, same-shape Reshape and Expand, same-type Cast, x*1, x+0, transpose pairs and the like.
+
+    Before: ``y = Neg(Slice(x, [0], [9223372036854775807]))``; after: ``y = Neg(x)``. A Reshape whose target entries are
+    dimensions of its input gets a constant target with 0 (same) and -1 (the rest), which ends Shape and Concat chains.
+    """
+
+    name: ClassVar[str] = "eliminate-identities"
+    kind: ClassVar[Kind] = Kind.EXACT
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Apply the rules in one sweep, each node after its inputs."""
+        count = 0
+        for node in list(graph.nodes()):
+            rule = RULES.get(node.op)
+            if rule is None or node not in graph or len(node.outputs) != 1:
+                continue
+            with rw.applying([node]):
+                new = rule(node, rw)
+                if new is not None:
+                    rw.replace(node.output, new)
+                    count += 1
+        return Outcome(f"removed {count} nodes")
+
+
+def _identity(node: Node, rw: Rewriter) -> Value | None:
+    return node.inputs[0]
+
+
+def _unchanged(node: Node, rw: Rewriter) -> Value | None:
+    x = node.inputs[0]
+    assert x is not None
+    return x if x.type == node.output.type and x.type.shape is not None else None
+
+
+def _slice(node: Node, rw: Rewriter) -> Value | None:
+    x, starts, stops = node.inputs[:3]
+    assert x is not None
+    if x.shape is None or starts is None or stops is None:
+        return None
+    low, high = elements_of(starts), elements_of(stops)
+    axes = _ints(node.input(3)) or (tuple(range(len(low))) if low is not None and node.input(3) is None else None)
+    steps = _ints(node.input(4)) or (1,) * len(axes or ())
+    if low is None or high is None or axes is None or set(steps) != {1}:
+        return None
+    for axis, a, b in zip(axes, low, high, strict=True):
+        bounds = slice_bounds(x.shape[axis], a, b, 1)
+        if bounds is None or bounds[0] != 0 or bounds[1] != x.shape[axis]:
+            return None
+    return x
+
+
+def _ints(value: Value | None) -> tuple[int, ...] | None:
+    entries = elements_of(value) if value is not None else None
+    if entries is None:
+        return None
+    numbers = tuple(e for e in entries if isinstance(e, int))
+    return numbers if len(numbers) == len(entries) else None
+
+
+def _transpose(node: Node, rw: Rewriter) -> Value | None:
+    x = node.inputs[0]
+    assert x is not None
+    perm = node.attributes.get("perm")
+    if perm is None:
+        return None
+    if tuple(perm) == tuple(range(len(perm))):
+        return x
+    inner = x.producer
+    if inner is not None and inner.op == "Transpose" and "perm" in inner.attributes:
+        joined = tuple(inner.attributes["perm"][p] for p in perm)
+        return inner.inputs[0] if joined == tuple(range(len(perm))) else rw.op.Transpose(inner.inputs[0], perm=joined)
+    return None
+
+
+def _neutral(number: float) -> Rule:
+    def rule(node: Node, rw: Rewriter) -> Value | None:
+        sides = ((0, 1), (1, 0)) if node.op in ("Add", "Mul") else ((0, 1),)
+        for keep, other in sides:
+            value = node.inputs[keep]
+            if value is not None and scalar(node.inputs[other]) == number and value.type == node.output.type:
+                return value
+        return None
+
+    return rule
+
+
+def _reshape(node: Node, rw: Rewriter) -> Value | None:
+    same = _unchanged(node, rw)
+    if same is not None:
+        return same
+    x, target = node.inputs
+    assert x is not None
+    assert target is not None
+    inner = x.producer
+    wanted = elements_of(target)
+    if inner is not None and inner.op in ("Reshape", "Squeeze", "Unsqueeze") and target.const is not None:
+        numbers = _ints(target)
+        if numbers is not None and 0 not in numbers:
+            return rw.op.Reshape(inner.inputs[0], target)
+    if target.const is not None or wanted is None or x.shape is None:
+        return None
+    entries = constant_target(x.shape, wanted)
+    return None if entries is None else rw.op.Reshape(x, rw.ints(*entries))
+
+
+def constant_target(shape: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> list[int] | None:
+    """The target of a Reshape in numbers: 0 where a symbolic entry repeats the input's, -1 for one other."""
+    entries: list[int] = []
+    for axis, entry in enumerate(wanted):
+        if isinstance(entry, int):
+            entries.append(entry)
+        elif axis < len(shape) and shape[axis] == entry:
+            entries.append(0)
+        else:
+            entries.append(-1)
+    # a literal 0 would now mean "same"
+    return None if entries.count(-1) > 1 or any(w == 0 for w in wanted) else entries
+
+
+def _cast_like(node: Node, rw: Rewriter) -> Value | None:
+    x, like = node.inputs
+    assert x is not None
+    assert like is not None
+    if x.type.dtype is like.type.dtype:
+        return x
+    return rw.op.Cast(x, to=like.type.dtype.onnx)
+
+
+def _concat(node: Node, rw: Rewriter) -> Value | None:
+    return node.inputs[0] if len(node.inputs) == 1 else None
+
+
+def _and(node: Node, rw: Rewriter) -> Value | None:
+    for keep, other in ((0, 1), (1, 0)):
+        value = node.inputs[keep]
+        if value is not None and value.type.dtype is DType.BOOL and _all_true(node.inputs[other]):
+            return value if value.type == node.output.type else None
+    return None
+
+
+def _all_true(value: Value | None) -> bool:
+    """True for a mask of ones, also one of symbolic size: a Cast/Expand/Reshape of the constant 1."""
+    while value is not None and value.producer is not None and value.producer.op in ("Cast", "Expand", "Reshape"):
+        value = value.producer.inputs[0]
+    return scalar(value) == 1.0
+
+
+RULES: dict[str, Rule] = {
+    "Identity": _identity,
+    "Cast": _unchanged,
+    "CastLike": _cast_like,
+    "Expand": _unchanged,
+    "Slice": _slice,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Concat": _concat,
+    "And": _and,
+    "Add": _neutral(0.0),
+    "Sub": _neutral(0.0),
+    "Mul": _neutral(1.0),
+    "Div": _neutral(1.0),
+}
