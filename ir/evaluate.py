@@ -66,7 +66,7 @@ class _Part:
         if self._session is None:
             return
         binding = self._session.io_binding()
-        buffers = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values[n])) for n in self.inputs}
+        buffers = {n: ort.OrtValue.ortvalue_from_numpy(np.asarray(values[n], order="C")) for n in self.inputs}
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(name, buffer)
         for name in self.outputs:
@@ -175,7 +175,7 @@ def read_weights(graph: Graph) -> list[dict[str, Array]]:
         tensors = stored_tensors(graph, rank)
         for expr in tensors.values():
             if expr.key not in cache:
-                cache[expr.key] = np.ascontiguousarray(expr.read())
+                cache[expr.key] = np.asarray(expr.read(), order="C")
         ranks.append({name: cache[expr.key] for name, expr in tensors.items()})
     return ranks
 
