@@ -195,6 +195,12 @@ class Rewriter:
             self._changed[before.producer] = None
         self._log(lambda: self.graph._set_input(node, position, before))
 
+    def set_attribute(self, node: Node, name: str, value: Any) -> None:
+        """Change one attribute of a node; the operator's rule sees it at the next inference."""
+        before = dict(node.attributes)
+        node.attributes[name] = _plain(value)
+        self._log(lambda: setattr(node, "attributes", before))
+
     def set_output(self, name: str, value: Value) -> None:
         """Let the interface output ``name`` be ``value``; a new name is appended."""
         before = self.graph.outputs.get(name)

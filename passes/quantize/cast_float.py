@@ -1,0 +1,70 @@
+"""Float values and weights  ->  another float type, fp16 as a rule; scales of quantization stay fp32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, TensorType, Value
+from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.tensor import Casted
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
+from vacc_opt.passes.infra.registry import register
+
+TYPES = {"float16": DType.FLOAT16, "bfloat16": DType.BFLOAT16, "float": DType.FLOAT}
+# operands that the operators define as fp32: W8A16 scales, KV scales and zeros
+FP32_OPERANDS = {
+    "Vastai::QuantizedLinearPerChannel": (2,),
+    "Vastai::QuantizeKV": (1, 2),
+    "Vastai::DequantizeKV": (1, 2),
+}
+
+
+@register
+@dataclass(frozen=True)
+class CastFloat(Pass):
+    """Run the model in another float type: weights, activations, float KV buffers and logits.
+
+    Weights are cast as they are written, by rounding to nearest even. Put it after w8a16, whose codes come from the
+    unrounded weights. Before: ``float[B,S,64] x``; after: ``float16[B,S,64] x``.
+    """
+
+    name: ClassVar[str] = "cast-float"
+    kind: ClassVar[Kind] = Kind.LOSSY
+
+    to: str = option("float16", "float16, bfloat16 or float")
+
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Retype constants and inputs, then infer again; raises CheckError when an operator refuses the type."""
+        if self.to not in TYPES:
+            raise UserError(f"cannot cast to {self.to!r}", did_you_mean(self.to, TYPES))
+        to = TYPES[self.to]
+        kept = self._fp32(graph)
+        with rw.applying():
+            weights = 0
+            for value in graph.constants():
+                if value.const is not None and value.type.dtype is DType.FLOAT and value not in kept:
+                    rw.set_const(value, _cast(value.const, to))
+                    weights += 1
+            for value in graph.inputs:
+                if value.type.dtype is DType.FLOAT:
+                    rw.set_type(value, TensorType(to, value.shape))
+            for node in graph.by_op("DequantizeKV", "Vastai"):
+                rw.set_attribute(node, "to", to.onnx)
+            if any(n.attributes.get("to") == DType.FLOAT.onnx for n in graph.by_op("Cast")):
+                raise CheckError("the graph casts to float inside; put cast-float after the recognizers")
+            rw.infer_again()
+        return Outcome(f"{weights} weights and all activations {self.to}")
+
+    def _fp32(self, graph: Graph) -> set[Value]:
+        kept: set[Value] = set()
+        for node in graph.nodes():
+            kept.update(v for i in FP32_OPERANDS.get(node.op, ()) if (v := node.inputs[i]) is not None)
+        return kept
+
+
+def _cast(expr: TensorExpr, to: DType) -> TensorExpr:
+    if isinstance(expr, PerRank):
+        return PerRank(tuple(_cast(part, to) for part in expr.parts))
+    return Casted(expr, to.value)
