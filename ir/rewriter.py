@@ -76,6 +76,15 @@ class Rewriter:
         finally:
             self._journal, self._sources = None, ()
 
+    @contextmanager
+    def on_behalf_of(self, *sources: Node) -> Iterator[None]:
+        """Within an application, let new nodes inherit the provenance of these nodes only."""
+        before, self._sources = self._sources, sources
+        try:
+            yield
+        finally:
+            self._sources = before
+
     def take_changed(self) -> list[Node]:
         """Nodes that were made or rewired since the last call and are still in the graph."""
         nodes = [n for n in self._changed if n in self.graph]

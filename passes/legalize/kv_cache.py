@@ -51,7 +51,7 @@ class KvCache(Pass):
         why = why_not_causal_padding(graph, [layer.attention for layer in layers])
         if why:
             raise CheckError(why)
-        with rw.applying([layer.attention for layer in layers]):
+        with rw.applying([layers[0].attention]):
             self._rewrite(graph, rw, layers)
         remarks = [Remark("passed", self.name, "reads a fixed KV buffer", where(n)) for n in graph.by_op("Attention")]
         return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {self.context} tokens", remarks)
@@ -71,7 +71,8 @@ class KvCache(Pass):
             keys, values = self._append(rw, layer.key, pos), self._append(rw, layer.value, pos)
             attributes = {**layer.attention.attributes, "is_causal": 1}
             query = layer.attention.inputs[0]
-            new = rw.op.Attention(query, keys, values, None, None, None, end, **attributes)
+            with rw.on_behalf_of(layer.attention):
+                new = rw.op.Attention(query, keys, values, None, None, None, end, **attributes)
             rw.replace(layer.attention.output, new)
         for layer in layers:
             rw.erase_dead(layer.key, layer.value)
@@ -89,7 +90,8 @@ class KvCache(Pass):
         assert past.shape is not None
         batch, heads, _, depth = past.shape
         rw.set_type(past, TensorType(past.type.dtype, (batch, heads, self.context, depth)))
-        written = rw.op.TensorScatter(past, new, pos, axis=2, mode="linear")
+        with rw.on_behalf_of(concat):
+            written = rw.op.TensorScatter(past, new, pos, axis=2, mode="linear")
         for name in rw.graph.output_names(concat.output):
             rw.set_output(name, written)
         return written

@@ -53,10 +53,11 @@ class Kv8(Pass):
             raise CheckError("the graph has no KV buffers", "run kv-cache before kv8")
         stored = read_safetensors_header(Path(self.scales))
         outcome = Outcome(f"{len(writes)} KV buffers int8, new tokens {self.new_tokens}")
-        with rw.applying(writes):
+        with rw.applying():
             for write in writes:
                 outcome.remarks.append(Remark("passed", self.name, "int8", where(write)))
-                self._rewrite(graph, rw, write, stored)
+                with rw.on_behalf_of(write):
+                    self._rewrite(graph, rw, write, stored)
             rw.infer_again()
         return outcome
 

@@ -33,7 +33,7 @@ class ExpandRanks(Pass):
         if ranks == 1:
             raise CheckError("the graph is not split over ranks", "run split-tp before expand-ranks")
         before = len(graph)
-        with rw.applying(graph.nodes()):
+        with rw.applying():
             self._expand(graph, rw, ranks)
         return Outcome(f"{ranks} ranks in one graph, {before} nodes to {len(graph)}")
 

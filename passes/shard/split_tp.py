@@ -51,8 +51,8 @@ class _Split:
             split = columns_per_rank(linear.rows, columns)
             flip = linear.rows is not linear.weight.const
             self.set(linear.weight, ("columns", columns), _flip(split) if flip else split)
-        with_ranks = {"ranks": self.tp}
-        self.rw.insert_after(linear.node.output, lambda v: self.rw.vastai.AllReduce(v, **with_ranks))
+        with self.rw.on_behalf_of(linear.node):
+            self.rw.insert_after(linear.node.output, lambda v: self.rw.vastai.AllReduce(v, ranks=self.tp))
 
 
 def _flip(expr: PerRank) -> PerRank:
@@ -98,7 +98,7 @@ class SplitTp(Pass):
         remarks = [
             Remark("analysis", self.name, str(plan), f"{q} query, {kv} KV heads") for (q, kv), plan in plans.items()
         ]
-        with rw.applying([b.node for b in blocks]):
+        with rw.applying():
             rw.set_ranks(self.tp)
             split = _Split(rw, self.tp)
             for block in blocks:
@@ -143,7 +143,8 @@ class SplitTp(Pass):
             size = head.out_features
             shares = even_shares(size, self.tp, VOCABULARY_MULTIPLE)
             split.outputs(head, shares)
-            rw.insert_after(head.node.output, lambda v: self._gather_logits(rw, v, size, len(shares[0])))
+            with rw.on_behalf_of(head.node):
+                rw.insert_after(head.node.output, lambda v: self._gather_logits(rw, v, size, len(shares[0])))
             remarks.append(Remark("passed", self.name, f"{len(shares[0])} rows of logits a rank", where(head.node)))
         for node in graph.by_op("Gather"):
             table, ids = node.inputs[:2]
@@ -156,9 +157,10 @@ class SplitTp(Pass):
             width = len(shares[0])
             firsts = PerRank(tuple(Literal(np.array(r * width, np.int64)) for r in range(self.tp)))
             rank_first = rw.const(firsts, f"{table.name}.first")
-            part = rw.vastai.EmbeddingShard(table, ids, rank_first)
             remarks.append(Remark("passed", self.name, f"{width} rows of the embedding a rank", where(node)))
-            rw.replace(node.output, rw.vastai.AllReduce(part, ranks=self.tp))
+            with rw.on_behalf_of(node):
+                part = rw.vastai.EmbeddingShard(table, ids, rank_first)
+                rw.replace(node.output, rw.vastai.AllReduce(part, ranks=self.tp))
         return remarks
 
     def _gather_logits(self, rw: Rewriter, part: Value, size: int, share: int) -> Value:

@@ -1,0 +1,137 @@
+"""Read an .onnx file as a graph whose weights stay in their files."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from pathlib import Path, PurePosixPath
+
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from vacc_opt.ir.errors import UserError, did_you_mean
+from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.onnx_proto import from_onnx
+from vacc_opt.ir.ops import DOMAIN
+from vacc_opt.ir.tensor import Source, TensorExpr
+from vacc_opt.ir.types import DType
+
+MIN_OPSET = 18  # the oldest whose operators our passes know; older models are raised to it
+_INLINE_BYTES = 4096  # initializers up to this size become values
+
+
+def load_onnx(path: str | os.PathLike[str]) -> Graph:
+    """The graph of an .onnx file; external data and large initializers become file references and are not read.
+
+    Functions of other domains than ``Vastai`` are inlined, opsets below 18 raised. Raises UserError for a missing,
+    damaged or truncated file, and for external data that is missing, too short, or outside the model's directory.
+    """
+    file = _existing(Path(path))
+    model = _parse(file)
+    constants = _constants(model, file)
+    for tensor in [t for t in model.graph.initializer if t.name in constants]:
+        model.graph.initializer.remove(tensor)
+    declared = {info.name for info in model.graph.input}
+    for name, expr in constants.items():
+        if name not in declared:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, expr.dtype.onnx, expr.shape))
+    return from_onnx(_raise_opset(_inline(model), file), constants)
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path.resolve()
+    if path.is_dir():
+        models = sorted(p.name for p in path.glob("*.onnx"))
+        hint = did_you_mean("model.onnx", models) if models else None
+        raise UserError(f"{path}: a directory, not an .onnx file", hint)
+    beside = sorted(p.name for p in path.parent.glob("*.onnx"))
+    hint = did_you_mean(path.name, beside) if beside else f"no .onnx file in {path.parent}"
+    raise UserError(f"{path}: no such file", hint)
+
+
+def _parse(file: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{file}: not an ONNX model, or truncated", "write or download the file again") from error
+    if not model.graph.node and not model.graph.output:
+        raise UserError(f"{file}: holds no ONNX graph", "write or download the file again")
+    if model.graph.sparse_initializer:
+        raise UserError(f"{file}: sparse initializers are not supported", "store the weights dense")
+    return model
+
+
+def _constants(model: onnx.ModelProto, file: Path) -> dict[str, TensorExpr]:
+    """A file reference for each external and each large initializer; the small ones stay in the model."""
+    found: dict[str, TensorExpr] = {}
+    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                found[tensor.name] = _external(tensor, file)
+            elif len(tensor.raw_data) > _INLINE_BYTES:
+                # equal bytes are an equal weight, so the first place that holds them is as good as the tensor's own
+                found[tensor.name] = Source(str(file), content.find(tensor.raw_data), *_type(tensor, file))
+    return found
+
+
+def _type(tensor: onnx.TensorProto, file: Path) -> tuple[str, tuple[int, ...]]:
+    try:
+        return DType.from_onnx(tensor.data_type).value, tuple(tensor.dims)
+    except KeyError:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise UserError(f"{file}: weight {tensor.name} has the unsupported type {name}") from None
+
+
+def _external(tensor: onnx.TensorProto, file: Path) -> Source:
+    entry = {e.key: e.value for e in tensor.external_data}
+    location = PurePosixPath(entry.get("location", ""))
+    data = (file.parent / location).resolve()
+    if location.is_absolute() or ".." in location.parts or not data.is_relative_to(file.parent):
+        raise UserError(
+            f"{file}: weight {tensor.name} lies at `{location}`, outside the model's directory",
+            "external data is read from beside the model only",
+        )
+    if not data.is_file():
+        raise UserError(f"{file}: external data file {location} is missing", "copy it beside the model")
+    dtype, dims = _type(tensor, file)
+    needed = math.prod(dims) * DType(dtype).itemsize
+    try:
+        offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
+    except ValueError:
+        raise UserError(f"{file}: weight {tensor.name} has a damaged external-data entry") from None
+    if length != needed or offset < 0:
+        raise UserError(f"{file}: weight {tensor.name} has {length} bytes, its shape needs {needed}")
+    size = data.stat().st_size
+    if offset + length > size:
+        raise UserError(
+            f"{data}: truncated: weight {tensor.name} ends at byte {offset + length}, the file has {size}",
+            "write or download the file again",
+        )
+    return Source(str(data), offset, dtype, dims)
+
+
+def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without local functions, except those that are the bodies of our own operators."""
+    if not model.functions:
+        return model
+    own = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN]
+    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, own, exclude=True)
+    return inlined
+
+
+def _raise_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    if opset >= MIN_OPSET:
+        return model
+    try:
+        raised: onnx.ModelProto = onnx.version_converter.convert_version(model, MIN_OPSET)
+    except Exception as error:  # the converter has no exception type of its own
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{file}: cannot be raised from opset {opset} to {MIN_OPSET}: {reason}", "export it at a newer opset"
+        ) from error
+    return raised

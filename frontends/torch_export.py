@@ -1,0 +1,222 @@
+"""Export a causal language model with fake parameters to an ONNX skeleton: one graph for both phases, no weights.
+
+Interface: ``input_ids [batch, seq]``, ``attention_mask [batch, past + seq]``, ``position_ids [batch, seq]`` (int64),
+``past_key_values.{i}.key|value [batch, Hkv, past, D]``; outputs ``logits [batch, seq, V]`` and
+``present.{i}.key|value [batch, Hkv, past + seq, D]``. The weights follow as graph inputs under their parameter names.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import DynamicCache
+
+from vacc_opt.frontends.origins import OriginReader
+from vacc_opt.ir.provenance import Origin
+
+OPSET = 23  # at 24 the exporter loses its rotary and RMSNormalization operators
+_TOTAL = "past_plus_seq"  # an identifier for torch; the graph says "past + seq"
+_STACKED = "stacked_past"
+_WRAPPED = "model."
+_BATCH, _SEQ, _PAST = 2, 4, 6  # example sizes; every one is symbolic in the result
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """An ONNX model whose weights are graph inputs, and where each value comes from."""
+
+    model: onnx.ModelProto
+    origins: dict[str, Origin]
+
+
+class _WithCache(nn.Module):  # type: ignore[misc,unused-ignore]
+    """The model with its cache as inputs and outputs; ``past`` is [2 * layers, batch, Hkv, past, D].
+
+    One stacked input has one size called past. Sixty inputs have sixty, and torch spends a minute proving them equal.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        cache = DynamicCache()
+        for layer in range(past.shape[0] // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        result = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (result.logits, *present)
+
+
+def interface_names(layers: int) -> tuple[list[str], list[str]]:
+    """Names of the inputs and of the outputs of a model with that many layers."""
+    cached = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in cached)]
+    return inputs, ["logits", *(f"present.{name}" for name in cached)]
+
+
+def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
+    """Export a transformers causal language model (``module.config`` gives layers, KV heads and head size)."""
+    config: Any = module.config
+    layers, kv_heads, head_dim = cache_shape(config)
+    with mode:
+        token_ids = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
+        mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
+        past = torch.zeros(2 * layers, _BATCH, kv_heads, _PAST, head_dim)
+    inputs, outputs = interface_names(layers)
+    tokens = {0: "batch", 1: "seq"}
+    dims = (tokens, {0: "batch", 1: _TOTAL}, tokens, {1: "batch", 3: "past"})
+    with _quiet():
+        program = torch.onnx.export(
+            _WithCache(module),
+            (token_ids, mask, token_ids.clone(), past),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[*inputs[:3], _STACKED],
+            output_names=outputs,
+            dynamic_shapes=dims,
+            optimize=False,
+            verbose=False,
+            external_data=False,
+        )
+    assert program is not None
+    origins = OriginReader(module, _WRAPPED).read(program.model.graph)
+    _unstack_cache(program.model.graph, inputs[3:])
+    _weights_to_inputs(program.model.graph, _canonical_names(module))
+    _resolve_cast_like(program.model.graph)
+    model = onnx_ir.to_proto(program.model)
+    _strip(model)
+    return Skeleton(model, origins)
+
+
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of a transformers config."""
+    heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+
+
+def _unstack_cache(graph: onnx_ir.Graph, names: list[str]) -> None:
+    """Turn ``Gather(stacked, i)`` into the graph input ``names[i]``, and sizes of the stack into sizes of the first."""
+    stacked = next(value for value in graph.inputs if value.name == _STACKED)
+    assert stacked.shape is not None
+    kind, shape = onnx_ir.TensorType(onnx_ir.DataType.FLOAT), stacked.shape[1:]
+    layers = [onnx_ir.Value(name=name, type=kind, shape=onnx_ir.Shape(shape)) for name in names]
+    for node, _ in list(stacked.uses()):
+        if node.op_type == "Gather" and node.inputs[1] is not None:
+            index = onnx_ir.convenience.get_const_tensor(node.inputs[1])
+            if index is None:
+                raise RuntimeError(f"{node.name} takes an unknown layer of the cache")
+            node.outputs[0].replace_all_uses_with(layers[int(index.numpy())])
+            graph.remove(node, safe=True)
+        elif node.op_type == "Shape" and node.attributes["start"].as_int() > 0:
+            node.replace_input_with(0, layers[0])
+            for bound in ("start", "end"):
+                node.attributes[bound] = onnx_ir.AttrInt64(bound, node.attributes[bound].as_int() - 1)
+        else:
+            raise RuntimeError(f"{node.name} ({node.op_type}) reads the whole cache at once")
+    graph.inputs.remove(stacked)
+    graph.inputs.extend(layers)
+
+
+def _canonical_names(module: nn.Module) -> dict[str, str]:
+    """Every parameter name to the first name of the same parameter, so that tied weights are one constant."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _weights_to_inputs(graph: onnx_ir.Graph, canonical: dict[str, str]) -> None:
+    """Parameters become graph inputs under their own names, buffers keep their values."""
+    seen: dict[str, onnx_ir.Value] = {}
+    for key, value in list(graph.initializers.items()):
+        raw = getattr(value.const_value, "raw", None)
+        name = canonical.get(key.removeprefix(_WRAPPED))
+        if isinstance(raw, FakeTensor) and name is None:
+            raise RuntimeError(f"the exporter made a weight called {key} that the module does not have")
+        if name is None:
+            if isinstance(raw, torch.Tensor):
+                value.const_value = onnx_ir.tensor(raw.detach().cpu().numpy(), name=key)
+            continue
+        del graph.initializers[key]
+        if name in seen:
+            value.replace_all_uses_with(seen[name])
+            continue
+        value.const_value = None
+        value.name = name
+        seen[name] = value
+        graph.inputs.append(value)
+
+
+def _resolve_cast_like(graph: onnx_ir.Graph) -> None:
+    """CastLike(x, y) is Cast(x) to y's type, which then folds where x is constant."""
+    for node in list(graph):
+        if node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
+            cast = onnx_ir.Node(
+                "",
+                "Cast",
+                [node.inputs[0]],
+                [onnx_ir.AttrInt64("to", int(node.inputs[1].dtype))],
+                outputs=list(_detached_outputs(node)),
+                name=node.name,
+            )
+            graph.insert_before(node, cast)
+            _take_over(graph, node, cast)
+
+
+def _detached_outputs(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
+    for output in node.outputs:
+        yield onnx_ir.Value(name=output.name, type=onnx_ir.TensorType(node.inputs[1].dtype), shape=output.shape)
+
+
+def _take_over(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
+    for before, after in zip(old.outputs, new.outputs, strict=True):
+        before.replace_all_uses_with(after)
+    graph.remove(old, safe=True)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop metadata that would carry machine paths, and write the size of the mask as ``past + seq``."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    graph = model.graph
+    del graph.metadata_props[:]
+    graph.doc_string = ""
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        del info.metadata_props[:]
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = dim.dim_param.replace(_TOTAL, "past + seq")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that torch logs or warns about during an export concerns our user."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,271 @@
+"""The compile configuration: the upstream YAML schema (every key of it), checked, with file and line in each message.
+
+Ours are ``frontend.quantize.kv_scales`` and ``backend.target``; keys that steer only the closed compiler are accepted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from vacc_opt.frontends.config_errors import Locations, describe_error
+from vacc_opt.ir.errors import UserError
+
+QuantizeType = Literal["w8a16", "w8a16_gptq", "w16kv8", "w8kv8", "w8kv8_gptq"]
+BLOCK = 16  # upstream: every sequence length is a multiple of this
+
+
+def _multiple_of_block(length: int) -> int:
+    if length <= 0 or length % BLOCK:
+        below = length // BLOCK * BLOCK
+        nearest = f"{below} or {below + BLOCK}" if below > 0 else f"{BLOCK}"
+        raise ValueError(f"{length} is not a positive multiple of {BLOCK}; the nearest is {nearest}")
+    return length
+
+
+Length = Annotated[int, AfterValidator(_multiple_of_block)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Shape(_Section):
+    """``input_ids: [[prefill length], [decode context]]``, multiples of 16; ``[[512], []]`` has no decode phase."""
+
+    input_ids: list[Annotated[list[Length], Field(max_length=1)]] = Field(min_length=1, max_length=2)
+
+    @model_validator(mode="after")
+    def _context_holds_prefill(self) -> Shape:
+        if not self.input_ids[0]:
+            raise ValueError("input_ids needs a prefill length")
+        if self.context is not None and self.context < self.prefill:
+            raise ValueError(f"the decode context {self.context} is shorter than the prefill length {self.prefill}")
+        return self
+
+    @property
+    def prefill(self) -> int:
+        """Tokens of one prefill call."""
+        return self.input_ids[0][0]
+
+    @property
+    def context(self) -> int | None:
+        """Total length that decode reaches; None for a model without a decode phase."""
+        return self.input_ids[1][0] if len(self.input_ids) == 2 and self.input_ids[1] else None
+
+
+class ModelKwargs(_Section):
+    """How the model is laid out over the ranks."""
+
+    tp: int = Field(1, ge=1, le=1024)
+    b2s: bool = True
+    model_arch: str = "vacc"
+    align_qkv: bool = False
+    enable_kv_share: bool = False
+    build_visual: bool = False
+
+
+class CalibArgs(_Section):
+    """Options of the weight quantizer."""
+
+    true_sequential: bool = False
+
+
+class Quantize(_Section):
+    """Quantization of weights (``w8``) and of the KV cache (``kv8``)."""
+
+    type: QuantizeType
+    device: str = "cpu"
+    calib_args: CalibArgs = CalibArgs()
+    kv_scales: str | None = None
+
+    @property
+    def weights(self) -> bool:
+        """Weights become int8."""
+        return self.type.startswith("w8")
+
+    @property
+    def cache(self) -> bool:
+        """The KV cache becomes int8."""
+        return "kv8" in self.type
+
+    @property
+    def gptq(self) -> bool:
+        """Codes come from GPTQ and not from rounding to nearest."""
+        return self.type.endswith("_gptq")
+
+
+class Frontend(_Section):
+    """Where the model comes from."""
+
+    checkpoint: str
+    type: Literal["huggingface", "onnx"] = "huggingface"
+    attention: Literal["eager", "sdpa"] = "eager"
+    shape: Shape
+    model_kwargs: ModelKwargs = ModelKwargs()
+    quantize: Quantize | None = None
+
+
+class BackendCompile(_Section):
+    """Switches of the closed backend; read and not used."""
+
+    data_type: int = 0
+    gather_data_vccl_dsp_enable: bool = False
+    attention_split_num: int | None = None
+    ffn_split_num: int | None = None
+    stream_mode: int | bool | None = None
+    cluster_mode: int | None = None
+    output_layout: list[str] | dict[str, str] | str | None = None
+    data_transport_mode: int | None = None
+    llm_build: bool | int | None = None
+    fullatt_block_indexes: list[int] | None = None
+
+
+class BackendQuantize(_Section):
+    """Activation calibration of encoder models; read and not used."""
+
+    calibrate_mode: Literal["max", "percentile", "kl_divergence", "mse"] = "max"
+    quantize_per_channel: bool = False
+    overflow_adaptive: bool | int = False
+    calibrate_range: float | int | list[float] | None = None
+    calibrate_chunk_by: int | None = None
+    skip_conv_layers: list[int] | None = None
+    weight_scale: str | None = None
+
+
+class Backend(_Section):
+    """What is produced, and for which machine."""
+
+    type: Literal["tvm_vacc"] = "tvm_vacc"
+    dtype: Literal["fp16", "int8", "fp32"] = "fp16"
+    target: str = "vacc-reference"
+    merge_params: bool = True
+    remove_params: bool = False
+    compile: BackendCompile = BackendCompile()
+    quantize: BackendQuantize | None = None
+
+
+class Sampler(_Section):
+    """Which files of a data set are taken."""
+
+    suffix: str | None = None
+    get_data_num: int | None = Field(None, ge=1)
+
+
+class Dataset(_Section):
+    """Calibration text: ``nsamples`` sequences of ``seqlen`` tokens."""
+
+    type: Literal["huggingface"] = "huggingface"
+    name: Literal["alpaca", "c4", "ceval"] = "alpaca"
+    path: str
+    nsamples: int = Field(128, ge=1)
+    seqlen: int = Field(512, ge=1)
+    sampler: Sampler | None = None
+
+
+class PyEnv(_Section):
+    """Versions that upstream installs for one model; read and not used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    transformers: str | float | None = None
+    huggingface_hub: str | float | None = Field(None, alias="huggingface-hub")
+
+
+class Workspace(_Section):
+    """Where the artifact goes: ``path/name``."""
+
+    path: str = "./vacc_deploy"
+    workers: int = Field(1, ge=1)
+    pyenv: PyEnv | None = None
+    env_recheck: bool = False
+
+
+class CompileConfig(_Section):
+    """One model to compile."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    frontend: Frontend
+    backend: Backend = Backend()
+    dataset: Dataset | None = None
+    workspace: Workspace = Workspace()
+
+    @property
+    def output(self) -> Path:
+        """Directory of the artifact."""
+        return Path(self.workspace.path) / self.name
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CompileConfig:
+    """Read and check a YAML file; ``overrides`` are ``dotted.key=value`` with a YAML value.
+
+    Raises UserError with ``file:line``, the dotted key, what is wrong, and the nearest valid choice.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such configuration file", "give the path of a .yaml file")
+    data, locations = _read(file)
+    for override in overrides:
+        _apply(data, override, locations)
+    try:
+        return CompileConfig.model_validate(data)
+    except ValidationError as error:
+        raise describe_error(error, CompileConfig, locations) from error
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Locations]:
+    try:
+        tree = YAML(typ="rt").load(file.read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark is not None else str(file)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation and the quotes") from error
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{file}: not a configuration: the top level is not a mapping", "it begins with `name: ...`")
+    lines: dict[tuple[str | int, ...], int] = {}
+    return _plain(tree, (), lines), Locations(str(file), lines)
+
+
+def _plain(node: Any, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> Any:
+    """Plain Python values; the line of every key and list entry goes to ``lines``."""
+    position = getattr(node, "lc", None)
+    if isinstance(node, Mapping):
+        for key in node:
+            lines[(*path, str(key))] = position.key(key)[0] + 1 if position is not None else 0
+        return {str(key): _plain(value, (*path, str(key)), lines) for key, value in node.items()}
+    if isinstance(node, list):
+        for i in range(len(node)):
+            lines[(*path, i)] = position.item(i)[0] + 1 if position is not None else 0
+        return [_plain(value, (*path, i), lines) for i, value in enumerate(node)]
+    for kind in (bool, int, float, str):  # ruamel's scalars are subclasses that remember their spelling
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _apply(data: dict[str, Any], override: str, locations: Locations) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"-D {override}: not of the form `dotted.key=value`", "as in `frontend.model_kwargs.tp=2`")
+    try:
+        value = _plain(YAML(typ="rt").load(text), (), {})
+    except YAMLError as error:
+        raise UserError(f"-D {override}: the value is not valid YAML", "quote it") from error
+    section = data
+    for depth, part in enumerate(parts[:-1]):
+        inner = section.setdefault(part, {})
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"-D {override}: {'.'.join(parts[: depth + 1])} is not a section")
+        section = inner
+    section[parts[-1]] = value
+    locations.overridden[tuple(parts)] = override
