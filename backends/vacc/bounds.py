@@ -1,0 +1,147 @@
+"""Lower bounds: cycles that no schedule of the same work goes below on the target, a resource at a time.
+
+compute   a product M x N x K takes ceil(K / rows) * ceil(N / columns) passes, each of M rows or of one weight load,
+          shared by all cores; products that are not one matrix product (attention) count their MACs at the peak rate
+DDR       every element that a kernel touches crosses the port once (compulsory traffic), at the derated bandwidth
+vector    lane operations over all lanes
+link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, (N-1) T to gather
+latency   issue and DDR latency of the first load, before which nothing can start
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vacc_opt.backends.vacc.binding import Lanes
+from vacc_opt.backends.vacc.expand import Step, work
+from vacc_opt.backends.vacc.ops import Work
+from vacc_opt.backends.vacc.regions import Region, union_volume
+from vacc_opt.backends.vacc.schedule import Call, Kernel, Program, itemsize
+from vacc_opt.backends.vacc.target import Links, Target
+from vacc_opt.backends.vacc.timing import Bound
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The one matrix product of a kernel: A [m, k] x B [n, k]^T, from the types of its tiles."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    weight_itemsize: int
+
+
+def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
+    """The bound of one run of `kernel` on a die, from its unrolled `lanes`; `product` if it is one matrix product."""
+    steps = [(engine, step) for (_, engine), events in lanes.items() for step in events if isinstance(step, Step)]
+    costs = [(engine, step, work(kernel, step)) for engine, step in steps]
+    rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
+    lane_ops = sum(cost.lane_ops for engine, _, cost in costs if engine == "vector")
+    loads = any(engine == "dma_in" for engine, _ in steps)
+    return Bound(
+        compute=_compute([cost for engine, _, cost in costs if engine == "matrix"], product, target),
+        vector=math.ceil(lane_ops / (target.core.vector.lanes * target.die.cores)),
+        ddr=math.ceil(compulsory_bytes(kernel, [step for _, step in steps]) / rate),
+        link=_link([(step.op.kind, cost.link_bytes) for _, step, cost in costs if cost.link_bytes], ranks, links),
+        latency=target.core.dma.issue + target.die.ddr.latency if loads else 0,
+    )
+
+
+def _compute(costs: Sequence[Work], product: Product | None, target: Target) -> int:
+    if not costs:
+        return 0
+    matrix = target.core.matrix
+    if product:
+        p = product
+        cycles = matrix.cycles(p.m, p.n, p.k, p.dtype, p.weight_itemsize)
+        return math.ceil(cycles / target.die.cores) + matrix.fill
+    ideal = sum(cost.macs / matrix.macs_per_cycle[cost.dtype] for cost in costs)
+    return math.ceil(ideal / target.die.cores) + matrix.fill
+
+
+def compulsory_bytes(kernel: Kernel, steps: Sequence[Step]) -> int:
+    """DDR bytes if every element that the steps read and every element that they write moves once.
+
+    A gathered row counts as often as it is asked for: which rows are equal is not known.
+    """
+    reads: dict[str, set[Region]] = {}
+    writes: dict[str, set[Region]] = {}
+    total = 0
+    for step in steps:
+        gathers = step.op.kind == "gather"
+        if gathers:
+            total += work(kernel, step).bytes
+        for boxes, sets in ((step.ins[1:] if gathers else step.ins, reads), (step.outs, writes)):
+            for box in boxes:
+                if box.ref in kernel.param:
+                    sets.setdefault(box.ref, set()).add((box.start, box.stop))
+    for sets in (reads, writes):
+        for name, regions in sets.items():
+            total += union_volume(regions) * itemsize(kernel.param[name].dtype)
+    return total
+
+
+def work_bytes(kernel: Kernel, step: Step) -> int:
+    """DDR bytes that one step moves: those of its transfer, the indices of a gather, the operands of a collective."""
+    extra = (*step.ins, *step.outs) if step.primitive.collective else step.ins[1:]
+    boxes = [box for box in extra if box.ref in kernel.param]
+    return work(kernel, step).bytes + sum(
+        math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes
+    )
+
+
+def link_cost(kind: str, size: int, ranks: int, links: Links | None) -> tuple[int, int]:
+    """(cycles that a die's links are busy, cycles of hops) of a collective on `size` bytes a rank.
+
+    The cheaper of two. Ring: 2(N-1) steps of size/N bytes to reduce, N-1 steps of `size` to gather. Direct exchange:
+    every die sends its bytes to every other one the shorter way round, floor(N*N/4) hops in total for each die, and
+    sums what it receives in the order of the ranks. Two link engines use both directions of the ring.
+    """
+    if ranks == 1 or links is None:
+        return 0, 0
+    ways = min(links.engines, 2) * links.bytes_per_cycle
+    steps, part = (2 * (ranks - 1), size / ranks) if kind == "all_reduce" else (ranks - 1, float(size))
+    ring = math.ceil(steps * part / ways), steps * links.hop_latency
+    direct = math.ceil((ranks * ranks // 4) * size / ways), (ranks // 2) * links.hop_latency
+    return min(ring, direct, key=sum)
+
+
+def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> int:
+    """Cycles below which no collectives (kind, bytes a rank) go: bytes out of a die, and the hop of the last one."""
+    if not costs or ranks == 1 or links is None:
+        return 0
+    moved = sum(2 * (ranks - 1) / ranks * size if kind == "all_reduce" else (ranks - 1) * size for kind, size in costs)
+    return math.floor(moved / (min(links.engines, 2) * links.bytes_per_cycle)) + links.hop_latency
+
+
+def program_bound(program: Program, bounds: Sequence[Bound]) -> Bound:
+    """The bound of a program from those of its calls, in order; it holds even if calls overlap."""
+    return Bound(
+        compute=sum(one.compute for one in bounds),
+        vector=sum(one.vector for one in bounds),
+        ddr=sum(one.ddr for one in bounds),
+        link=sum(one.link for one in bounds),
+        latency=_longest_wait(program, [one.latency for one in bounds]),
+        chained=True,
+    )
+
+
+def _longest_wait(program: Program, latencies: Sequence[int]) -> int:
+    """Largest sum of latencies along calls of which each reads what the one before wrote."""
+    ready: dict[str, int] = {}
+    longest = 0
+    for call, latency in zip(program.calls, latencies, strict=True):
+        reads, writes = _tensors(program, call, ("in", "inout")), _tensors(program, call, ("out", "inout"))
+        end = latency + max((ready.get(name, 0) for name in reads), default=0)
+        for name in writes:
+            ready[name] = max(ready.get(name, 0), end)
+        longest = max(longest, end)
+    return longest
+
+
+def _tensors(program: Program, call: Call, modes: Sequence[str]) -> list[str]:
+    params: Mapping[str, str] = {one.name: one.mode for one in program.kernel[call.kernel].params}
+    return [one.tensor for one in call.arguments if params[one.name] in modes]

@@ -1,0 +1,206 @@
+"""Causal grouped-query attention over a KV cache: online softmax, the query heads of a group stacked.
+
+Query row i of this call is at position `pos + i` and sees cache positions up to it; blocks behind the diagonal are not
+visited. An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
+
+    q . k = (q * ks) . qk + q . kz            p . v = (p . qv) * vs + sum(p) * vz
+
+so the K scale multiplies Q once, the V scale and zero are applied once to the sum over the int8 blocks. `q . kz` is one
+number a query: the softmax cancels it, unless float keys of the current call (`new`) follow as blocks of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
+from vacc_opt.backends.vacc.schedule import Affine, Index, Kernel, Param, affine, itemsize
+from vacc_opt.backends.vacc.target import Target
+from vacc_opt.ir.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Scales and zeros of an int8 cache, each [Hkv, 1, D] f32; the zero of K matters beside float keys only."""
+
+    k_scale: Param
+    k_zero: Param | None
+    v_scale: Param
+    v_zero: Param
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """Q, Y [Hkv, G, S, D]; K, V [Hkv, C, D]; int8 caches have `quantization`, `new` are float [Hkv, S, D]."""
+
+    q: Param
+    k: Param
+    v: Param
+    y: Param
+    quantization: Quantization | None = None
+    new: tuple[Param, Param] | None = None
+
+
+def attention(params: AttentionParams, scale: float, target: Target) -> Kernel:
+    """Build the kernel for the runtime scalar `pos`; `scale` multiplies the scores."""
+    return _Attention(params, scale, target).build()
+
+
+def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
+    """Query rows and cache rows of a tile that fit SRAM: queries shared out to the cores, then long cache blocks."""
+    heads, group, length, width = p.q.shape
+    query = min(length, 64) if heads >= target.die.cores else min(64, -(-length // target.die.cores))
+    while query:
+        block = min(512, p.k.shape[1])
+        while block:
+            rows = group * query
+            cache = 4 * block * width * (itemsize(p.k.dtype) + (itemsize(p.new[0].dtype) if p.new else 0))
+            scores = 2 * rows * block * (4 + itemsize(p.q.dtype))
+            if (
+                cache + scores + rows * width * (6 * itemsize(p.q.dtype) + 16) + 16 * width + 4096
+                <= target.core.sram.bytes
+            ):
+                return query, block
+            block //= 2
+        query //= 2
+    raise UserError(f"no tile of an attention with {group} heads a group of {width} channels fits SRAM")
+
+
+class _Attention:
+    """Declares the buffers, then writes one tree after the other over the same loops."""
+
+    def __init__(self, params: AttentionParams, scale: float, target: Target) -> None:
+        self.params, self.scale = params, scale
+        heads, group, length, width = params.q.shape
+        self.heads, self.length = heads, length
+        self.tile, self.block = _tiles(params, target)
+        by_head = heads >= target.die.cores
+        self.parallel = by_head, not by_head
+        q = params.quantization
+        b = self.b = KernelBuilder("attention_i8" if q else "attention")
+        self.q, self.k, self.v, self.y = (b.param(one) for one in (params.q, params.k, params.v, params.y))
+        tables = [q.k_scale, q.v_scale, q.v_zero] if q else []
+        if q and q.k_zero and params.new:
+            tables.append(q.k_zero)
+        self.tables = [b.param(one) for one in tables]
+        self.new = [b.param(one) for one in params.new] if params.new else []
+        self.pos = b.scalar("pos")
+        rows = (1, group, self.tile)
+        # the float queries go to the array when a block has float keys, to the vector engine to be scaled otherwise
+        readers = (("matrix",) if not q or self.new else ()) + (("vector",) if q else ())
+        self.rq = b.ring("q", params.q.dtype, (*rows, width), "dma_in", readers)
+        self.rk = b.ring("k", params.k.dtype, (1, self.block, width), "dma_in", "matrix")
+        self.rv = b.ring("v", params.v.dtype, (1, self.block, width), "dma_in", "matrix")
+        self.rnew = [b.ring(f"{p.name.lower()}", p.dtype, (1, self.block, width), "dma_in", "matrix") for p in self.new]
+        self.rtables = [b.ring(p.name.lower(), p.dtype, (1, 1, width), "dma_in", "vector") for p in self.tables]
+        self.rqs = b.ring("qs", params.q.dtype, (*rows, width), "vector", "matrix") if q else self.rq
+        self.rs = b.ring("s", "f32", (*rows, self.block), "matrix", "vector")
+        self.rp = b.ring("p", params.q.dtype, (*rows, self.block), "vector", "matrix")
+        self.ro = b.ring("o", "f32", (*rows, width), "matrix", "vector")
+        self.ry = b.ring("y", params.y.dtype, (*rows, width), "vector", "dma_out")
+        self.total = b.scratch("total", "f32", (*rows, width), "vector")
+        self.maximum, self.sum, self.factor = (
+            b.scratch(n, "f32", (*rows, 1), "vector") for n in ("max", "sum", "factor")
+        )
+        self.offset = b.scratch("offset", "f32", (*rows, 1), "vector") if len(tables) == 4 else None
+        self.zeros = b.scratch("zeros", "f32", (*rows, width), "vector") if q else None
+
+    def build(self) -> Kernel:
+        """All trees."""
+        writers = {"dma_in": self._load, "matrix": self._matrix, "vector": self._vector, "dma_out": self._store}
+        by_head, by_row = self.parallel
+        for engine, write in writers.items():
+            with self.b.engine(engine), self.b.loop("h", 0, self.heads, 1, parallel=by_head) as h:  # noqa: SIM117
+                with self.b.loop("m", 0, self.length, self.tile, parallel=by_row) as m:
+                    write(h, m)
+        return self.b.build()
+
+    def _old_stop(self, m: LoopVar) -> Affine:
+        """Cache rows to visit: those before this call, and its own too when they are not given apart."""
+        return self.pos if self.new else self.pos + m.stop
+
+    def _load(self, h: LoopVar, m: LoopVar) -> None:
+        b = self.b
+        with b.fill(self.rq):
+            b.op("load", self.rq[h, :, m, :], self.q[h, :, m, :])
+        for ring, table in zip(self.rtables, self.tables, strict=True):
+            with b.fill(ring):
+                b.op("load", ring[h, :, :], table[h, :, :])
+        self._load_blocks("j", self._old_stop(m), h, (self.rk, self.rv), (self.k, self.v))
+        if self.new:
+            self._load_blocks("i", m.stop, h, self.rnew, self.new)
+
+    def _load_blocks(
+        self,
+        var: str,
+        stop: Index,
+        h: LoopVar,
+        rings: tuple[Handle, ...] | list[Handle],
+        params: tuple[Handle, ...] | list[Handle],
+    ) -> None:
+        with self.b.loop(var, 0, stop, self.block) as j:
+            for ring, param in zip(rings, params, strict=True):
+                with self.b.fill(ring):
+                    self.b.op("load", ring[h, j, :], param[h, j, :])
+
+    def _matrix(self, h: LoopVar, m: LoopVar) -> None:
+        with self.b.use(self.rqs):
+            self._products("j", self._old_stop(m), m, self.rqs, self.rk, self.rv)
+        if self.new:
+            with self.b.use(self.rq):
+                self._products("i", m.stop, m, self.rq, *self.rnew)
+
+    def _products(self, var: str, stop: Index, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
+        b = self.b
+        with b.loop(var, 0, stop, self.block) as j:
+            with b.use(keys), b.fill(self.rs):
+                b.op("mma", self.rs[:, :, m, j], query[:, :, m, :], keys[:, j, :], first=0)
+            with b.use(self.rp, values), b.fill(self.ro):
+                b.op("mma_nn", self.ro[:, :, m, :], self.rp[:, :, m, j], values[:, j, :], first=0)
+
+    def _vector(self, h: LoopVar, m: LoopVar) -> None:
+        b = self.b
+        b.op("constant", self.maximum[:, :, m, :], value=float("-inf"))
+        b.op("constant", self.sum[:, :, m, :], value=0.0)
+        b.op("constant", self.total[:, :, m, :], value=0.0)
+        if not self.rtables:
+            self._softmax("j", self._old_stop(m), m, self.pos + m.start, False)
+        else:
+            with b.use(*self.rtables):
+                self._quantized(m)
+        if self.new:
+            self._softmax("i", m.stop, m, m.start, False)
+        with b.fill(self.ry):
+            b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
+
+    def _quantized(self, m: LoopVar) -> None:
+        """The int8 blocks, with K scale and zero folded into the queries, V scale and zero into the output."""
+        b = self.b
+        k_scale, v_scale, v_zero, *k_zero = (ring[...] for ring in self.rtables)
+        with b.use(self.rq), b.fill(self.rqs):
+            b.op("mul", self.rqs[:, :, m, :], self.rq[:, :, m, :], k_scale)
+            if self.offset:
+                b.op("row_dot", self.offset[:, :, m, :], self.rq[:, :, m, :], *k_zero)
+        self._softmax("j", self._old_stop(m), m, self.pos + m.start, True)
+        assert self.zeros
+        total, zeros = self.total[:, :, m, :], self.zeros[:, :, m, :]
+        b.op("mul", zeros, self.sum[:, :, m, :], v_zero)
+        b.op("mul_add", total, total, v_scale, zeros)
+
+    def _softmax(self, var: str, stop: Index, m: LoopVar, first: Affine, quantized: bool) -> None:
+        """Consume scores block by block; `first` is the position of the first query row in the keys of this loop."""
+        b = self.b
+        state = self.maximum[:, :, m, :], self.sum[:, :, m, :], self.factor[:, :, m, :]
+        addend = (self.offset[:, :, m, :],) if quantized and self.offset else ()
+        with b.loop(var, 0, stop, self.block) as j:
+            with b.use(self.rs), b.fill(self.rp):
+                outs = (self.rp[:, :, m, j], *state)
+                scores = self.rs[:, :, m, j]
+                b.op("softmax_step", outs, scores, *addend, diagonal=first - affine(var), scale=self.scale)
+            with b.use(self.ro):
+                total = self.total[:, :, m, :]
+                b.op("mul_add", total, total, self.factor[:, :, m, :], self.ro[:, :, m, :])
+
+    def _store(self, h: LoopVar, m: LoopVar) -> None:
+        with self.b.use(self.ry):
+            self.b.op("store", self.y[h, :, m, :], self.ry[:, :, m, :])

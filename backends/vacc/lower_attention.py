@@ -1,0 +1,130 @@
+"""Rules for rotary embeddings, KV caches and attention: quantization and in-place writes fuse into their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vacc_opt.backends.vacc.assemble import Operand
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, attention
+from vacc_opt.backends.vacc.kernels.kv_append import kv_append
+from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.lowering import Joined, Known, Lowering, Quantized, is_cache
+from vacc_opt.backends.vacc.refs import Ref
+from vacc_opt.backends.vacc.schedule import Kernel, Param
+from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.graph import Node
+
+
+def lower_rotary(low: Lowering, node: Node) -> Ref:
+    """RotaryEmbedding of X [B, H, S, D] at positions `pos + 0..S-1`."""
+    x = low.ref(node.inputs[0])
+    if len(x.shape) != 4:
+        raise UserError(f"no kernel for a rotary embedding of rank {len(x.shape)} (`{node.name}`)", "run legalize")
+    low.expect(node, node.input(3), "pos", np.arange(x.shape[2]), "position_ids")
+    interleaved = bool(node.attributes.get("interleaved", 0))
+    tables = [Operand("COS", "in", low.ref(node.inputs[1])), Operand("SIN", "in", low.ref(node.inputs[2]))]
+    y = low.heads(x.dtype, x.shape)
+    for row in range(x.shape[0]):
+        operands = [Operand("X", "in", x.at(row)), *tables, Operand("Y", "out", y.at(row))]
+
+        def build(a: Param, c: Param, s: Param, b: Param) -> Kernel:
+            return rotary(a, c, s, b, interleaved, low.target)
+
+        low.emit(("rotary", interleaved), build, operands, node.name, pos=("pos", row))
+    return y
+
+
+def lower_quantization(low: Lowering, node: Node) -> Quantized:
+    """QuantizeKV and DequantizeKV wait for the node that writes or reads the cache."""
+    return Quantized(*(low.ref(one) for one in node.inputs[:3]))
+
+
+def lower_scatter(low: Lowering, node: Node) -> Known:
+    """The write of new rows: into the cache in place, or, over a dequantized cache, left to attention."""
+    if int(node.attributes.get("axis", -2)) not in (2, -2) or node.attributes.get("mode", "linear") != "linear":
+        raise UserError(f"no kernel for a TensorScatter of this form (`{node.name}`)")
+    low.expect(node, node.input(2), "pos", 0, "the write position")
+    assert node.inputs[0] is not None
+    assert node.inputs[1] is not None
+    into = low.known[node.inputs[0]]
+    new = low.known[node.inputs[1]]
+    if isinstance(into, Quantized) and isinstance(new, Ref):
+        return Joined(into, new)
+    if not isinstance(into, Ref) or not is_cache(into.tensor):
+        raise UserError(f"`{node.name}` writes into something that is not a KV cache input")
+    others = [one for one in node.inputs[0].users() if one is not node and one.op != "Vastai::DequantizeKV"]
+    if others:
+        raise UserError(f"`{others[0].name}` reads `{into.tensor}`, which `{node.name}` overwrites in place")
+    values = new.values if isinstance(new, Quantized) else low.ref(node.inputs[1])
+    tables = [("SCALE", new.scale), ("ZERO", new.zero)] if isinstance(new, Quantized) else []
+    extra = [Operand(name, "in", low.table(ref)) for name, ref in tables]
+    for row in range(into.shape[0]):
+        operands = [Operand("NEW", "in", values.at(row)), Operand("CACHE", "inout", into.at(row)), *extra]
+
+        def build(a: Param, c: Param, *rest: Param) -> Kernel:
+            scale, zero = rest or (None, None)
+            return kv_append(a, c, scale, zero, low.target)
+
+        low.emit("kv_append", build, operands, node.name, pos=("pos", row))
+    return into
+
+
+def lower_attention(low: Lowering, node: Node) -> Ref:
+    """Attention of Q [B, Hq, S, D] over a cache [B, Hkv, C, D]; one call a row of the batch."""
+    q = low.ref(node.inputs[0])
+    assert node.inputs[1] is not None
+    assert node.inputs[2] is not None
+    keys, values = low.known[node.inputs[1]], low.known[node.inputs[2]]
+    _check_attention(low, node, q)
+    operands = _cache_operands(keys, values, low.table)
+    if operands is None or not (is_cache(operands["K"].tensor) and is_cache(operands["V"].tensor)):
+        raise UserError(f"keys and values of `{node.name}` do not come from KV caches alike", "run the pass `kv-cache`")
+    heads = operands["K"].shape[1]
+    batch, every, length, width = q.shape
+    group = every // heads
+    y = low.heads(q.dtype, q.shape)
+    scale = float(node.attributes.get("scale") or width**-0.5)
+    shared = {name: ref for name, ref in operands.items() if len(ref.shape) == 3}
+    for row in range(batch):
+        refs = {name: ref.at(row) for name, ref in operands.items() if len(ref.shape) == 4} | shared
+        grouped = [one.at(row).reshaped((heads, group, length, width)) for one in (q, y)]
+        assert grouped[0] is not None
+        assert grouped[1] is not None
+        listed = [Operand("Q", "in", grouped[0]), *(Operand(name, "in", ref) for name, ref in refs.items())]
+        listed.append(Operand("Y", "out", grouped[1]))
+        names = [one.name for one in listed]
+
+        def build(*params: Param, names: list[str] = names) -> Kernel:
+            p = dict(zip(names, params, strict=True))
+            folded = Quantization(p["KS"], p.get("KZ"), p["VS"], p["VZ"]) if "KS" in p else None
+            new = (p["KN"], p["VN"]) if "KN" in p else None
+            return attention(AttentionParams(p["Q"], p["K"], p["V"], p["Y"], folded, new), scale, low.target)
+
+        low.emit(("attention", scale), build, listed, node.name, pos=("pos", row))
+    return y
+
+
+def _check_attention(low: Lowering, node: Node, q: Ref) -> None:
+    """Only causal attention over the cache, aligned at `pos`, without mask or soft cap, is what the kernel does."""
+    kept = {k: v for k, v in node.attributes.items() if k in ("softcap", "qk_matmul_output_mode") and v}
+    inputs = [node.input(index) for index in (3, 4, 5)]
+    if len(q.shape) != 4 or not node.attributes.get("is_causal") or any(inputs) or kept or len(node.outputs) != 1:
+        raise UserError(f"no kernel for an attention of this form (`{node.name}`)", "expected causal, 4-D, no mask")
+    low.expect(node, node.input(6), "pos", q.shape[2], "nonpad_kv_seqlen")
+
+
+def _cache_operands(keys: Known, values: Known, table: Callable[[Ref], Ref]) -> dict[str, Ref] | None:
+    """The operands for a float cache, an int8 one, or one with float new rows; None when keys and values differ."""
+    if isinstance(keys, Ref) and isinstance(values, Ref):
+        return {"K": keys, "V": values}
+    if isinstance(keys, Joined) and isinstance(values, Joined):
+        new = {"KZ": table(keys.cache.zero), "KN": keys.new, "VN": values.new}
+        keys, values = keys.cache, values.cache
+    elif isinstance(keys, Quantized) and isinstance(values, Quantized):
+        new = {}
+    else:
+        return None
+    tables = {"KS": keys.scale, "VS": values.scale, "VZ": values.zero}
+    return {"K": keys.values, "V": values.values, **{name: table(ref) for name, ref in tables.items()}, **new}

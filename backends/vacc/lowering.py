@@ -1,0 +1,131 @@
+"""What the lowering rules share: graph values as strided tensors, calls of kernels, checks of index operands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from vacc_opt.backends.vacc.assemble import Assembler, Operand
+from vacc_opt.backends.vacc.index_values import is_affine
+from vacc_opt.backends.vacc.kernels.move import copy
+from vacc_opt.backends.vacc.refs import Ref
+from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.target import Target
+from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.graph import Graph, Node, Value
+from vacc_opt.ir.types import DType
+
+_DTYPES = {DType.FLOAT: "f32", DType.FLOAT16: "f16", DType.INT8: "i8", DType.INT32: "i32", DType.INT64: "i64"}
+_CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """`values` seen through a scale and zero [H, D] each: codes to be written, or codes to be read as floats."""
+
+    values: Ref
+    scale: Ref
+    zero: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """An int8 cache whose rows from `pos` on are replaced by the float `new` [B, H, S, D] of this call."""
+
+    cache: Quantized
+    new: Ref
+
+
+Known = Ref | Quantized | Joined
+
+
+def is_cache(name: str) -> bool:
+    """Whether a graph input is a KV buffer."""
+    return _CACHE.fullmatch(name) is not None
+
+
+class Lowering:
+    """The state of one lowering: `known` says where each value lies, `out` collects the calls."""
+
+    def __init__(self, graph: Graph, target: Target) -> None:
+        self.graph, self.target, self.out = graph, target, Assembler(target)
+        self.known: dict[Value, Known] = {}
+        for value in graph.inputs:
+            role = "cache" if is_cache(value.name) else "input"
+            self.known[value] = self.out.tensor(value.name, *self.type(value), role)
+
+    def type(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """Tile dtype and static shape; UserError for a type that the machine has not, or a symbolic shape."""
+        shape, dtype = value.type.static_shape, _DTYPES.get(value.type.dtype)
+        if shape is None or dtype is None:
+            raise UserError(f"`{value.name}` has type {value.type}", "bind all sizes; types are float, float16, int8")
+        return dtype, shape
+
+    def ref(self, value: Value | None) -> Ref:
+        """The stored tensor of a value."""
+        if value is None:
+            raise UserError("an operand that is needed is absent", "is the graph legalized?")
+        if value.const is not None and value not in self.known:
+            self.known[value] = self.out.tensor(value.name, *self.type(value), "weight")
+        found = self.known[value]
+        if not isinstance(found, Ref):
+            raise UserError(f"`{value.name}`: (de)quantized KV is read outside of attention and cache writes")
+        return found
+
+    def view(self, ref: Ref, shape: tuple[int, ...], origin: str) -> Ref:
+        """`ref` with another shape: by strides, else through a copy."""
+        found = ref.reshaped(shape)
+        if found is not None:
+            return found
+        source = ref.reshaped((-1, *ref.shape[2:])) or ref if len(ref.shape) > 2 else ref
+        whole = self.out.temp(ref.dtype, source.shape)
+        operands = [Operand("X", "in", source), Operand("Y", "out", whole)]
+        self.emit("copy", lambda x, y: copy(x, y, self.target), operands, origin)
+        found = whole.reshaped(shape)
+        assert found is not None
+        return found
+
+    def rows(self, ref: Ref, origin: str) -> Ref:
+        """`ref` as a matrix of its last axis."""
+        return self.view(ref, (prod(ref.shape[:-1]), ref.shape[-1]), origin)
+
+    def emit(
+        self,
+        key: object,
+        build: Callable[..., Kernel],
+        operands: list[Operand],
+        origin: str,
+        **scalars: tuple[str, int],
+    ) -> None:
+        """Call the kernel that `build` makes of the operands' parameters."""
+        params = [one.param for one in operands]
+        self.out.call(repr(key), lambda: build(*params), operands, scalars, re.sub(r"[\s,=()\[\]{}]", "_", origin))
+
+    def expect(self, node: Node, value: Value | None, name: str, offset: object, what: str) -> None:
+        """Raise UserError unless `value` is runtime input `name` plus `offset`."""
+        if value is None or not is_affine(self.graph, value, name, np.asarray(offset)):
+            raise UserError(f"`{node.name}` ({node.op}): {what} is not {name} + {np.asarray(offset).tolist()}"[:300])
+
+    def heads(self, dtype: str, shape: tuple[int, ...]) -> Ref:
+        """A new tensor [B, H, S, D] that lies as [B, S, H, D], so that heads merge without a copy."""
+        batch, heads, length, width = shape
+        return self.out.temp(dtype, (batch, length, heads, width)).transposed((0, 2, 1, 3))
+
+    def table(self, ref: Ref) -> Ref:
+        """Scale or zero [H, D] as [H, 1, D]."""
+        found = ref.reshaped((ref.shape[0], 1, ref.shape[1]))
+        assert found is not None
+        return found
+
+    def integers(self, node: Node, index: int) -> tuple[int, ...] | None:
+        """A constant operand as integers, None when absent."""
+        value = node.input(index)
+        if value is None:
+            return None
+        if value.const is None:
+            raise UserError(f"operand {index} of `{node.name}` ({node.op}) is not constant")
+        return tuple(int(one) for one in value.const.read().reshape(-1))

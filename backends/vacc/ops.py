@@ -1,0 +1,258 @@
+"""The one table of primitive tile operations: engine, arity, meaning on numpy arrays, and work for the time model.
+
+Vector operations compute in float32 whatever the types of their tiles, and round once, when the result is stored in
+the output buffer. Matrix operations multiply exactly and accumulate in float32. Tiles broadcast as in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.backends.vacc.schedule import itemsize
+
+Array = npt.NDArray[Any]
+Attributes = Mapping[str, float]
+Body = Callable[[Sequence[Array], Sequence[Array], Attributes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Shape and dtype of an operand; `strides` (elements) and `in_ddr` describe parameters, None/False for SRAM."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def in_ddr(self) -> bool:
+        """Whether the tile is a view of a DDR tensor."""
+        return self.strides is not None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the elements."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def run_bytes(self) -> int:
+        """Bytes of one contiguous run in DDR (the unit of a burst); all of the tile in SRAM."""
+        if self.strides is None or not self.shape:
+            return self.bytes
+        run = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != run:
+                break
+            run *= size
+        return run * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one execution costs: DDR bytes in runs, an m x n x k product, lane operations, or link bytes of a rank.
+
+    `dtype` and `weight_itemsize` are those of the activations and weights of a product (`Matrix.cycles` takes them).
+    """
+
+    bytes: int = 0
+    run_bytes: int = 0
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    dtype: str = ""
+    weight_itemsize: int = 0
+    lane_ops: float = 0.0
+    link_bytes: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.m * self.n * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class Primitive:
+    """A tile operation: `body(outs, ins, attributes)` writes the outs.
+
+    `cost`: lane operations for each element of the largest operand (vector engine). `updates`: the outs are read too;
+    a product overwrites where its attribute `first` is 0. A collective gets outs[rank], ins[rank] of all ranks.
+    """
+
+    name: str
+    engines: tuple[str, ...]
+    inputs: tuple[int, int]  # fewest, most
+    outputs: int
+    attributes: tuple[str, ...]
+    body: Body
+    cost: float = 0.0
+    updates: bool = False
+    collective: bool = False
+
+    def work(self, outs: Sequence[Tile], ins: Sequence[Tile]) -> Work:
+        """Work on tiles of these shapes."""
+        if self.collective:
+            return Work(link_bytes=ins[0].bytes)
+        if self.name == "gather":
+            return Work(bytes=outs[0].bytes, run_bytes=outs[0].bytes // max(prod(ins[1].shape), 1))
+        if self.engines[0] in ("dma_in", "dma_out"):
+            side = ins[0] if ins[0].in_ddr else outs[0]
+            return Work(bytes=side.bytes, run_bytes=side.run_bytes)
+        if self.engines[0] == "matrix":
+            a, b = ins
+            k = a.shape[-1]
+            n = outs[0].shape[-1]
+            weight = "f16" if b.dtype == "i8" and a.dtype != "i8" else b.dtype
+            dtype = "f32" if "f32" in (a.dtype, weight) else a.dtype
+            return Work(m=prod(a.shape[:-1]), n=n, k=k, dtype=dtype, weight_itemsize=itemsize(b.dtype))
+        elements = max(prod(one.shape) for one in (*outs, *ins))
+        return Work(lane_ops=self.cost * elements)
+
+
+def _f32(tile: Array) -> Array:
+    return tile if tile.dtype == np.float32 else tile.astype(np.float32)
+
+
+def _copy(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    outs[0][...] = ins[0]
+
+
+def _gather(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    table, rows = ins[0], ins[1] - (ins[2].reshape(()) if len(ins) > 2 else 0)
+    owned = (rows >= 0) & (rows < len(table))
+    if len(ins) == 2 and not owned.all():
+        raise IndexError(f"row {int(rows[~owned].flat[0])} of a table of {len(table)}")
+    outs[0][...] = 0
+    outs[0][owned] = table[rows[owned]]
+
+
+def _mma(outs: Sequence[Array], ins: Sequence[Array], attributes: Attributes) -> None:
+    _multiply(outs[0], ins[0], _f32(ins[1]).reshape(ins[1].shape[-2:]).T, attributes)
+
+
+def _mma_nn(outs: Sequence[Array], ins: Sequence[Array], attributes: Attributes) -> None:
+    _multiply(outs[0], ins[0], _f32(ins[1]).reshape(ins[1].shape[-2:]), attributes)
+
+
+def _multiply(out: Array, left: Array, right: Array, attributes: Attributes) -> None:
+    product = np.matmul(_f32(left).reshape(-1, left.shape[-1]), right).reshape(out.shape)
+    if attributes.get("first", 0) == 0:
+        out[...] = product
+    else:
+        out += product
+
+
+def _map(function: Callable[..., Array]) -> Body:
+    def body(outs: Sequence[Array], ins: Sequence[Array], attributes: Attributes) -> None:
+        outs[0][...] = function(*(_f32(one) for one in ins), **attributes)
+
+    return body
+
+
+def _silu_mul(gate: Array, up: Array) -> Array:
+    return np.asarray(gate / (np.float32(1) + np.exp(-gate)) * up)
+
+
+def _inverse_rms(x: Array, eps: float) -> Array:
+    mean = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
+    return np.asarray(np.float32(1) / np.sqrt(mean + np.float32(eps)))
+
+
+def _row_dot(x: Array, y: Array) -> Array:
+    return np.asarray(np.sum(x * y, axis=-1, keepdims=True, dtype=np.float32))
+
+
+def _quantize(x: Array, scale: Array, zero: Array) -> Array:
+    return np.clip(np.rint((x - zero) / scale), -127, 127)
+
+
+def _rotary(x: Array, cos: Array, sin: Array, interleaved: float) -> Array:
+    half = cos.shape[-1]
+    out = x.copy()
+    first, second = slice(half), slice(half, 2 * half)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
+    return out
+
+
+def _multiply_add(x: Array, y: Array, z: Array) -> Array:
+    return np.asarray(x * y + z)
+
+
+def _constant(outs: Sequence[Array], _: Sequence[Array], attributes: Attributes) -> None:
+    outs[0][...] = attributes["value"]
+
+
+def _softmax_step(outs: Sequence[Array], ins: Sequence[Array], attributes: Attributes) -> None:
+    """One block of the online softmax (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+
+    ins: scores [..., rows, keys], and optionally an addend that broadcasts. outs: weights like the scores, and the
+    running maximum, the running sum and the factor for what was accumulated before, each [..., rows, 1].
+    Row i sees key j when j <= i + diagonal.
+    """
+    weights, maximum, total, factor = outs
+    scores: Array = _f32(ins[0]) * np.float32(attributes["scale"])
+    if len(ins) > 1:
+        scores = scores + _f32(ins[1]) * np.float32(attributes["scale"])
+    rows, keys = scores.shape[-2:]
+    diagonal = int(attributes["diagonal"])
+    if diagonal < keys - 1:
+        hidden = np.arange(keys)[None, :] > np.arange(rows)[:, None] + diagonal
+        scores = np.where(hidden, np.float32(-np.inf), scores)
+    new = np.maximum(maximum, scores.max(axis=-1, keepdims=True))
+    shown = np.where(np.isneginf(new), np.float32(0), new)  # a row without a visible key so far
+    exponents = np.exp(scores - shown)
+    factor[...] = np.exp(maximum - shown)
+    total[...] = total * factor + exponents.sum(axis=-1, keepdims=True, dtype=np.float32)
+    maximum[...] = new
+    weights[...] = exponents
+
+
+def _all_reduce(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    total = _f32(ins[0]).copy()
+    for one in ins[1:]:
+        total += one
+    for out in outs:
+        out[...] = total
+
+
+def _all_gather(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    for out in outs:
+        for rank, one in enumerate(ins):
+            out[:, rank] = one
+
+
+def _vector(name: str, inputs: int, function: Callable[..., Array], cost: float, *attributes: str) -> Primitive:
+    return Primitive(name, ("vector",), (inputs, inputs), 1, attributes, _map(function), cost)
+
+
+_DMA_IN, _DMA_OUT, _MATRIX, _VECTOR, _LINK = ("dma_in",), ("dma_out",), ("matrix",), ("vector",), ("link",)
+_TABLE = (
+    Primitive("load", _DMA_IN, (1, 1), 1, (), _copy),
+    Primitive("gather", _DMA_IN, (2, 3), 1, (), _gather),  # table [V,...], rows i64, its first row
+    Primitive("store", _DMA_OUT, (1, 1), 1, (), _copy),
+    Primitive("mma", _MATRIX, (2, 2), 1, ("first",), _mma, updates=True),  # [...,k], [(1,)n,k]
+    Primitive("mma_nn", _MATRIX, (2, 2), 1, ("first",), _mma_nn, updates=True),  # [...,k], [(1,)k,n]
+    Primitive("cast", _VECTOR, (1, 1), 1, (), _copy, 1),
+    Primitive("constant", _VECTOR, (0, 0), 1, ("value",), _constant, 1),
+    _vector("add", 2, np.add, 1),
+    _vector("mul", 2, np.multiply, 1),
+    _vector("div", 2, np.divide, 4),
+    _vector("mul_add", 3, _multiply_add, 2),  # x * y + z
+    _vector("silu_mul", 2, _silu_mul, 8),  # gate, up
+    _vector("inverse_rms", 1, _inverse_rms, 2, "eps"),  # [..., n] -> [..., 1]
+    _vector("row_dot", 2, _row_dot, 2),  # [..., n] -> [..., 1]
+    _vector("rotary", 3, _rotary, 4, "interleaved"),  # x [...,m,D], cos [m,R/2], sin; columns from R on pass through
+    _vector("quantize", 3, _quantize, 6),  # x, scale, zero -> clip(rint((x - zero) / scale), -127, 127)
+    _vector("dequantize", 3, _multiply_add, 2),  # codes, scale, zero
+    Primitive("softmax_step", _VECTOR, (1, 2), 4, ("diagonal", "scale"), _softmax_step, 8, updates=True),
+    Primitive("all_reduce", _LINK, (1, 1), 1, (), _all_reduce, collective=True),
+    Primitive("all_gather", _LINK, (1, 1), 1, (), _all_gather, collective=True),  # [rows, n] -> [rows, ranks, n]
+)
+PRIMITIVES: Mapping[str, Primitive] = {one.name: one for one in _TABLE}

@@ -1,0 +1,137 @@
+"""Inline SVG charts of the report: roofline, DDR map, bars of cycle accounts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+
+from vacc_opt.backends.vacc.memory import MemoryPlan, Region
+from vacc_opt.backends.vacc.timing import Timing
+
+COLORS = {
+    "busy": "#2a7f62",
+    "data": "#d08c2e",
+    "slot": "#b5533c",
+    "outstanding": "#8a4f7d",
+    "latency": "#4a7bb0",
+    "drained": "#b9bec6",
+}
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 720, 320, 70, 40, 16
+
+
+def account_bar(account: Mapping[str, int], total: int, width: int = 180) -> str:
+    """A bar of `width` pixels split as the account splits `total` cycles."""
+    parts, x = [], 0.0
+    for reason, cycles in account.items():
+        length = width * cycles / max(total, 1)
+        if cycles:
+            title = f"<title>{escape(reason)}: {cycles:,} cycles</title>"
+            parts.append(
+                f'<rect x="{x:.2f}" y="0" width="{length:.2f}" height="12" fill="{COLORS[reason]}">{title}</rect>'
+            )
+        x += length
+    return f'<svg class="bar" width="{width}" height="12" role="img">{"".join(parts)}</svg>'
+
+
+def roofline(timing: Timing) -> str:
+    """MACs a DDR byte against MACs a cycle, both logarithmic, a point a kernel that uses the array."""
+    target = timing.target
+    peak = max(target.core.matrix.macs_per_cycle.values()) * target.die.cores
+    rate = target.die.ddr.effective_bytes_per_cycle
+    kernels = [one for one in timing.kernels.values() if one.macs and one.bytes and one.cycles]
+    ridge = peak / rate
+    intensities = [one.macs / one.bytes for one in kernels] + [ridge]
+    speeds = [one.macs / one.cycles for one in kernels] + [peak]
+    low_x, high_x = _decades(min(intensities), max(intensities) * 2)
+    low_y, high_y = _decades(min([*speeds, rate * 10**low_x]), peak)
+    x, y = _axis(low_x, high_x, _LEFT, _WIDTH - _PAD), _axis(low_y, high_y, _HEIGHT - _BOTTOM, _PAD)
+    parts = [_grid(low_x, high_x, low_y, high_y)]
+    for dtype, macs in target.core.matrix.macs_per_cycle.items():
+        top = macs * target.die.cores
+        roof = [(10.0**low_x, rate * 10**low_x), (top / rate, top), (10.0**high_x, top)]
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
+        parts.append(f'<polyline class="roof" points="{points}"/>')
+        parts.append(f'<text x="{_WIDTH - _PAD}" y="{y(top) + 14:.1f}" text-anchor="end">{dtype}</text>')
+    parts += _points([(one.name, one.macs / one.bytes, one.macs / one.cycles) for one in kernels], x, y)
+    return _svg("roofline", "".join(parts), "MAC / DDR byte", "MAC / cycle of a die")
+
+
+def _points(
+    kernels: Sequence[tuple[str, float, float]], x: Callable[[float], float], y: Callable[[float], float]
+) -> Iterator[str]:
+    """A point a kernel (name, MAC/B, MAC/cycle), its label moved down until it is clear of the others."""
+    labels: list[tuple[float, float]] = []
+    for name, intensity, speed in sorted(kernels, key=lambda one: (-one[2], one[0])):
+        across, down = x(intensity), y(speed)
+        title = escape(f"{name}: {intensity:.3g} MAC/B, {speed:,.0f} MAC/cycle")
+        yield f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5"><title>{title}</title></circle>'
+        place = down + 4
+        while any(abs(across - a) < 110 and abs(place - b) < 12 for a, b in labels):
+            place += 4
+        labels.append((across, place))
+        yield f'<text x="{across + 9:.1f}" y="{place:.1f}">{escape(name)}</text>'
+
+
+def ddr_map(plan: MemoryPlan, calls: int) -> str:
+    """Address against call: what is kept for good (one band) and the intermediate tensors while they are alive."""
+    top = max(plan.bytes - plan.persistent_bytes, 1)
+
+    def x(call: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _PAD) * call / max(calls, 1)
+
+    def y(address: float) -> float:
+        return _PAD + (_HEIGHT - _BOTTOM - _PAD - 24) * (1 - (address - plan.persistent_bytes) / top)
+
+    parts = [
+        _region(region, x(region.first), x(region.last + 1), y(region.end), y(region.offset))
+        for region in plan.regions
+        if not region.persistent
+    ]
+    floor = y(plan.persistent_bytes)
+    parts.append(f'<rect class="kept" x="{_LEFT}" y="{floor:.1f}" width="{_WIDTH - _LEFT - _PAD}" height="24"/>')
+    kept = f"weights, KV cache, inputs, outputs: {plan.persistent_bytes:,} bytes (not to scale)"
+    parts.append(f'<text x="{_LEFT + 8}" y="{floor + 16:.1f}">{kept}</text>')
+    return _svg("ddr", "".join(parts), f"call 0 to {max(calls - 1, 0)}", f"{top:,} bytes")
+
+
+def _region(region: Region, left: float, right: float, top: float, bottom: float) -> str:
+    title = (
+        f"{region.name}: {region.bytes:,} bytes at {region.offset:#x}, calls {region.first} to {region.last}"
+    )
+    box = f'x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{max(bottom - top, 0.5):.2f}"'
+    return f'<rect class="live" {box}><title>{escape(title)}</title></rect>'
+
+
+def _svg(kind: str, body: str, across: str, up: str) -> str:
+    turned = f'transform="translate(14 {_HEIGHT / 2}) rotate(-90)"'
+    labels = (
+        f'<text class="axis" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+        f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>'
+    )
+    return f'<svg class="{kind}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}{labels}</svg>'
+
+
+def _decades(low: float, high: float) -> tuple[int, int]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return first, max(last, first + 1)
+
+
+def _axis(low: int, high: int, start: float, stop: float) -> Callable[[float], float]:
+    """A logarithmic axis from 10**low to 10**high: value to pixel."""
+    scale = (stop - start) / (high - low)
+    return lambda value: start + (math.log10(value) - low) * scale
+
+
+def _grid(low_x: int, high_x: int, low_y: int, high_y: int) -> str:
+    x, y = _axis(low_x, high_x, _LEFT, _WIDTH - _PAD), _axis(low_y, high_y, _HEIGHT - _BOTTOM, _PAD)
+    parts = []
+    for power in range(low_x, high_x + 1):
+        place = x(10.0**power)
+        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_PAD}" y2="{_HEIGHT - _BOTTOM}"/>')
+        parts.append(f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">1e{power}</text>')
+    for power in range(low_y, high_y + 1):
+        place = y(10.0**power)
+        parts.append(f'<line class="grid" y1="{place:.1f}" y2="{place:.1f}" x1="{_LEFT}" x2="{_WIDTH - _PAD}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">1e{power}</text>')
+    return "".join(parts)

@@ -1,0 +1,91 @@
+"""Render the report from its template; every figure in it is read from a Timing or a MemoryPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vacc_opt.backends.vacc.memory import MemoryPlan
+from vacc_opt.backends.vacc.report import charts
+from vacc_opt.backends.vacc.timing import KernelTiming, Timing
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """One phase of a model: its timing and its DDR plan."""
+
+    timing: Timing
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    kernel: KernelTiming
+    total: int
+    share: float
+    bar: Markup
+
+
+def write_report(path: Path, title: str, phases: Sequence[PhaseReport]) -> None:
+    """Write the report of `phases` (at least one, all on one target) to `path`."""
+    path.write_text(render_report(title, phases), encoding="utf-8")
+
+
+def render_report(title: str, phases: Sequence[PhaseReport]) -> str:
+    """The report as one HTML page without external assets."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "size": size}
+    target = phases[0].timing.target
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        target=target,
+        phases=[_phase(phase) for phase in phases],
+        colors=charts.COLORS,
+    )
+
+
+def count(value: float) -> str:
+    """A number with thousands separators: 1234567 is 1,234,567."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,g}"
+
+
+def size(value: int) -> str:
+    """Bytes as B, KiB, MiB or GiB with three significant digits."""
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} GiB"
+
+
+def _phase(phase: PhaseReport) -> dict[str, object]:
+    timing = phase.timing
+    rows = [
+        _Row(kernel, kernel.cycles * kernel.calls, kernel.cycles * kernel.calls / max(timing.cycles, 1), _bar(kernel))
+        for kernel in timing.kernels.values()
+    ]
+    rows.sort(key=lambda row: (-row.total, row.kernel.name))
+    account = [(name, cycles, cycles / max(timing.cycles, 1)) for name, cycles in timing.account.items()]
+    return {
+        "timing": timing,
+        "memory": phase.memory,
+        "rows": rows,
+        "account": sorted(account, key=lambda one: (-one[1], one[0])),
+        "roofline": Markup(charts.roofline(timing)),
+        "ddr_map": Markup(charts.ddr_map(phase.memory, len(timing.calls))),
+    }
+
+
+def _bar(kernel: KernelTiming) -> Markup:
+    return Markup(charts.account_bar(kernel.busiest.cycles, kernel.cycles))

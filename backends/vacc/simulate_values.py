@@ -1,0 +1,317 @@
+"""Executes a program tile by tile on numpy buffers, for all ranks: what the schedule says is what is computed.
+
+A kernel is unrolled once for the values of its runtime scalars into a flat list of operations on views of one SRAM
+array, in an order that its rings allow; each call replays the list on its own DDR tensors. SRAM, and every ring slot
+when it is acquired, is filled with NaN (floats) or 0x80 (integers), so nothing unwritten can look like a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+from vacc_opt.backends.vacc.binding import lanes
+from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
+from vacc_opt.backends.vacc.schedule import (
+    DTYPES,
+    Buffer,
+    Call,
+    Kernel,
+    Program,
+    ScheduleError,
+    Tensor,
+    Violation,
+)
+from vacc_opt.backends.vacc.text import print_op
+from vacc_opt.ir.errors import UserError
+
+Array = npt.NDArray[Any]
+Arguments = Sequence[Array]
+Action = Callable[[Sequence[Arguments]], None]  # takes the arguments of every rank that it runs for
+
+
+PLANS = 16  # unrolled lists kept a kernel: one for each value of `pos` among the rows of a batch
+_POISON = {d: np.nan if d.kind == "f" else np.frombuffer(b"\x80" * d.itemsize, d)[0] for d in DTYPES.values()}
+
+
+def _poisoning(view: Array) -> Action:
+    """Fill `view` with NaN, or with bytes 0x80 for integers."""
+    fill, value = view.fill, _POISON[view.dtype]
+    return lambda ranks: fill(value)
+
+
+class Plan:
+    """The operations of a kernel for given scalars, in a legal order; `tiles` of them are tile operations."""
+
+    def __init__(self, kernel: Kernel, cores: int, scalars: Mapping[str, int], sram: npt.NDArray[np.uint8], order: int):
+        """`order` picks one of the legal interleavings of engines."""
+        self._kernel, self._sram = kernel, sram
+        self._position = {one.name: index for index, one in enumerate(kernel.params)}
+        self._slots = {one.name: [_slot(one, slot, sram) for slot in range(one.depth)] for one in kernel.buffers}
+        self.actions: list[tuple[Action, Step | None]] = []
+        self.tiles = 0
+        self.collective = False
+        streams: dict[int, dict[str, Iterator[Event]]] = {}
+        for (core, engine), events in lanes(kernel, cores, scalars).items():
+            streams.setdefault(core, {})[engine] = iter(events)
+        for core in sorted(streams):
+            self._add_core(streams[core], order)
+
+    def _add_core(self, streams: dict[str, Iterator[Event]], order: int) -> None:
+        started = False
+        for event in interleave(self._kernel, streams, order):
+            if not started:
+                started = True
+                for slots in self._slots.values():
+                    self.actions += [(_poisoning(view), None) for view in slots]
+            if isinstance(event, Step):
+                self.actions.append((self._action(event), event))
+                self.tiles += 1
+                self.collective |= event.primitive.collective
+            elif event.action == "acquire":
+                self.actions.append((_poisoning(self._slots[event.ring][event.slot]), None))
+
+    def _action(self, step: Step) -> Action:
+        outs, ins = [self._operand(box) for box in step.outs], [self._operand(box) for box in step.ins]
+        body, attributes = step.primitive.body, step.attributes
+        if step.primitive.collective:
+            (to,), (source,) = outs, ins
+            return lambda ranks: body([to(one) for one in ranks], [source(one) for one in ranks], attributes)
+        if all(box.slot >= 0 for box in (*step.outs, *step.ins)):
+            fixed_outs, fixed_ins = [one(()) for one in outs], [one(()) for one in ins]
+            return lambda ranks: body(fixed_outs, fixed_ins, attributes)
+
+        def act(ranks: Sequence[Arguments]) -> None:
+            for arguments in ranks:
+                body([one(arguments) for one in outs], [one(arguments) for one in ins], attributes)
+
+        return act
+
+    def _operand(self, box: Box) -> Callable[[Arguments], Array]:
+        index = tuple(map(slice, box.start, box.stop))
+        if box.slot >= 0:
+            view = self._slots[box.ref][box.slot][index]
+            return lambda arguments: view
+        position = self._position[box.ref]
+        return lambda arguments: arguments[position][index]
+
+
+def _slot(buffer: Buffer, slot: int, sram: npt.NDArray[np.uint8]) -> Array:
+    dtype = DTYPES[buffer.dtype]
+    return np.ndarray(buffer.shape, dtype, sram.data, buffer.offset + slot * buffer.slot_bytes)
+
+
+def interleave(kernel: Kernel, streams: Mapping[str, Iterator[Event]], order: int = 0) -> Iterator[Event]:
+    """Merge the event streams of a core as its rings allow; raises ScheduleError when engines wait for ever.
+
+    An even `order` runs an engine until it blocks, an odd one a single event at a time; order // 2 rotates turns.
+    """
+    rings = _Rings(kernel)
+    engines = list(streams)
+    turn = (order // 2) % len(engines) if engines else 0
+    engines = engines[turn:] + engines[:turn]
+    waiting: dict[str, Event | None] = {engine: next(streams[engine], None) for engine in engines}
+    while any(event is not None for event in waiting.values()):
+        moved = False
+        for engine in engines:
+            event = waiting[engine]
+            while event is not None and rings.allow(engine, event):
+                moved = True
+                yield event
+                event = waiting[engine] = next(streams[engine], None)
+                if order % 2:
+                    break
+        if not moved:
+            raise rings.deadlock(waiting)
+    rings.check_empty()
+
+
+class _Rings:
+    """Token counters of the rings of one core."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._acquired = dict.fromkeys(kernel.buffer, 0)
+        self._committed = dict.fromkeys(kernel.buffer, 0)
+        self._released = {(b.name, engine): 0 for b in kernel.buffers for engine in b.consumers}
+        self._waited = dict(self._released)
+
+    def allow(self, engine: str, event: Event) -> bool:
+        """Take the event if its ring lets it happen now."""
+        if isinstance(event, Step):
+            return True
+        ring, key = event.ring, (event.ring, engine)
+        if event.action == "acquire":
+            free = min(self._released[ring, one] for one in self._kernel.buffer[ring].consumers)
+            if self._acquired[ring] - free >= self._kernel.buffer[ring].depth:
+                return False
+            self._acquired[ring] += 1
+        elif event.action == "commit":
+            self._committed[ring] += 1
+        elif event.action == "wait":
+            if self._waited[key] >= self._committed[ring]:
+                return False
+            self._waited[key] += 1
+        else:
+            self._released[key] += 1
+        return True
+
+    def deadlock(self, waiting: Mapping[str, Event | None]) -> ScheduleError:
+        """Which engine waits for what."""
+        found = []
+        for engine, event in waiting.items():
+            if isinstance(event, RingEvent):
+                if event.action == "wait":
+                    text = f"{engine} waits for slot {event.slot} of ring `{event.ring}`, which is never committed"
+                    found.append(Violation("lost-signal", self._kernel.name, None, text))
+                else:
+                    text = f"{engine} overruns ring `{event.ring}`: slot {event.slot} is never released"
+                    found.append(Violation("overrun", self._kernel.name, None, text))
+        return ScheduleError(found)
+
+    def check_empty(self) -> None:
+        """Every committed slot must have been consumed."""
+        left = [
+            Violation("lost-signal", self._kernel.name, None, f"{engine} leaves slots of ring `{ring}` unread")
+            for (ring, engine), count in self._released.items()
+            if count != self._committed[ring]
+        ]
+        if left:
+            raise ScheduleError(left)
+
+
+class ValueSimulator:
+    """Runs a program on values. `tiles_executed` counts tile operations of all ranks since construction."""
+
+    def __init__(self, program: Program, weights: Sequence[Mapping[str, Array]], *, order: int = 0) -> None:
+        """`weights[rank]` maps weight tensors to arrays; `order` picks a legal interleaving of the engines."""
+        if len(weights) != program.ranks:
+            raise UserError(f"{len(weights)} sets of weights for {program.ranks} ranks")
+        self.program = program
+        self.tiles_executed = 0
+        self._order = order
+        self._sram = np.zeros(max((k.sram_bytes for k in program.kernels), default=0), np.uint8)
+        self._plans: dict[str, dict[tuple[int, ...], Plan]] = {one.name: {} for one in program.kernels}
+        self._memory: list[dict[str, Array]] = []
+        for rank in range(program.ranks):
+            memory = {one.name: _given(one, weights[rank], f"rank {rank}") for one in program.of_role("weight")}
+            memory |= {one.name: np.zeros(one.shape, DTYPES[one.dtype]).reshape(-1) for one in program.of_role("input")}
+            self._memory.append(memory | _arena(program.of_role("temp")))
+        self._caches: list[int] | None = None
+        self._arguments: list[list[list[Array]]] = []  # call, rank, parameter
+
+    def run(
+        self, inputs: Mapping[str, Array] | Sequence[Mapping[str, Array]], caches: Sequence[Mapping[str, Array]] = ()
+    ) -> dict[str, Array]:
+        """One pass: inputs by name (one mapping, or one a rank), `caches[rank]` by name, updated in place.
+
+        Returns the outputs of rank 0; UserError for a missing array or one of another shape or type.
+        """
+        self._bind(caches)
+        for rank, memory in enumerate(self._memory):
+            given = inputs if isinstance(inputs, Mapping) else inputs[rank]
+            for tensor in self.program.of_role("input"):
+                memory[tensor.name][...] = _given(tensor, given, "inputs")
+            for tensor in self.program.of_role("temp"):
+                memory[tensor.name].fill(_POISON[memory[tensor.name].dtype])
+        # tiles are small: two threads of BLAS that wait for a busy core take ten times as long as one
+        with np.errstate(invalid="ignore", over="ignore"), threadpool_limits(1, "blas"):
+            for call, ranks in zip(self.program.calls, self._arguments, strict=True):
+                self._call(call, ranks)
+        return self.read(0)
+
+    def read(self, rank: int) -> dict[str, Array]:
+        """Copies of the outputs of a rank after a run, without the caches."""
+        found = {}
+        for one in self.program.outputs:
+            tensor = self.program.tensor[one.tensor]
+            if tensor.role != "cache":
+                found[one.name] = _window(self._memory[rank][tensor.name], one.offset, one.shape, one.strides).copy()
+        return found
+
+    def _bind(self, caches: Sequence[Mapping[str, Array]]) -> None:
+        """Point the calls at these cache arrays."""
+        wanted = self.program.of_role("cache")
+        if wanted and len(caches) != self.program.ranks:
+            raise UserError(f"{len(caches)} sets of caches for {self.program.ranks} ranks")
+        for rank, memory in enumerate(self._memory):
+            for tensor in wanted:
+                array = _given(tensor, caches[rank], f"caches of rank {rank}")
+                if not array.flags.writeable or not np.shares_memory(array, caches[rank][tensor.name]):
+                    raise UserError(f"cache `{tensor.name}` of rank {rank} must be a writable, contiguous array")
+                memory[tensor.name] = array
+        identity = [id(caches[rank][one.name]) for rank in range(self.program.ranks) for one in wanted]
+        if identity != self._caches:
+            self._caches = identity
+            self._arguments = [[self._resolve(call, memory) for memory in self._memory] for call in self.program.calls]
+
+    def _resolve(self, call: Call, memory: Mapping[str, Array]) -> list[Array]:
+        found = []
+        for param in self.program.kernel[call.kernel].params:
+            argument = call.argument(param.name)
+            flat = memory[argument.tensor]
+            if flat.dtype != DTYPES[param.dtype] or argument.offset + param.extent > flat.size:
+                text = f"`{argument.tensor}` [{argument.offset}] does not hold parameter `{param.name}`"
+                raise ScheduleError([Violation("bounds", call.kernel, call.index, text)])
+            found.append(_window(flat, argument.offset, param.shape, param.strides))
+        return found
+
+    def _call(self, call: Call, ranks: Sequence[Arguments]) -> None:
+        scalars = tuple(int(self._memory[0][one.tensor][one.offset]) for one in call.scalars)
+        plan = self._plan(call, scalars)
+        groups = [ranks] if plan.collective else [[one] for one in ranks]
+        for group in groups:
+            at: Step | None = None
+            try:
+                for action, at in plan.actions:  # noqa: B007
+                    action(group)
+            except (ValueError, IndexError) as error:
+                where = print_op(at.op) if at else ""
+                raise ScheduleError([Violation("operands", call.kernel, call.index, f"{where}: {error}")]) from error
+        self.tiles_executed += plan.tiles * len(ranks)
+
+    def _plan(self, call: Call, scalars: tuple[int, ...]) -> Plan:
+        plans = self._plans[call.kernel]
+        if scalars not in plans:
+            if len(plans) >= PLANS:
+                del plans[next(iter(plans))]
+            names = {one.name: value for one, value in zip(call.scalars, scalars, strict=True)}
+            kernel = self.program.kernel[call.kernel]
+            plans[scalars] = Plan(kernel, self.program.cores, names, self._sram, self._order)
+        return plans[scalars]
+
+
+def _given(tensor: Tensor, arrays: Mapping[str, Array], where: str) -> Array:
+    """The array for a tensor, flat; UserError when it is missing or of another shape or type."""
+    array = arrays.get(tensor.name)
+    if array is None:
+        raise UserError(f"{where}: tensor `{tensor.name}` is missing")
+    if array.dtype != DTYPES[tensor.dtype] or array.shape != tensor.shape:
+        raise UserError(
+            f"{where}: `{tensor.name}` is {array.dtype} {list(array.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+        )
+    return array.reshape(-1)
+
+
+def _arena(tensors: Sequence[Tensor]) -> dict[str, Array]:
+    """Intermediate tensors at their planned addresses in one block of memory."""
+    if not tensors:
+        return {}
+    base = min(one.offset for one in tensors)
+    block = np.zeros(max(one.offset + one.bytes for one in tensors) - base, np.uint8)
+    return {
+        one.name: np.ndarray((prod(one.shape),), DTYPES[one.dtype], block.data, one.offset - base) for one in tensors
+    }
+
+
+def _window(flat: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    size = flat.dtype.itemsize
+    if 0 in shape:
+        return np.zeros(shape, flat.dtype)
+    window: Array = np.lib.stride_tricks.as_strided(flat[offset:], shape, tuple(one * size for one in strides))
+    return window

@@ -1,0 +1,161 @@
+"""The verifier: a schedule is refused unless every rule that keeps its values right holds.
+
+Kernels (at the smallest, the largest and inner values of their run-time scalars): buffers fit and do not overlap; rings
+are filled as often as used and cannot deadlock; tiles are read where they were written; outputs are covered exactly
+once; the products of a matrix product fill M x N x K exactly. Programs: arguments fit their tensors; what a call reads
+was written before it; live tensors do not share bytes; weights and inputs are never written.
+
+Hazards have the names of the field: RAW (read before written), WAW (written twice), WAR (slot reused too early),
+`uncovered` (a lost tail), `lost-signal`, `deadlock`, `overlap`, `capacity`, `bounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.backends.vacc.binding import scalar_samples
+from vacc_opt.backends.vacc.memory import memory_plan, overlaps
+from vacc_opt.backends.vacc.ops import PRIMITIVES
+from vacc_opt.backends.vacc.schedule import Call, Param, Program, ScheduleError, Violation
+from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.verify_kernel import kernel_violations
+
+Mask = npt.NDArray[np.bool_]
+Samples = Mapping[str, list[dict[str, int]]]  # kernel -> values of its run-time scalars
+
+
+def verify(program: Program, target: Target) -> None:
+    """Raise ScheduleError with every violation found; return quietly for a valid schedule."""
+    violations = check(program, target)
+    if violations:
+        raise ScheduleError(violations)
+
+
+def check(program: Program, target: Target, samples: Samples | None = None) -> list[Violation]:
+    """Violations of `program` on `target`; `samples` replaces the scalar values at which kernels are tried."""
+    found = [*_machine(program, target), *_calls(program)]
+    if found:
+        return found  # what follows reads tensors through the arguments
+    tried = _samples(program) if samples is None else samples
+    for kernel in program.kernels:
+        found += kernel_violations(kernel, target, tried.get(kernel.name, [{}]))
+    found += _memory(program, target)
+    found += _dataflow(program)
+    return found
+
+
+def _samples(program: Program) -> dict[str, list[dict[str, int]]]:
+    samples: dict[str, list[dict[str, int]]] = {}
+    for call in program.calls:
+        tried = samples.setdefault(call.kernel, [])
+        tried += [values for values in scalar_samples(program, call) if values not in tried]
+    return samples
+
+
+def _machine(program: Program, target: Target) -> Iterator[Violation]:
+    """The program is for this target, and its collectives have links to run on."""
+    if program.target_sha != target.sha or program.cores != target.die.cores:
+        made = f"made for {program.target} {program.target_sha} with {program.cores} cores"
+        yield _wrong(program, "target", f"{made}, not for {target.name} {target.sha} with {target.die.cores}")
+    kinds = {op.kind for kernel in program.kernels for _, op in kernel.operations()}
+    collective = any(PRIMITIVES[kind].collective for kind in kinds & PRIMITIVES.keys())
+    if collective and program.ranks > 1 and target.links is None:
+        yield _wrong(program, "target", f"{program.ranks} ranks exchange data, but {target.name} has no links")
+
+
+def _calls(program: Program) -> Iterator[Violation]:
+    """Every call gives each parameter a window inside a tensor of its type that it may use that way."""
+    for index, call in enumerate(program.calls):
+        kernel = program.kernel.get(call.kernel)
+        if kernel is None or call.index != index:
+            yield _bad(call, "call", "unknown kernel" if kernel is None else f"stands at place {index}")
+            continue
+        given = [one.name for one in call.arguments], [one.name for one in call.scalars]
+        if sorted(given[0]) != sorted(kernel.param) or sorted(given[1]) != sorted(kernel.scalars):
+            yield _bad(call, "call", f"arguments {given[0] + given[1]} do not match the kernel's parameters")
+            continue
+        for one in (*call.arguments, *call.scalars):
+            tensor = program.tensor.get(one.tensor)
+            if tensor is None:
+                yield _bad(call, "call", f"unknown tensor `{one.tensor}`")
+                continue
+            param = kernel.param.get(one.name)
+            dtype, extent = (param.dtype, param.extent) if param else ("i64", 1)
+            size = int(np.prod(tensor.shape))
+            if dtype != tensor.dtype:
+                yield _bad(call, "dtype", f"{one.name} is {dtype}, tensor `{tensor.name}` is {tensor.dtype}")
+            if one.offset < 0 or one.offset + extent > size:
+                inside = f"elements {one.offset}..{one.offset + extent} of {size} of tensor `{tensor.name}`"
+                yield _bad(call, "bounds", f"{one.name} covers {inside}")
+            if param and param.mode != "in" and tensor.role in {"weight", "input"}:
+                yield _bad(call, "WAW", f"{one.name} writes {tensor.role} `{tensor.name}`")
+
+
+def _memory(program: Program, target: Target) -> Iterator[Violation]:
+    """Tensors alive in the same call have bytes of their own, inside the DDR."""
+    plan = memory_plan(program)
+    for message in overlaps(plan):
+        yield _wrong(program, "overlap", f"DDR: {message}")
+    end = max((region.end for region in plan.regions), default=0)
+    if end > program.ddr_bytes or program.ddr_bytes > target.die.ddr.capacity:
+        stated = f"{program.ddr_bytes} stated, {target.die.ddr.capacity} there"
+        yield _wrong(program, "capacity", f"DDR: tensors end at byte {end}, {stated}")
+
+
+def _dataflow(program: Program) -> Iterator[Violation]:
+    """In the order of calls: what is read was written, and no call reads through one window what another one writes."""
+    written: dict[str, Mask] = {}
+    for tensor in program.tensors:
+        if tensor.role == "temp":
+            written[tensor.name] = np.zeros(int(np.prod(tensor.shape)), np.bool_)
+    for call in program.calls:
+        params = program.kernel[call.kernel].param
+        for one in (*call.arguments, *call.scalars):
+            param = params.get(one.name)
+            if one.tensor in written and (param is None or param.mode != "out"):
+                window = _window(written[one.tensor], one.offset, param)
+                if not window.all():
+                    missing = f"{window.size - int(window.sum())} of {window.size} elements"
+                    yield _bad(call, "RAW", f"{one.name} reads `{one.tensor}`, of which {missing} are not written yet")
+        yield from _aliases(program, call)
+        for one in call.arguments:
+            if one.tensor in written and params[one.name].mode != "in":
+                _window(written[one.tensor], one.offset, params[one.name])[...] = True
+    for output in program.outputs:
+        if output.tensor in written:
+            shape = Param(output.name, "f32", output.shape, output.strides, "in")
+            if not _window(written[output.tensor], output.offset, shape).all():
+                yield _wrong(program, "uncovered", f"output `{output.name}`: `{output.tensor}` is not all written")
+
+
+def _aliases(program: Program, call: Call) -> Iterator[Violation]:
+    """Windows of one tensor in one call are disjoint where one of them is written."""
+    params = program.kernel[call.kernel].param
+    for index, one in enumerate(call.arguments):
+        for other in call.arguments[index + 1 :]:
+            if one.tensor != other.tensor or {params[one.name].mode, params[other.name].mode} == {"in"}:
+                continue
+            mask = np.zeros(int(np.prod(program.tensor[one.tensor].shape)), np.bool_)
+            _window(mask, one.offset, params[one.name])[...] = True
+            if _window(mask, other.offset, params[other.name]).any():
+                yield _bad(call, "WAR", f"{one.name} and {other.name} share elements of `{one.tensor}`, one is written")
+
+
+def _window(mask: Mask, offset: int, param: Param | None) -> npt.NDArray[Any]:
+    """The elements of a flat tensor that a parameter (or one scalar) sees, as a view."""
+    if param is None:
+        return mask[offset : offset + 1]
+    strides = tuple(stride * mask.itemsize for stride in param.strides)
+    return np.lib.stride_tricks.as_strided(mask[offset:], param.shape, strides)
+
+
+def _bad(call: Call, kind: str, message: str) -> Violation:
+    return Violation(kind, call.kernel, call.index, message)
+
+
+def _wrong(program: Program, kind: str, message: str) -> Violation:
+    return Violation(kind, program.name, None, message)

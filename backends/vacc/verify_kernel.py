@@ -1,0 +1,307 @@
+"""Checks of one kernel, unrolled for given scalars: space, ring protocol, slot contents, coverage."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from vacc_opt.backends.vacc.binding import Lanes, is_parallel, lanes
+from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
+from vacc_opt.backends.vacc.products import MatrixProduct, matrix_product
+from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
+from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
+from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.text import print_op
+from vacc_opt.backends.vacc.verify_routes import misplaced, unread_inputs, unread_results, unread_slots
+
+
+def kernel_violations(kernel: Kernel, target: Target, samples: Sequence[Mapping[str, int]]) -> list[Violation]:
+    """What is wrong with a kernel at each of the scalar values in `samples`; each problem once."""
+    found: dict[Problem, None] = dict.fromkeys(_space(kernel, target))
+    idle: list[set[Problem]] = []  # a loop may have no iteration at some values, so only what is idle at all of them
+    for scalars in samples:
+        try:
+            unrolled = lanes(kernel, target.die.cores, scalars)
+        except ScheduleError as error:
+            found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
+            continue
+        found |= dict.fromkeys(_shapes(unrolled))
+        protocol = dict.fromkeys(_protocol(kernel, unrolled))
+        found |= protocol
+        if not protocol:  # slots can be matched to fills
+            found |= dict.fromkeys(_contents(kernel, unrolled))
+            found |= dict.fromkeys(unread_slots(kernel, unrolled))
+            idle.append(set(unread_results(kernel, unrolled)))
+            product = matrix_product(kernel, unrolled)
+            if product:
+                found |= dict.fromkeys(_products(product))
+                found |= dict.fromkeys(misplaced(kernel, unrolled, product))
+        found |= dict.fromkeys(_outputs(kernel, unrolled))
+        found |= dict.fromkeys(unread_inputs(kernel, unrolled))
+    found |= dict.fromkeys(sorted(set.intersection(*idle))) if idle else {}
+    return [Violation(kind, kernel.name, None, message) for kind, message in found]
+
+
+Problem = tuple[str, str]  # (kind, message)
+
+
+def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
+    """Buffers with all their slots: aligned, inside the SRAM, apart from each other."""
+    if is_parallel(dict(kernel.trees).get("link", ())):
+        yield "op", "a die has one link engine: its loops cannot be parallel"
+    ordered = sorted(kernel.buffers, key=lambda one: (one.offset, one.name))
+    for buffer in ordered:
+        if buffer.offset % ALIGN or buffer.offset < 0 or buffer.depth < 1:
+            yield "alignment", f"buffer `{buffer.name}` x{buffer.depth} @{buffer.offset} (slots start at {ALIGN}s)"
+        if buffer.end > target.core.sram.bytes:
+            yield "capacity", f"buffer `{buffer.name}` ends at byte {buffer.end} of {target.core.sram.bytes}"
+    for index, one in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.offset < one.end:
+                yield "overlap", f"buffers `{one.name}` and `{other.name}` share bytes {other.offset}..{one.end}"
+
+
+def _shapes(unrolled: Lanes) -> Iterator[Problem]:
+    """Tiles of an operation fit each other: equal in a move, conformable in a product, broadcasting in arithmetic."""
+    seen: set[tuple[object, ...]] = set()
+    for events in unrolled.values():
+        for step in events:
+            if not isinstance(step, Step):
+                continue
+            shapes = step.op.kind, tuple(box.shape for box in step.outs), tuple(box.shape for box in step.ins)
+            if shapes not in seen and not _conform(*shapes):
+                outs, ins = (", ".join(str(list(shape)) for shape in side) for side in shapes[1:])
+                yield "shape", f"`{print_op(step.op)}`: tiles {outs} <- {ins}"
+            seen.add(shapes)
+
+
+def _conform(kind: str, outs: Sequence[tuple[int, ...]], ins: Sequence[tuple[int, ...]]) -> bool:
+    if any(0 in shape for shape in (*outs, *ins)):
+        return False
+    if kind in {"load", "store", "cast"}:
+        return _squeezed(outs[0]) == _squeezed(ins[0])
+    if kind == "gather":
+        return outs[0] == (*ins[1], *ins[0][1:])
+    if kind in {"mma", "mma_nn"}:
+        columns, depth = ins[1][-2:] if kind == "mma" else ins[1][:-3:-1]
+        if any(size != 1 for size in ins[1][:-2]):
+            return False
+        return outs[0][:-1] == ins[0][:-1] and outs[0][-1] == columns and ins[0][-1] == depth
+    if kind == "softmax_step":
+        return outs[0] == ins[0] and {(*ins[0][:-1], 1)} == {*outs[1:], *ins[1:]}
+    if kind in {"inverse_rms", "row_dot"}:
+        return outs[0] == (*ins[0][:-1], 1) and ins[-1][-1] == ins[0][-1]
+    if kind == "rotary":
+        return outs[0] == ins[0] and ins[1] == ins[2]
+    if kind in {"add", "mul", "div", "mul_add", "silu_mul", "quantize", "dequantize"}:
+        try:
+            return np.broadcast_shapes(*ins, outs[0]) == outs[0]
+        except ValueError:
+            return False
+    return True
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _protocol(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
+    """Every fill is used once by every consumer, and the engines come to their ends."""
+    counts: dict[tuple[int, str, str, str], int] = {}
+    for (core, engine), events in unrolled.items():
+        for event in events:
+            if isinstance(event, RingEvent) and event.action in {"commit", "wait"}:
+                key = (core, engine, event.ring, event.action)
+                counts[key] = counts.get(key, 0) + 1
+    for ring in (one for one in kernel.buffers if one.is_ring):
+        for core in sorted({core for core, _ in unrolled}):
+            filled = counts.get((core, ring.producer, ring.name, "commit"), 0)
+            for consumer in ring.consumers:
+                used = counts.get((core, consumer, ring.name, "wait"), 0)
+                if used != filled:
+                    kind = "lost-signal" if filled > used else "RAW"
+                    what = f"{ring.producer} fills it {filled} times, {consumer} uses it {used} times"
+                    yield kind, f"ring `{ring.name}` of core {core}: {what}"
+                    return
+    yield from _deadlock(kernel, unrolled)
+
+
+def _deadlock(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
+    """Run the ring events alone, to see whether all engines come to their ends."""
+    for core in sorted({core for core, _ in unrolled}):
+        tokens = _Tokens(kernel)
+        queues = {
+            engine: deque(event for event in events if isinstance(event, RingEvent))
+            for (owner, engine), events in unrolled.items()
+            if owner == core
+        }
+        moved = True
+        while moved:
+            moved = False
+            for engine, queue in queues.items():
+                while queue and tokens.take(engine, queue[0]):
+                    queue.popleft()
+                    moved = True
+        stuck = [f"{engine} at {queue[0].action} of `{queue[0].ring}`" for engine, queue in queues.items() if queue]
+        if stuck:
+            yield "deadlock", f"core {core}: {', '.join(stuck)}"
+            return
+
+
+class _Tokens:
+    """Counters of the rings of a core."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._rings = {ring.name: ring for ring in kernel.buffers if ring.is_ring}
+        self._done: Counter[tuple[str, str, str]] = Counter()
+
+    def take(self, engine: str, event: RingEvent) -> bool:
+        """Let `engine` do `event` if it can: at most `depth` slots are held, and only filled ones are used."""
+        ring = self._rings[event.ring]
+        count = self._done
+        if event.action == "acquire":
+            freed = min(count[ring.name, "release", consumer] for consumer in ring.consumers)
+            if count[ring.name, "acquire", engine] - freed >= ring.depth:
+                return False
+        if event.action == "wait" and count[ring.name, "wait", engine] >= count[ring.name, "commit", ring.producer]:
+            return False
+        count[ring.name, event.action, engine] += 1
+        return True
+
+
+class _Content:
+    """What has been written into one slot since its fill began, or into a scratch buffer."""
+
+    def __init__(self) -> None:
+        self.written: dict[Region, bool] = {}  # region -> whether it has been read
+
+    def read(self, region: Region) -> bool:
+        """Note a read; whether everything in it was written."""
+        for one, seen in self.written.items():
+            if not seen and intersection(one, region):
+                self.written[one] = True
+        return region in self.written or covers(list(self.written), region)
+
+    def write(self, region: Region) -> Region | None:
+        """Note a write; the first earlier region that it destroys unread, if any."""
+        lost = next((one for one, seen in self.written.items() if not seen and intersection(one, region)), None)
+        self.written[region] = False
+        return lost
+
+
+def _contents(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
+    """Tiles are read only where this fill (or this engine, for scratch) wrote them, and not overwritten unread."""
+    slots: dict[tuple[int, str], list[_Content]] = {}
+    for (core, engine), events in unrolled.items():
+        yield from _own(kernel, core, engine, events, slots)
+    for (core, engine), events in unrolled.items():
+        number: dict[str, int] = {}
+        for event in events:
+            if isinstance(event, RingEvent):
+                if event.action == "wait":
+                    number[event.ring] = number.get(event.ring, -1) + 1
+                continue
+            for box in event.ins:
+                if box.ref in kernel.buffer and engine in kernel.buffer[box.ref].consumers:
+                    content = slots[core, box.ref][number[box.ref]]
+                    if not box.empty and not content.read(_region(box)):
+                        yield _unwritten(event, box, f"fill {number[box.ref]} by {kernel.buffer[box.ref].producer}")
+
+
+def _own(
+    kernel: Kernel,
+    core: int,
+    engine: str,
+    events: Sequence[RingEvent | Step],
+    slots: dict[tuple[int, str], list[_Content]],
+) -> Iterator[Problem]:
+    """Reads and writes of the slots that an engine fills and of its scratch, in program order."""
+    for scratch in kernel.buffers:
+        if not scratch.is_ring and scratch.producer == engine:
+            slots[core, scratch.name] = [_Content()]
+    for event in events:
+        if isinstance(event, RingEvent):
+            if event.action == "acquire":
+                slots.setdefault((core, event.ring), []).append(_Content())
+            continue
+        for box in (*event.ins, *_updated(event)):
+            buffer = kernel.buffer.get(box.ref)
+            if buffer is None or buffer.producer != engine or engine in buffer.consumers or box.empty:
+                continue
+            if not slots[core, box.ref][-1].read(_region(box)):
+                yield _unwritten(event, box, "what the engine wrote before")
+        for box in event.outs:
+            if box.ref in kernel.buffer and not box.empty:
+                lost = slots[core, box.ref][-1].write(_region(box))
+                if lost and kernel.buffer[box.ref].is_ring:
+                    yield "WAW", f"`{print_op(event.op)}`: {box} overwrites what nobody has read"
+
+
+def _updated(step: Step) -> Sequence[Box]:
+    """Output tiles that a step reads: running maximum and sum of a softmax, accumulators but for the first product."""
+    if step.op.kind == "softmax_step":
+        return step.outs[1:3]
+    if "first" in step.attributes:
+        return step.outs if step.attributes["first"] else ()
+    return step.outs if step.primitive.updates else ()
+
+
+def _unwritten(step: Step, box: Box, writer: str) -> Problem:
+    return "RAW", f"`{print_op(step.op)}` reads {box}, not all of which is in {writer}"
+
+
+def _outputs(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
+    """Every element of an output is written once, no element is written twice or read in the call that writes it."""
+    reads: dict[str, list[Region]] = {}
+    writes: dict[str, list[Region]] = {}
+    for events in unrolled.values():
+        for step in events:
+            if isinstance(step, Step):
+                for boxes, regions in ((step.ins, reads), (step.outs, writes)):
+                    for box in boxes:
+                        if box.ref in kernel.param and not box.empty:
+                            regions.setdefault(box.ref, []).append(_region(box))
+    for param in kernel.params:
+        written = writes.get(param.name, [])
+        if param.mode == "out":
+            gap = first_uncovered(param.shape, written)
+            if gap:
+                yield "uncovered", f"{_box(param.name, gap)} of output {list(param.shape)} is never written"
+        twice = first_overlap(written)
+        if twice:
+            yield "WAW", f"{_box(param.name, twice)} is written twice"
+        for one in set(reads.get(param.name, [])):
+            common = next((cut for other in set(written) if (cut := intersection(one, other))), None)
+            if common:
+                yield "RAW", f"{_box(param.name, common)} is read and written in one call, in no order"
+                break
+
+
+def _products(product: MatrixProduct) -> Iterator[Problem]:
+    """The MAC boxes of a matrix product fill M x N x K exactly."""
+    for one in product.macs:
+        if one.row_k != one.column_k:
+            ranges = f"k {one.row_k[0]}:{one.row_k[1]} with k {one.column_k[0]}:{one.column_k[1]}"
+            yield "coverage", f"`{print_op(one.step.op)}` multiplies {ranges}"
+            return
+    regions = [
+        ((*one.rows[0], *one.columns[0], one.row_k[0]), (*one.rows[1], *one.columns[1], one.row_k[1]))
+        for one in product.macs
+    ]
+    whole = (*product.row_shape, *product.column_shape, product.size.k)
+    size = f"M x N x K = {product.size.m} x {product.size.n} x {product.size.k}"
+    gap, twice = first_uncovered(whole, regions), first_overlap(regions)
+    if gap:
+        yield "uncovered", f"no mma covers {_box('MACs', gap)} of {size}"
+    if twice:
+        yield "coverage", f"two mma cover {_box('MACs', twice)} of {size}"
+
+
+def _region(box: Box) -> Region:
+    return box.start, box.stop
+
+
+def _box(name: str, region: Region) -> str:
+    return f"{name}[{', '.join(f'{a}:{b}' for a, b in zip(*region, strict=True))}]"

@@ -1,0 +1,100 @@
+"""Lower bounds, recomputed here from sizes and target numbers, and never above the simulated time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import pytest
+
+from vacc_opt.backends.vacc.binding import lanes
+from vacc_opt.backends.vacc.bounds import link_cost
+from vacc_opt.backends.vacc.products import matrix_product
+from vacc_opt.backends.vacc.regions import covers, first_overlap, first_uncovered, union_volume
+from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.simulate_time import time_kernel
+from vacc_opt.backends.vacc.target import Links, Target, load_target
+
+
+class Example(Protocol):
+    kernel: Kernel
+    target: Target
+    scalars: Sequence[dict[str, int]]
+
+
+SIZES = [(1024, 4096, 1280), (1, 4096, 1280), (17, 107, 3402), (1, 1009, 131)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize("weights", ["f16", "i8"])
+def test_the_bound_of_a_product_follows_from_its_sizes(
+    make_gemm: Callable[..., Kernel], m: int, n: int, k: int, weights: str
+) -> None:
+    """On the peer machine: 64x64 passes of m cycles, and every byte once at 64 bytes a cycle."""
+    target = load_target("peer-64x64-2mib-64bpc")
+    timing = time_kernel(make_gemm(target, m, n, k, weights), target, {})
+    passes = -(-k // 64) * -(-n // 64)
+    scales = 4 * n if weights == "i8" else 0
+    size = 2 * m * k + (1 if weights == "i8" else 2) * n * k + 2 * m * n + scales
+    assert timing.bound.compute == passes * max(m, 1)
+    assert timing.bound.ddr == math.ceil(size / 64)
+    assert timing.macs == m * n * k
+
+
+def test_a_kernel_never_beats_its_bound(example: Example) -> None:
+    for scalars in example.scalars:
+        for ranks in (1, 4):
+            timing = time_kernel(example.kernel, example.target, scalars, ranks)
+            assert timing.cycles >= timing.bound.cycles > 0
+
+
+def test_the_product_of_a_kernel_is_read_from_its_tiles(make_gemm: Callable[..., Kernel]) -> None:
+    target = load_target("vacc-reference")
+    kernel = make_gemm(target, 70, 203, 129)
+    product = matrix_product(kernel, lanes(kernel, target.die.cores, {}))
+    assert product is not None
+    assert (product.size.m, product.size.n, product.size.k) == (70, 203, 129)
+    macs = [math.prod(one.step.outs[0].shape) * (one.row_k[1] - one.row_k[0]) for one in product.macs]
+    assert sum(macs) == 70 * 203 * 129
+
+
+def test_the_bound_names_what_binds(make_gemm: Callable[..., Kernel]) -> None:
+    target = load_target("peer-64x64-2mib-64bpc")
+    assert time_kernel(make_gemm(target, 1024, 1280, 512), target, {}).bound.binds == "compute"
+    assert time_kernel(make_gemm(target, 1, 1280, 512), target, {}).bound.binds == "DDR"
+
+
+LINKS = Links(bytes_per_cycle=32, hop_latency=700, engines=2)
+
+
+def test_a_large_reduction_takes_the_ring() -> None:
+    """4 ranks, 64 bytes a cycle both ways: 6 steps of a quarter, 6 hops."""
+    assert link_cost("all_reduce", 1 << 20, 4, LINKS) == (6 * (1 << 18) // 64, 6 * 700)
+
+
+def test_a_small_reduction_is_exchanged_directly() -> None:
+    """4 ranks: each die's bytes take 1 + 1 + 2 hops in total, the farthest is 2 hops away."""
+    assert link_cost("all_reduce", 1024, 4, LINKS) == (4 * 1024 // 64, 2 * 700)
+
+
+def test_one_rank_needs_no_link() -> None:
+    assert link_cost("all_reduce", 1024, 1, LINKS) == (0, 0)
+
+
+def test_volumes_of_overlapping_boxes_count_elements_once() -> None:
+    boxes = [((0, 0), (4, 4)), ((2, 2), (6, 6)), ((0, 0), (4, 4))]
+    assert union_volume(boxes) == 16 + 16 - 4
+    assert first_overlap(boxes[:1]) is None
+    assert first_overlap(boxes[:2]) == ((2, 2), (4, 4))
+
+
+def test_a_gap_of_one_element_is_found() -> None:
+    halves = [((0, 0), (5, 3)), ((0, 3), (4, 7))]
+    assert first_uncovered((5, 7), halves) == ((4, 3), (5, 7))
+    assert first_uncovered((5, 7), [*halves, ((4, 3), (5, 7))]) is None
+
+
+def test_a_box_can_be_covered_by_several() -> None:
+    assert covers([((0,), (3,)), ((3,), (8,))], ((1,), (7,)))
+    assert not covers([((0,), (3,)), ((4,), (8,))], ((1,), (7,)))

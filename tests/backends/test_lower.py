@@ -1,0 +1,228 @@
+"""A lowered graph, executed from its schedule text, equals the same graph on onnxruntime: logits and caches, all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
+from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
+from vacc_opt.ir import DType, Graph, TensorType, UserError
+from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.storage import stored_tensors
+from vacc_opt.tests.backends.llama import Llama, inputs
+
+Array = npt.NDArray[Any]
+TARGET = load_target("vacc-reference")
+W8KV8 = {"int8_weights": True, "kv": "int8"}
+
+MODELS = {
+    "fp32": Llama(),
+    "fp32 decode": Llama(length=1),
+    "fp32, prefill longer than a query tile": Llama(length=19),
+    "fp32, 3 ranks": Llama(ranks=3),
+    "fp32, two rows at different positions": Llama(batch=2),
+    "int8 KV, new tokens as floats": Llama(kv="int8"),
+    "int8 KV, new tokens as floats, decode": Llama(kv="int8", length=1),
+    "int8 KV, new tokens quantised": Llama(kv="int8-quantised"),
+    "int8 weights and KV, 3 ranks": Llama(ranks=3, **W8KV8),
+    "int8 weights and KV, 3 ranks, decode": Llama(ranks=3, length=1, **W8KV8),
+    "one KV head": Llama(kv_heads=1, heads=3),
+}
+
+
+def caches_of(program: Program) -> list[dict[str, Array]]:
+    """Caches with random contents: what lies behind the valid length must not matter."""
+    rng, caches = np.random.default_rng(1), empty_caches(program)
+    for one in caches:
+        for array in one.values():
+            array[...] = (
+                rng.integers(-127, 128, array.shape) if array.dtype == np.int8 else rng.standard_normal(array.shape)
+            )
+    return caches
+
+
+def compare(m: Llama, pos: list[int], valid: list[int]) -> tuple[float, float]:
+    """Largest error of the logits relative to their scale, and of the caches in units of the cache."""
+    graph = m.graph()
+    program = Program.from_text(lower(graph, TARGET, phase="prefill").to_text())
+    simulator = ValueSimulator(program, [rank_weights(program, graph, rank) for rank in range(m.ranks)])
+    caches = caches_of(program)
+    before = [{name: array.copy() for name, array in one.items()} for one in caches]
+    feeds = inputs(m, pos, valid)
+    found = simulator.run(feeds, caches)["logits"].astype(np.float64)
+    weights = [{k: np.asarray(e.read()) for k, e in stored_tensors(graph, rank).items()} for rank in range(m.ranks)]
+    expected = Executable(graph, weights=weights).run(feeds, before)
+    logits = expected[0].pop("logits").astype(np.float64)
+    assert found.shape == logits.shape
+    cache_error = 0.0
+    for rank, outputs in enumerate(expected):
+        for name, array in outputs.items():
+            if name.startswith("present"):
+                mine = caches[rank][name.replace("present", "past_key_values")].astype(np.float64)
+                cache_error = max(cache_error, float(np.max(np.abs(mine - array))))
+    return float(np.max(np.abs(found - logits)) / np.max(np.abs(logits))), cache_error
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_schedule_computes_what_onnxruntime_computes(name: str) -> None:
+    m = MODELS[name]
+    logits, cache = compare(m, [4, 0][: m.batch], [min(3, m.length), m.length][: m.batch])
+    assert logits < 1e-5  # fp32, relative to the scale of the logits
+    assert cache < (1e-5 if m.kv == "float" else 1.5)  # floats of size 1; codes at most one step apart
+
+
+def test_every_interleaving_of_the_engines_gives_the_same_bits() -> None:
+    m = MODELS["int8 weights and KV, 3 ranks"]
+    graph = m.graph()
+    program = lower(graph, TARGET, phase="prefill")
+    weights = [rank_weights(program, graph, rank) for rank in range(m.ranks)]
+    found = []
+    for order in range(4):
+        caches = caches_of(program)
+        found.append(ValueSimulator(program, weights, order=order).run(inputs(m, [2], [4]), caches)["logits"])
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("options", [{}, W8KV8], ids=["fp16", "fp16 with int8 weights and KV"])
+def test_fp16_activations_stay_within_their_rounding(options: dict[str, Any]) -> None:
+    """Against the same weights in fp32; each of the two layers rounds its activations to 11 bits about ten times."""
+    half, full = Llama(dtype=DType.FLOAT16, **options), Llama(dtype=DType.FLOAT, **options)
+    results = []
+    for m in (half, full):
+        graph = m.graph()
+        program = lower(graph, TARGET, phase="prefill")
+        weights = rank_weights(program, half.graph(), 0) if m is half else widened(half)
+        caches = empty_caches(program)
+        results.append(ValueSimulator(program, [weights]).run(inputs(m, [0], [5]), caches)["logits"].astype(np.float64))
+    assert np.max(np.abs(results[0] - results[1])) < 2e-2 * np.max(np.abs(results[1]))
+
+
+def widened(half: Llama) -> dict[str, Array]:
+    program = lower(half.graph(), TARGET, phase="prefill")
+    found = rank_weights(program, half.graph(), 0)
+    return {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
+
+
+def test_chunks_and_single_steps_leave_the_same_cache_and_logits_as_one_prefill() -> None:
+    """Five tokens at once, or three and then one after the other: `pos` is what joins them."""
+    whole, chunk, step = Llama(), Llama(length=3), Llama(length=1)
+    ids = inputs(whole, [0], [5])["input_ids"]
+    outcomes = []
+    for parts in [[(whole, 0)], [(chunk, 0), (step, 3), (step, 4)]]:
+        caches, logits = None, None
+        for m, pos in parts:
+            graph = m.graph()
+            program = lower(graph, TARGET, phase="prefill")
+            caches = caches or empty_caches(program)
+            feeds = {"input_ids": ids[:, pos : pos + m.length], "pos": np.array([pos]), "valid": np.array([m.length])}
+            logits = ValueSimulator(program, [rank_weights(program, graph, 0)]).run(feeds, caches)["logits"]
+        assert caches is not None
+        outcomes.append((logits, caches[0]))
+    (first, cache), (second, other) = outcomes
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * np.max(np.abs(second)))
+    for name, array in cache.items():
+        np.testing.assert_allclose(array, other[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8 weights and KV, 3 ranks", "int8 KV, new tokens quantised"])
+def test_lowered_programs_pass_the_verifier_and_round_trip(name: str) -> None:
+    program = lower(MODELS[name].graph(), TARGET, phase="prefill")
+    verify(program, TARGET)
+    assert Program.from_text(program.to_text()) == program
+
+
+def test_equal_layers_share_kernels() -> None:
+    two, six = (lower(Llama(layers=n).graph(), TARGET, phase="prefill") for n in (2, 6))
+    assert len(two.kernels) == len(six.kernels)
+    assert len(six.calls) > 2 * len(two.calls)
+
+
+def test_merged_heads_and_transposed_weights_cost_no_copy() -> None:
+    program = lower(Llama().graph(), TARGET, phase="prefill")
+    assert not [one for one in program.kernels if one.name.startswith("copy")]
+
+
+def small(build: Any) -> Graph:
+    graph = Graph("small")
+    rewriter = Rewriter(graph)
+    x = rewriter.add_input("x", TensorType(DType.FLOAT, (2, 3, 4)))
+    rewriter.set_output("y", build(rewriter, x))
+    return graph
+
+
+def execute(graph: Graph, x: Array) -> Array:
+    program = lower(graph, TARGET, phase="prefill")
+    return ValueSimulator(program, [rank_weights(program, graph, 0)]).run({"x": x})["y"]
+
+
+def test_a_reshape_that_strides_cannot_say_becomes_a_copy() -> None:
+    def build(rw: Rewriter, x: Any) -> Any:
+        twice = rw.op.Add(x, rw.op.Transpose(rw.op.Transpose(x, perm=(1, 0, 2)), perm=(1, 0, 2)))
+        return rw.op.Reshape(rw.op.Transpose(twice, perm=(2, 1, 0)), rw.const(np.array([6, 4])))
+
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    assert np.array_equal(execute(small(build), x), (2 * x).transpose(2, 1, 0).reshape(6, 4))
+
+
+def test_slices_and_splits_are_views() -> None:
+    def build(rw: Rewriter, x: Any) -> Any:
+        tail = rw.op.Slice(x, rw.const(np.array([1])), rw.const(np.array([9])), rw.const(np.array([0])))
+        left, right = rw.add("Split", (tail,), {"axis": -1, "num_outputs": 2}, outputs=2).outputs
+        return rw.op.Mul(left, right)
+
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    graph = small(build)
+    assert np.array_equal(execute(graph, x), x[1:, :, :2] * x[1:, :, 2:])
+    assert len(lower(graph, TARGET, phase="prefill").calls) == 1
+
+
+def test_an_operator_without_a_kernel_is_named() -> None:
+    graph = small(lambda rw, x: rw.op.Sin(x))
+    with pytest.raises(UserError, match="no kernel for Sin"):
+        lower(graph, TARGET, phase="prefill")
+
+
+def test_positions_that_do_not_count_up_from_pos_are_refused() -> None:
+    graph = Llama().graph()
+    rewriter = Rewriter(graph)
+    rotary = graph.by_op("RotaryEmbedding")[0]
+    rewriter.set_input(rotary, 3, rewriter.op.Mul(rotary.inputs[3], rewriter.const(np.array(2))))
+    with pytest.raises(UserError, match="position_ids is not pos"):
+        lower(graph, TARGET, phase="prefill")
+
+
+def test_a_cache_that_is_read_beside_its_write_is_refused() -> None:
+    """The write is in place, so whoever wants the old contents could see the new ones."""
+    graph = Llama().graph()
+    rewriter = Rewriter(graph)
+    old = graph.input_named("past_key_values.1.value")
+    assert old is not None
+    rewriter.set_output("old", rewriter.op.Mul(old, old))
+    with pytest.raises(UserError, match=r"reads `past_key_values.1.value`, which .* overwrites in place"):
+        lower(graph, TARGET, phase="prefill")
+
+
+def test_attention_without_a_cache_is_refused() -> None:
+    graph = Llama().graph()
+    rewriter = Rewriter(graph)
+    node = graph.by_op("Attention")[0]
+    for position in (1, 2):
+        scatter = node.inputs[position].producer
+        assert scatter is not None
+        rewriter.set_input(node, position, scatter.inputs[1])
+    with pytest.raises(UserError, match="do not come from KV caches"):
+        lower(graph, TARGET, phase="prefill")
+
+
+def test_an_attention_that_looks_past_the_new_tokens_is_refused() -> None:
+    graph = Llama().graph()
+    rewriter = Rewriter(graph)
+    node = graph.by_op("Attention")[0]
+    rewriter.set_input(node, 6, rewriter.op.Add(node.inputs[6], rewriter.const(np.array([1]))))
+    with pytest.raises(UserError, match="nonpad_kv_seqlen is not pos"):
+        lower(graph, TARGET, phase="prefill")

@@ -1,0 +1,121 @@
+"""Target files: every number has a value and a provenance, and a wrong file is refused with a hint."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from vacc_opt.backends.vacc.target import load_target, parse_target, target_names
+from vacc_opt.ir.errors import UserError
+
+
+@pytest.fixture
+def raw() -> Any:
+    import vacc_opt.backends.vacc.target as module
+
+    path = Path(module.__file__).parent / "targets" / "vacc-reference.yaml"
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+
+
+def test_the_shipped_targets_are_these() -> None:
+    peers = [f"peer-64x64-{mib}mib-{rate}bpc" for mib in (1, 2) for rate in (200, 64)]
+    assert target_names() == sorted(["vacc-card4", "vacc-reference", *peers])
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_shipped_target_is_named_as_its_file_and_says_where_each_number_comes_from(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    assert {path for path, _, _ in target.numbers()} == set(target.numbers_from)
+
+
+def test_the_reference_assumes_everything_but_its_clock() -> None:
+    target = load_target("vacc-reference")
+    stated = [path for path, _, source in target.numbers() if source != "assumed"]
+    assert stated == ["clock_mhz"]
+    assert "die.ddr.bytes_per_cycle" in target.assumed
+
+
+def test_the_card_is_four_reference_dies() -> None:
+    card, die = load_target("vacc-card4"), load_target("vacc-reference")
+    assert (card.dies, card.core, card.links) == (4, die.core, die.links)
+
+
+def test_sizes_are_bytes() -> None:
+    assert load_target("peer-64x64-1mib-64bpc").core.sram.bytes == 1024 * 1024
+
+
+def test_the_hash_follows_values_and_provenance(raw: Any) -> None:
+    same, faster, measured = parse_target(raw), deepcopy(raw), deepcopy(raw)
+    faster["die"]["ddr"]["latency"] += 1
+    measured["die"]["cores"] = {"value": 8, "provenance": "measured: board 1"}
+    hashes = {same.sha, parse_target(faster).sha, parse_target(measured).sha}
+    assert len(hashes) == 3
+    assert same.sha == load_target("vacc-reference").sha
+
+
+def test_an_array_pass_is_charged_whole() -> None:
+    """3424 = 53.5 x 64 takes 54 passes over k: 54 x 64 x 1024 cycles."""
+    matrix = load_target("peer-64x64-2mib-64bpc").core.matrix
+    assert matrix.cycles(1024, 4096, 3424, "f16", 2) == 54 * 64 * 1024
+
+
+def test_one_row_waits_for_the_weights_of_its_pass() -> None:
+    matrix = load_target("vacc-reference").core.matrix
+    assert matrix.pass_cycles(1, "f16", 2) == 64 * 64 * 2 // 256
+
+
+def test_an_unknown_name_gets_the_nearest_one() -> None:
+    with pytest.raises(UserError, match="unknown target `vacc-card`") as error:
+        load_target("vacc-card")
+    assert error.value.hint == "did you mean `vacc-card4`?"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_field(raw: Any) -> None:
+    raw["die"]["ddr"]["latancy"] = 3
+    with pytest.raises(UserError, match=r"unknown key `die\.ddr\.latancy`") as error:
+        parse_target(raw)
+    assert error.value.hint == "did you mean `latency`?"
+
+
+def test_a_missing_number_is_refused(raw: Any) -> None:
+    del raw["core"]["sram"]["bytes"]
+    with pytest.raises(UserError, match=r"`core\.sram\.bytes` is missing"):
+        parse_target(raw)
+
+
+def test_a_number_without_provenance_is_refused(raw: Any) -> None:
+    del raw["provenance"]
+    with pytest.raises(UserError, match="dies has no provenance"):
+        parse_target(raw)
+
+
+def test_a_made_up_provenance_is_refused(raw: Any) -> None:
+    raw["core"]["dma"]["provenance"] = "guess"
+    with pytest.raises(UserError, match=r"provenance of core\.dma is 'guess'"):
+        parse_target(raw)
+
+
+def test_a_negative_number_is_refused(raw: Any) -> None:
+    raw["die"]["cores"] = 0
+    with pytest.raises(UserError, match=r"die\.cores = 0"):
+        parse_target(raw)
+
+
+def test_a_dma_that_cannot_hide_the_latency_is_refused(raw: Any) -> None:
+    """Little's law: 8 cores x 1 request x 64 bytes is less than 300 cycles x 58.88 bytes a cycle."""
+    raw["core"]["dma"] |= {"max_outstanding": 1, "chunk": 64}
+    with pytest.raises(UserError, match="512 bytes in flight cannot hide 300 cycles"):
+        parse_target(raw)
+
+
+def test_a_file_can_be_given_by_path(tmp_path: Path, raw: Any) -> None:
+    path = tmp_path / "mine.yaml"
+    raw["name"] = "mine"
+    with path.open("w", encoding="utf-8") as stream:
+        YAML().dump(raw, stream)
+    assert load_target(path).name == "mine"

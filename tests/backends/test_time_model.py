@@ -1,0 +1,103 @@
+"""The event model: hand-computed timelines of small pipelines, and cycle accounts that add up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream, account
+from vacc_opt.ir.errors import CheckError
+
+
+def load(size: int, channel: str = "a", latency: int = 0, issue: int = 0) -> Step:
+    return Step("load", issue, acquires=(channel,), commits=(channel,), bytes=size, latency=latency)
+
+
+def work(cycles: int, channel: str = "a") -> Step:
+    return Step("mma", cycles, waits=(channel,), releases=(channel,))
+
+
+def pipeline(count: int, size: int, cycles: int, depth: int, latency: int = 0) -> tuple[dict[str, int], dict[str, int], int]:
+    """Cycle accounts of the loader and of the worker, and the total, of `count` tiles at 10 bytes a cycle."""
+    streams = [
+        Stream("dma_in", 0, [load(size, latency=latency)] * count, outstanding=8),
+        Stream("matrix", 0, [work(cycles)] * count),
+    ]
+    records, total = Machine(streams, {"a": Channel(depth, (1,))}, ddr_rate=10, port=10).run()
+    return account(records[0], total), account(records[1], total), total
+
+
+def test_one_slot_serializes_load_and_work() -> None:
+    assert pipeline(count=4, size=100, cycles=10, depth=1)[2] == 4 * (10 + 10)
+
+
+def test_two_slots_hide_the_shorter_of_the_two() -> None:
+    assert pipeline(count=4, size=100, cycles=10, depth=2)[2] == 10 + 4 * 10
+    assert pipeline(count=4, size=300, cycles=10, depth=2)[2] == 4 * 30 + 10
+
+
+def test_requests_in_flight_pay_the_latency_once() -> None:
+    assert pipeline(count=4, size=100, cycles=10, depth=4, latency=50)[2] == 50 + 4 * 10 + 10
+
+
+def test_two_slots_cannot_hide_a_long_latency() -> None:
+    """With two slots only two requests are ever in flight, so every second tile pays the 50 cycles again."""
+    loader, worker, total = pipeline(count=4, size=100, cycles=10, depth=2, latency=50)
+    assert total > 50 + 4 * 10 + 10
+    assert loader["latency"] > 50
+    assert worker["data"] == total - 4 * 10
+
+
+def test_the_account_names_the_wait_for_a_slot() -> None:
+    loader, worker, total = pipeline(count=4, size=10, cycles=20, depth=1)
+    assert loader["slot"] == 3 * 20
+    assert worker == {"busy": 80, "data": 4, "slot": 0, "outstanding": 0, "latency": 0, "drained": 0}
+    assert total == 84
+
+
+def test_cores_share_the_memory_port_equally() -> None:
+    streams = [Stream("dma_in", core, [Step("load", 0, bytes=100)]) for core in range(2)]
+    assert Machine(streams, {}, ddr_rate=10, port=10).run()[1] == 20
+    assert Machine(streams, {}, ddr_rate=20, port=10).run()[1] == 10
+
+
+def test_what_one_core_leaves_the_other_takes() -> None:
+    """100 bytes beside 300: both at 5 a cycle for 20 cycles, then the longer one at 10 for its last 200."""
+    streams = [Stream("dma_in", core, [Step("load", 0, bytes=size)]) for core, size in enumerate((100, 300))]
+    records, total = Machine(streams, {}, ddr_rate=10, port=10).run()
+    assert [one[0].end for one in records] == [20, 40]
+    assert total == 40
+
+
+def test_a_result_leaves_the_array_after_its_fill() -> None:
+    streams = [
+        Stream("matrix", 0, [Step("mma", 10, acquires=("c",), commits=("c",), delay=7)] * 2),
+        Stream("vector", 0, [work(1, "c")] * 2),
+    ]
+    records, total = Machine(streams, {"c": Channel(2, (1,))}, ddr_rate=1, port=1).run()
+    assert [record.start for record in records[0]] == [0, 10]
+    assert [record.start for record in records[1]] == [17, 27]
+    assert total == 28
+
+
+def test_a_deadlock_names_the_engine_and_the_channel() -> None:
+    streams = [Stream("matrix", 0, [work(1)])]
+    with pytest.raises(CheckError, match="matrix of core 0 waits for a at `mma`"):
+        Machine(streams, {"a": Channel(1, (0,))}, ddr_rate=1, port=1).run()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 60)), min_size=1, max_size=12), st.integers(1, 3))
+def test_the_account_of_each_engine_sums_to_the_total(tiles: list[tuple[int, int]], depth: int) -> None:
+    streams = [
+        Stream("dma_in", 0, [load(size, latency=30, issue=3) for size, _ in tiles], outstanding=2),
+        Stream("matrix", 0, [work(cycles) for _, cycles in tiles]),
+        Stream("dma_in", 1, [Step("load", 3, bytes=size, latency=30) for size, _ in tiles], outstanding=2),
+    ]
+    records, total = Machine(streams, {"a": Channel(depth, (1,))}, ddr_rate=9.2, port=8).run()
+    for record in records:
+        assert sum(account(record, total).values()) == total
+        assert min(account(record, total).values()) >= 0
+    moved = 2 * sum(size for size, _ in tiles)
+    assert total >= max(moved / 9.2, sum(cycles for _, cycles in tiles))
