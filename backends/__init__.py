@@ -1,1 +1,1 @@
-""
+"""Backends: what turns a legalized graph into code or schedules for a machine."""

@@ -66,7 +66,9 @@ class _Part:
         if self._session is None:
             return
         binding = self._session.io_binding()
-        buffers = {n: ort.OrtValue.ortvalue_from_numpy(np.asarray(values[n], order="C")) for n in self.inputs}
+        for name in self.inputs:
+            values[name] = np.asarray(values[name], order="C")
+        buffers = {n: ort.OrtValue.ortvalue_from_numpy(values[n]) for n in self.inputs}
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(name, buffer)
         for name in self.outputs:
@@ -101,7 +103,9 @@ class Executable:
         weights: Sequence[Mapping[str, Array]] | None = None,
     ) -> None:
         self.graph = graph
-        self.in_place = dict(in_place or {})
+        # a stage knows its outputs by the names of values
+        inner = {name: value.name for name, value in graph.outputs.items()}
+        self.in_place = {inner.get(name, name): source for name, source in (in_place or {}).items()}
         self._stages = _split(graph)
         loaded = weights if weights is not None else read_weights(graph)
         self._parts = [
@@ -121,12 +125,14 @@ class Executable:
                 part.run(values[rank], self.in_place)
             for node in collectives:
                 _exchange(node, values)
-        names = {name: value.name for name, value in self.graph.outputs.items()}
-        return [{name: _result(v, name, inner) for name, inner in names.items()} for v in values]
+        return [
+            {name: _result(v, value, rank) for name, value in self.graph.outputs.items()}
+            for rank, v in enumerate(values)
+        ]
 
 
-def _result(values: Mapping[str, Array], name: str, inner: str) -> Array:
-    return values[inner] if inner in values else values[name]
+def _result(values: Mapping[str, Array], value: Value, rank: int) -> Array:
+    return values[value.name] if value.const is None else value.const.rank(rank).read()
 
 
 def _exchange(node: Node, values: Sequence[MutableMapping[str, Array]]) -> None:

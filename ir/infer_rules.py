@@ -38,7 +38,7 @@ def _arith(name: str) -> Callable[[Dim, Dim], Dim | None] | None:
         "Div": lambda a, b: divide(a, b),
         "Max": lambda a, b: max(a, b) if isinstance(a, int) and isinstance(b, int) else (a if a == b else None),
         "Min": lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else (a if a == b else None),
-        "Mod": lambda a, b: a % b if isinstance(a, int) and isinstance(b, int) and b else None,
+        "Mod": lambda a, b: a % b if isinstance(a, int) and isinstance(b, int) and a >= 0 and b > 0 else None,
         "Equal": lambda a, b: int(a == b) if a == b or (isinstance(a, int) and isinstance(b, int)) else None,
     }
     return table.get(name)
@@ -151,8 +151,10 @@ def _concat(ctx: Context) -> Result:
     shapes = [ctx.shape(i) for i in range(len(ctx.inputs))]
     parts = [ctx.elements(i) for i in range(len(ctx.inputs))]
     known = [p for p in parts if p is not None]
-    elements = tuple(e for p in known for e in p) if len(known) == len(parts) else None
     ranked = [s for s in shapes if s is not None]
+    # entries are row-major: they follow each other only when vectors are joined
+    flat = len(known) == len(parts) and all(len(s) == 1 for s in ranked)
+    elements = tuple(e for p in known for e in p) if flat else None
     if len(ranked) != len(shapes):
         return Result(TensorType(ctx.dtype(0)), elements)
     axis = int(ctx.attributes["axis"]) % len(ranked[0])
@@ -197,7 +199,8 @@ def _reshape(ctx: Context) -> Result:
         return Result(TensorType(ctx.dtype(0), shape), ctx.elements(0))
     dims: list[Dim] = list(wanted)
     if not ctx.attributes.get("allowzero", 0):
-        dims = [source[i] if d == 0 and source is not None and i < len(source) else d for i, d in enumerate(dims)]
+        same = [ctx.unknown(i) for i in range(len(dims))] if source is None else source
+        dims = [same[i] if d == 0 and i < len(same) else d for i, d in enumerate(dims)]
     if -1 in dims:
         at = dims.index(-1)
         missing = None if source is None else divide(_product(source), _product([d for d in dims if d != -1]))
@@ -206,9 +209,17 @@ def _reshape(ctx: Context) -> Result:
         dims[at] = ctx.unknown(at) if missing is None else missing
     elif source is not None:
         total, new = _product(source), _product(dims)
-        if isinstance(total, int) and isinstance(new, int) and total != new:
+        if _differ(total, new):
             raise ctx.error(f"{shape_text(source)} has {total} elements, {shape_text(tuple(dims))} has {new}")
     return Result(TensorType(ctx.dtype(0), tuple(dims)), ctx.elements(0))
+
+
+def _differ(a: Dim, b: Dim) -> bool:
+    """True when two counts cannot be equal: other numbers, or other multiples of the same sizes."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a != b
+    ratio = divide(a, b) or divide(b, a)
+    return isinstance(ratio, int) and ratio > 1
 
 
 @rule("Expand")
@@ -270,7 +281,7 @@ def _slice(ctx: Context) -> Result:
         box = None
         if starts is not None and stops is not None and steps is not None:
             box = slice_bounds(shape[at], starts[n], stops[n], steps[n])
-        dims[at] = ctx.unknown(at) if box is None else box[1] - box[0] if steps and steps[n] == 1 else box[2]
+        dims[at] = ctx.unknown(at) if box is None else box[2]
         if box is not None and isinstance(box[0], int) and isinstance(box[1], int) and steps and steps[n] == 1:
             picked.append((box[0], box[1]))
     elements = ctx.elements(0)
@@ -332,9 +343,9 @@ def _reduce(ctx: Context) -> Result:
     if shape is None:
         return Result(ctx.type(0))
     axes = ctx.ints(1) if ctx.has(1) else ctx.attributes.get("axes")
-    if axes is None:
-        if ctx.has(1):
-            return Result(TensorType(ctx.dtype(0)))
+    if axes is None and ctx.has(1):
+        return Result(TensorType(ctx.dtype(0)))
+    if not axes:
         axes = () if ctx.attributes.get("noop_with_empty_axes", 0) else tuple(range(len(shape)))
     places = {a % len(shape) for a in axes}
     keep = ctx.attributes.get("keepdims", 1)
@@ -380,6 +391,9 @@ def _gemm(ctx: Context) -> Result:
         raise ctx.error(f"operands {ctx.type(0)} and {ctx.type(1)} are not matrices")
     rows = a[1] if ctx.attributes.get("transA", 0) else a[0]
     columns = b[0] if ctx.attributes.get("transB", 0) else b[1]
+    left, right = a[0] if ctx.attributes.get("transA", 0) else a[1], b[1] if ctx.attributes.get("transB", 0) else b[0]
+    if isinstance(left, int) and isinstance(right, int) and left != right:
+        raise ctx.error(f"{shape_text(a)} and {shape_text(b)} do not multiply: {left} is not {right}")
     return Result(TensorType(ctx.dtype(0), (rows, columns)))
 
 

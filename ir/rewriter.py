@@ -55,6 +55,7 @@ class Rewriter:
         self._journal: list[Callable[[], None]] | None = None
         self._sources: tuple[Node, ...] = ()
         self._changed: dict[Node, None] = {}
+        self._made: dict[Node, None] = {}  # by the present application
 
     # transactions and provenance
 
@@ -63,7 +64,7 @@ class Rewriter:
         """One application of a rule: new nodes inherit ``sources``' provenance, an exception undoes everything."""
         if self._journal is not None:
             raise RewriteError(f"{self.by}: a rewrite is already being applied")
-        self._journal, self._sources = [], tuple(sources)
+        self._journal, self._sources, self._made = [], tuple(sources), {}
         before = self.modified
         try:
             yield
@@ -120,8 +121,8 @@ class Rewriter:
         kept = {k: _plain(v) for k, v in (attributes or {}).items() if v is not None}
         node = Node(op_type, given, kept, domain=domain)
         for value in given:
-            if value is not None and self.graph.values.get(value.name) is not value:
-                raise RewriteError(f"{self.by}: {node.op} uses {value.name!r}, which is not in the graph")
+            if value is not None:
+                self._check_own(value, node.op)
         _check_schema(node, outputs, self.graph.opset, self.by)
         stem = name or self._stem(node)
         label = self.graph.fresh_name(stem)
@@ -130,9 +131,13 @@ class Rewriter:
         node.name = label
         node.provenance = merge((s.provenance for s in self._sources), self.by)
         self.graph._add_node(node, values)
-        self._changed[node] = None
+        self._changed[node] = self._made[node] = None
         self._log(lambda: self.graph._remove_node(node))
         return node
+
+    def _check_own(self, value: Value, user: str) -> None:
+        if self.graph.values.get(value.name) is not value:
+            raise RewriteError(f"{self.by}: {user} uses {value.name!r}, which is not in the graph")
 
     def _stem(self, node: Node) -> str:
         return f"{self._sources[0].output.name}_{node.op_type}" if self._sources else node.op_type
@@ -171,17 +176,33 @@ class Rewriter:
         """Let every user of ``old``, graph outputs included, read ``new``; then drop what is dead behind ``old``.
 
         Raises:
-            RewriteError: the types differ, or ``new`` is computed from ``old``.
+            RewriteError: the types differ, or this application computed ``new`` from ``old``.
         """
         if old is new:
             return
+        self._check_own(new, "a replacement")
         self._check_types(old, new)
+        self._check_order(old, new)
         for name in self.graph.output_names(old):
             self.set_output(name, new)
         for node, position in list(old.uses):
             self.set_input(node, position, new)
         if old.producer is not None:
             self.erase_dead(old.producer)
+        elif old.const is not None and not self.graph.use_count(old):
+            self._erase_const(old)
+
+    def _check_order(self, old: Value, new: Value) -> None:
+        # nodes older than the application are left to the verifier: a search through all of them costs the graph
+        pending, seen = [new], {new}
+        while pending:
+            value = pending.pop()
+            if value is old:
+                raise RewriteError(f"{self.by}: {new.name!r} is computed from {old.name!r} and cannot replace it")
+            if value.producer in self._made:
+                fresh = [v for v in value.producer.inputs if v is not None and v not in seen]
+                seen.update(fresh)
+                pending += fresh
 
     def _check_types(self, old: Value, new: Value) -> None:
         if old.type.dtype is not new.type.dtype or not _fits(old.type.shape, new.type.shape):
@@ -197,6 +218,7 @@ class Rewriter:
 
     def set_input(self, node: Node, position: int, value: Value) -> None:
         """Let one operand of ``node`` be ``value``."""
+        self._check_own(value, node.op)
         before = node.inputs[position]
         self.graph._set_input(node, position, value)
         self._changed[node] = None
@@ -206,12 +228,14 @@ class Rewriter:
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
         """Change one attribute of a node; the operator's rule sees it at the next inference."""
-        before = dict(node.attributes)
-        node.attributes[name] = _plain(value)
+        before = node.attributes
+        node.attributes = {**before, name: _plain(value)}
         self._log(lambda: setattr(node, "attributes", before))
+        _check_schema(node, len(node.outputs), self.graph.opset, self.by)
 
     def set_output(self, name: str, value: Value) -> None:
         """Let the interface output ``name`` be ``value``; a new name is appended."""
+        self._check_own(value, f"the output {name!r}")
         before = self.graph.outputs.get(name)
         self.graph._set_output(name, value)
         self._log(lambda: self.graph._set_output(name, before))
@@ -272,9 +296,14 @@ class Rewriter:
 
     def drop_output(self, name: str) -> None:
         """Remove an output from the interface."""
-        before = self.graph.outputs[name]
+        before, order = self.graph.outputs[name], list(self.graph.outputs)
         self.graph._set_output(name, None)
-        self._log(lambda: self.graph._set_output(name, before))
+
+        def undo() -> None:
+            self.graph._set_output(name, before)
+            self.graph.outputs = {n: self.graph.outputs[n] for n in order}
+
+        self._log(undo)
 
     def remove_input(self, value: Value) -> None:
         """Remove an input that nothing reads any more."""
@@ -375,6 +404,7 @@ def _check_schema(node: Node, outputs: int, opset: int, by: str) -> None:
         allowed, most = {a for a, _ in op.attributes}, len(op.outputs)
     else:
         schema = _standard_schema(node.op_type, opset)
+        _check_attributes(node, schema, by)
         low, high, most = schema.min_input, schema.max_input, schema.max_output
         allowed = set(schema.attributes)
     if not low <= count <= high:
@@ -385,6 +415,31 @@ def _check_schema(node: Node, outputs: int, opset: int, by: str) -> None:
     for name in node.attributes:
         if name not in allowed:
             raise RewriteError(f"{by}: {node.op} has no attribute {name!r}", did_you_mean(name, allowed or {"(none)"}))
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "INT": (int,),
+    "FLOAT": (float,),
+    "STRING": (str, bytes),
+    "TENSOR": (np.ndarray,),
+    "INTS": (int,),
+    "FLOATS": (float,),
+    "STRINGS": (str, bytes),
+}
+
+
+def _check_attributes(node: Node, schema: onnx.defs.OpSchema, by: str) -> None:
+    """Required attributes are there, and each has the declared type."""
+    for name, declared in schema.attributes.items():
+        if name not in node.attributes:
+            if declared.required:
+                raise RewriteError(f"{by}: {node.op} needs the attribute {name!r}")
+            continue
+        kind, value = declared.type.name, node.attributes[name]
+        items = value if kind.endswith("S") and isinstance(value, tuple) else (value,)
+        listed = kind.endswith("S") == isinstance(value, tuple)
+        if kind in _KINDS and not (listed and all(isinstance(i, _KINDS[kind]) for i in items)):
+            raise RewriteError(f"{by}: attribute {name!r} of {node.op} is {value!r}, {kind.lower()} is expected")
 
 
 def describe(value: Value) -> str:

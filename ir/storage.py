@@ -27,8 +27,11 @@ _NAMES = {
     DType.INT8: "I8",
     DType.UINT8: "U8",
     DType.INT16: "I16",
+    DType.UINT16: "U16",
     DType.INT32: "I32",
+    DType.UINT32: "U32",
     DType.INT64: "I64",
+    DType.UINT64: "U64",
     DType.BOOL: "BOOL",
 }
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -134,16 +137,15 @@ def save_onnx(
     """
     location = weights or path.with_suffix(".safetensors").name
     tensors = stored_tensors(graph, rank)
-    if offsets is None and tensors:
-        temporary = path.with_name(location + ".tmp")
-        try:
-            offsets = write_safetensors(temporary, tensors)
-            temporary.replace(path.with_name(location))
-        finally:
-            temporary.unlink(missing_ok=True)
-    places = dict(offsets or {})
-    model = to_onnx(graph, lambda v: (location, places[v.name], tensors[v.name].nbytes))
-    data = model.SerializeToString(deterministic=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    weights_part, model_part = path.with_name(location + ".tmp"), path.with_name(path.name + ".tmp")
+    try:
+        written = write_safetensors(weights_part, tensors) if offsets is None and tensors else None
+        places = dict(offsets or written or {})
+        model = to_onnx(graph, lambda v: (location, places[v.name], tensors[v.name].nbytes))
+        model_part.write_bytes(model.SerializeToString(deterministic=True))
+        if written is not None:
+            weights_part.replace(path.with_name(location))
+        model_part.replace(path)
+    finally:
+        weights_part.unlink(missing_ok=True)
+        model_part.unlink(missing_ok=True)

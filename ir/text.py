@@ -7,6 +7,8 @@ metadata, so that graph -> text -> graph -> text is exact, and the same text is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import count
 
 import onnx
 
@@ -70,14 +72,22 @@ def _drop_initializer(model: onnx.ModelProto, name: str) -> None:
 def _alias_dims(model: onnx.ModelProto) -> dict[str, str]:
     """Give dimensions such as ``past + seq`` an identifier; ``alias -> dimension``."""
     aliases: dict[str, str] = {}
-    for info in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+    infos = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    plain = {dim.dim_param for info in infos for dim in info.type.tensor_type.shape.dim}
+    for info in infos:
         for dim in info.type.tensor_type.shape.dim:
             name = dim.dim_param
             if name and not name.isidentifier():
-                alias = re.sub(r"\W+", "_", name.replace("+", "plus").replace("-", "minus")).strip("_")
+                stem = re.sub(r"\W+", "_", name.replace("+", "plus").replace("-", "minus")).strip("_")
+                alias = next(a for a in _numbered(stem) if a not in plain and aliases.get(a, name) == name)
                 aliases[alias] = name
                 dim.dim_param = alias
     return dict(sorted(aliases.items()))
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}_{n}" for n in count(1))
 
 
 def from_text(text: str) -> Graph:

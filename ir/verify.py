@@ -54,6 +54,8 @@ def _uses(graph: Graph) -> Iterator[str]:
         if node not in graph._by_op.get((node.domain, node.op_type), {}):
             yield f"{node!r} is missing from the operator index"
     for name, value in graph.values.items():
+        if value.producer is None and value.const is None and value not in graph.inputs:
+            yield f"{name!r} is neither an input, a constant nor computed"
         if value.name != name:
             yield f"{value.name!r} is filed under {name!r}"
         for user, position in value.uses:

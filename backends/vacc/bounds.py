@@ -88,9 +88,7 @@ def work_bytes(kernel: Kernel, step: Step) -> int:
     """DDR bytes that one step moves: those of its transfer, the indices of a gather, the operands of a collective."""
     extra = (*step.ins, *step.outs) if step.primitive.collective else step.ins[1:]
     boxes = [box for box in extra if box.ref in kernel.param]
-    return work(kernel, step).bytes + sum(
-        math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes
-    )
+    return work(kernel, step).bytes + sum(math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes)
 
 
 def link_cost(kind: str, size: int, ranks: int, links: Links | None) -> tuple[int, int]:

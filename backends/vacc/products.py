@@ -85,9 +85,7 @@ def matrix_product(kernel: Kernel, lanes: Lanes) -> MatrixProduct | None:
         return None
     a_name, a_k, b_name, b_k = params.pop()
     rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
-    size = Product(
-        _volume(rows), _volume(columns), kernel.param[b_name].shape[b_k], cost.dtype, cost.weight_itemsize
-    )
+    size = Product(_volume(rows), _volume(columns), kernel.param[b_name].shape[b_k], cost.dtype, cost.weight_itemsize)
     return MatrixProduct(size, rows, columns, tuple(macs))
 
 

@@ -45,9 +45,7 @@ def covers(regions: Sequence[Region], wanted: Region) -> bool:
 
 def contains(outer: Region, inner: Region) -> bool:
     """Whether `inner` lies in `outer`."""
-    return all(
-        a <= c and d <= b for a, b, c, d in zip(outer[0], outer[1], inner[0], inner[1], strict=True)
-    )
+    return all(a <= c and d <= b for a, b, c, d in zip(outer[0], outer[1], inner[0], inner[1], strict=True))
 
 
 def intersection(one: Region, other: Region) -> Region | None:

@@ -60,6 +60,8 @@ class FuseRotary(PatternPass):
         low, high = m.get("low"), m.get("high")
         if low is not None and (low.output.shape[-1] != depth // 2 or attribute(high, "starts") != (depth // 2,)):
             yield m.reason("the slices do not halve the last axis of {x}", x=m.x)
+        if low is not None and any(len(n.inputs) > 4 and attribute(n, "steps") != (1,) for n in (low, high)):
+            yield m.reason("the slices skip channels of {x}", x=m.x)
         for name in ("cos", "sin"):
             tables = self._tables(m, name)
             if tables.why:
@@ -93,11 +95,18 @@ def _tabulate(graph: Graph, value: Value, positions: int, halved: bool) -> _Tabl
     if value.rank != (3 if halved else 4):
         return _Tables(why=f"has type {value.type}, [batch,{'seq,D/2' if halved else '1,seq,D'}] is expected")
     region = extract(graph, nodes, "rotary", keep=[value])
+    order = np.arange(positions, dtype=np.int64)
+    few = order[:: -max(1, positions // 7)]  # other positions in another order: rows must follow
     try:
-        found = evaluate(region, {sources[0].name: np.arange(positions, dtype=np.int64)[None]})[value.name]
+        found, probe = (evaluate(region, {sources[0].name: p[None]})[value.name] for p in (order, few))
     except VaccError as error:
         return _Tables(why=f"cannot be evaluated: {error.message}")
+    if found.shape[-2] != positions:
+        return _Tables(why=f"has type {value.type}, positions are expected on the last axis but one")
     table = found.reshape(positions, -1)
+    # the same function of a position up to the rounding of another evaluation, in units of cos and sin
+    if probe.size != few.size * table.shape[1] or not np.allclose(probe.reshape(len(few), -1), table[few], atol=1e-3):
+        return _Tables(why=f"is no function of each entry of {sources[0].name!r} alone")
     if halved:
         return _Tables(table, sources[0])
     half = table.shape[1] // 2

@@ -103,7 +103,9 @@ class Pass(ABC):
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, str) and (not value or value == "none" or value.strip() != value or set(value) & set(",}{")):
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def where(node: Node) -> str:

@@ -24,11 +24,12 @@ PROBES = (
 )
 
 
-def why_not_causal_padding(graph: Graph, attentions: Sequence[Node]) -> str:
+def why_not_causal_padding(graph: Graph, attentions: Sequence[Node], context: int) -> str:
     """Empty when every attention is causal, bottom-right aligned, over the keys that ``attention_mask`` admits.
 
     Otherwise one sentence that names the attention and the first query and key that differ. The probes cover several
-    lengths, a past, and padding on both sides; rows whose keys are all hidden are not compared.
+    lengths, a past, and padding on both sides; one has ``context`` keys, so that a sliding window shorter than the
+    buffers is seen. Rows whose keys are all hidden are not compared.
     """
     seen: set[Value] = set()
     for node in attentions:
@@ -41,16 +42,16 @@ def why_not_causal_padding(graph: Graph, attentions: Sequence[Node]) -> str:
             return f"{where(node)} has a mask and is_causal, which is not supported"
         if mask not in seen:
             seen.add(mask)
-            why = _probe_all(graph, mask)
+            why = _probe_all(graph, mask, context)
             if why:
                 return f"the mask of {where(node)} is not causal with padding: {why}"
     return ""
 
 
-def _probe_all(graph: Graph, mask: Value) -> str:
+def _probe_all(graph: Graph, mask: Value, context: int) -> str:
     nodes = list(ancestors(graph, mask))
     region = extract(graph, nodes, "mask", keep=[mask])
-    for probe in PROBES:
+    for probe in (*PROBES, (1, 1, context - 1, (0,), (0,))):
         feeds, expected = _feeds(region, probe)
         missing = [v.name for v in region.inputs if v.name not in feeds]
         if missing:

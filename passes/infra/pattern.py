@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from vacc_opt.ir import Graph, Literal, Node, Value
+from vacc_opt.ir import DType, Graph, Literal, Node, Value
 
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Max", "Min", "Equal", "Sum"})
 _ABSENT = object()
@@ -232,6 +232,11 @@ def scalar(value: Value | None) -> float | None:
     return float(first) if array.size == 1 or bool(np.all(array == first)) else None
 
 
+def _stored(number: float, dtype: DType) -> float:
+    """What a constant of this type holds when it was written as ``number``."""
+    return float(dtype.numpy.type(number)) if dtype.is_float else number
+
+
 class Matcher:
     """Matches one pattern; keeps the deepest :class:`Miss` of the last root."""
 
@@ -276,8 +281,7 @@ class Matcher:
             return self._fail("{} lacks an operand for {}", user.op, pattern, node=user)
         if isinstance(pattern, Number):
             found = scalar(value)
-            exact = found is not None and value.const is not None
-            if exact and value.const is not None and found == float(value.const.dtype.numpy.type(pattern.value)):
+            if found is not None and value.const is not None and found == _stored(pattern.value, value.const.dtype):
                 return True
             return self._fail("{} is {}, expected the constant {}", value.name, _shown(value), pattern, node=user)
         assert isinstance(pattern, Var)

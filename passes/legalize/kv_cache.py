@@ -48,7 +48,7 @@ class KvCache(Pass):
         layers = [_layer(graph, node) for node in graph.by_op("Attention")]
         if not layers:
             raise CheckError("the graph has no Attention node", "run fuse-gqa before kv-cache")
-        why = why_not_causal_padding(graph, [layer.attention for layer in layers])
+        why = why_not_causal_padding(graph, [layer.attention for layer in layers], self.context)
         if why:
             raise CheckError(why)
         with rw.applying([layers[0].attention]):
@@ -67,6 +67,7 @@ class KvCache(Pass):
             rw.add_input(VALID, batch)
         length = rw.op.Shape(ids, start=1, end=2)
         end = rw.op.Add(pos, length)
+        buffers = [v for layer in layers for v in (layer.key.inputs[0], layer.value.inputs[0]) if v is not None]
         for layer in layers:
             keys, values = self._append(rw, layer.key, pos), self._append(rw, layer.value, pos)
             attributes = {**layer.attention.attributes, "is_causal": 1}
@@ -81,6 +82,10 @@ class KvCache(Pass):
             value = graph.input_named(name)
             if value is not None:
                 rw.remove_input(value)
+        for buffer in buffers:
+            for user in buffer.users():
+                if user.op != "TensorScatter":
+                    raise CheckError(f"{where(user)} reads the past {buffer.name!r}, which has no length any more")
         rw.infer_again()
 
     def _append(self, rw: Rewriter, concat: Node, pos: Value) -> Value:

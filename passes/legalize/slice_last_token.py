@@ -44,6 +44,9 @@ class SliceLastToken(Pass):
             rw.set_input(head, 0, last)
             rw.touch(head)
             rw.infer_again()
+            found = graph.outputs[self.logits].type
+            if found.shape is not None and found.shape[1] != 1:
+                raise CheckError(f"{self.logits!r} is {found} after slicing: something adds all tokens back to it")
         remark = Remark("passed", self.name, f"{head.op} reads row valid - 1", where(head))
         return Outcome("lm_head reads the last valid token", [remark])
 
@@ -55,6 +58,6 @@ class SliceLastToken(Pass):
         # a bias, a cast or a logit scale may follow the linear
         while node is not None and as_linear(node) is None and node.op in ("Add", "Cast", "Mul", "Div", "Tanh"):
             node = next((v.producer for v in node.inputs if v is not None and v.producer is not None), None)
-        if node is None:
+        if node is None or as_linear(node) is None:
             raise CheckError(f"{self.logits!r} does not come from a linear layer")
         return node

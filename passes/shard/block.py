@@ -63,7 +63,10 @@ def attention_block(node: Node) -> Attention:
     heads, kv, width = q.shape[1], k.shape[1], q.shape[3]
     if not isinstance(heads, int) or not isinstance(kv, int) or not isinstance(width, int):
         raise CheckError(f"{where(node)} has a symbolic number of heads")
-    query, key, value = (_upstream(x) for x in (q, k, v))
+    mask = node.input(3)
+    if mask is not None and mask.shape is not None and len(mask.shape) > 2 and mask.shape[-3] != 1:
+        raise CheckError(f"the mask of {where(node)} is {mask.type}: one a head, which is not split")
+    query, key, value = (_upstream(x, width) for x in (q, k, v))
     return Attention(
         node,
         (heads, kv),
@@ -80,7 +83,7 @@ def attention_block(node: Node) -> Attention:
     )
 
 
-def _upstream(value: Value) -> _Path:
+def _upstream(value: Value, width: int) -> _Path:
     biases: list[Value] = []
     constants: list[Value] = []
     caches: list[Value] = []
@@ -91,8 +94,9 @@ def _upstream(value: Value) -> _Path:
             return _Path(linear, biases, constants, caches)
         if node.op == "Add":
             sides = [v for v in node.inputs if v is not None and not v.is_const]
-            biases += [v for v in node.inputs if v is not None and v.is_const]
-            if len(sides) != 1:
+            vectors = [v for v in node.inputs if v is not None and v.is_const]
+            biases += vectors
+            if len(sides) != 1 or any(v.rank != 1 or v.shape != value.shape[-1:] for v in vectors if value.shape):
                 break
             value = sides[0]
             continue
@@ -100,7 +104,8 @@ def _upstream(value: Value) -> _Path:
             constants += [v for v in node.inputs[1:] if v is not None]
         if node.op in ("TensorScatter", "Concat"):
             caches += _caches(node.inputs[0], constants)
-        if node.op not in _UPSTREAM:
+        across = node.op == "RMSNormalization" and value.shape is not None and value.shape[-1] != width
+        if node.op not in _UPSTREAM or across:  # a norm over all heads needs the other ranks
             break
         following = node.inputs[_UPSTREAM[node.op]]
         assert following is not None

@@ -33,21 +33,28 @@ class _Split:
             raise CheckError(f"{value.name} is shared by layers that split it differently")
         self.rw.set_const(value, expr)
 
+    def _again(self, value: Value, key: object) -> None:
+        if self.done[value] != key:
+            raise CheckError(f"{value.name} is shared by layers that split it differently")
+
     def outputs(self, linear: Linear, rows: tuple[Rows, ...], biases: tuple[Value, ...] = ()) -> None:
         """Each rank computes ``rows`` of the outputs."""
         if linear.weight in self.done:
-            self.set(linear.weight, ("rows", rows), linear.weight.const)  # type: ignore[arg-type]
+            self._again(linear.weight, ("rows", rows))
         else:
             split = rows_per_rank(linear.rows, rows)
             flip = linear.rows is not linear.weight.const
             self.set(linear.weight, ("rows", rows), _flip(split) if flip else split)
         for vector in (*((linear.scale,) if linear.scale is not None else ()), *biases):
-            if vector.const is not None and vector not in self.done:
-                self.set(vector, ("rows", rows), rows_per_rank(vector.const, rows))
+            if vector.const is not None:
+                done = vector.const if isinstance(vector.const, PerRank) else rows_per_rank(vector.const, rows)
+                self.set(vector, ("rows", rows), done)
 
     def inputs(self, linear: Linear, columns: tuple[Rows, ...]) -> None:
         """Each rank sums over ``columns`` of the inputs; the sums meet in an AllReduce."""
-        if linear.weight not in self.done:
+        if linear.weight in self.done:
+            self._again(linear.weight, ("columns", columns))
+        else:
             split = columns_per_rank(linear.rows, columns)
             flip = linear.rows is not linear.weight.const
             self.set(linear.weight, ("columns", columns), _flip(split) if flip else split)
@@ -138,9 +145,10 @@ class SplitTp(Pass):
     def _vocabulary(self, graph: Graph, split: _Split) -> list[Remark]:
         """Embedding and lm_head by rows of the vocabulary, tied or not."""
         rw, remarks = split.rw, []
+        sizes: dict[Value, int] = {}
         head = self._lm_head(graph)
         if head is not None:
-            size = head.out_features
+            size = sizes[head.weight] = head.out_features
             shares = even_shares(size, self.tp, VOCABULARY_MULTIPLE)
             split.outputs(head, shares)
             with rw.on_behalf_of(head.node):
@@ -150,7 +158,7 @@ class SplitTp(Pass):
             table, ids = node.inputs[:2]
             if table is None or table.const is None or len(table.const.shape) != 2 or node.attributes.get("axis", 0):
                 continue
-            rows = table.const.shape[0] if table not in split.done else head.out_features if head is not None else 0
+            rows = sizes.setdefault(table, table.const.shape[0])
             shares = even_shares(rows, self.tp, VOCABULARY_MULTIPLE)
             if table not in split.done:
                 split.set(table, ("rows", shares), rows_per_rank(table.const, shares))

@@ -62,7 +62,8 @@ def _slice(node: Node, rw: Rewriter) -> Value | None:
     low, high = elements_of(starts), elements_of(stops)
     axes = _ints(node.input(3)) or (tuple(range(len(low))) if low is not None and node.input(3) is None else None)
     steps = _ints(node.input(4)) or (1,) * len(axes or ())
-    if low is None or high is None or axes is None or set(steps) != {1}:
+    unknown = node.input(4) is not None and _ints(node.input(4)) is None
+    if low is None or high is None or axes is None or unknown or set(steps) != {1}:
         return None
     for axis, a, b in zip(axes, low, high, strict=True):
         bounds = slice_bounds(x.shape[axis], a, b, 1)

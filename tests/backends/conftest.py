@@ -46,7 +46,11 @@ def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
     """Kernels by name, each with values of its run-time scalars that are legal."""
     rows = [param(name, mode, "f32", (13, 100)) for name, mode in (("A", "in"), ("B", "in"), ("Y", "out"))]
     norm = param("X", "in", "f32", (13, 100)), param("W", "in", "f32", (100,)), param("Y", "out", "f32", (13, 100))
-    turn = param("X", "in", "f32", (3, 13, 32)), param("COS", "in", "f32", (64, 16)), param("SIN", "in", "f32", (64, 16))
+    turn = (
+        param("X", "in", "f32", (3, 13, 32)),
+        param("COS", "in", "f32", (64, 16)),
+        param("SIN", "in", "f32", (64, 16)),
+    )
     new = param("NEW", "in", "f32", (2, 13, 32))
     tables = [param(name, "in", "f32", (2, 1, 32)) for name in ("SCALE", "ZERO")]
     ids = param("IDS", "in", "i64", (13,))
@@ -62,14 +66,20 @@ def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
         "attention_i8_new": (attend(target, 13, 64, "i8", True), positions),
         "attention_decode": (attend(target, 1, 64, "i8", True), [{"pos": pos} for pos in (0, 1, 63)]),
         "kv_append": (kv_append(new, param("CACHE", "inout", "f32", (2, 64, 32)), None, None, target), positions),
-        "kv_append_i8": (kv_append(new, param("CACHE", "inout", "i8", (2, 64, 32)), tables[0], tables[1], target), positions),
+        "kv_append_i8": (
+            kv_append(new, param("CACHE", "inout", "i8", (2, 64, 32)), tables[0], tables[1], target),
+            positions,
+        ),
         "add": (elementwise("add", rows[0], rows[1], rows[2], target), none),
         "swiglu": (elementwise("silu_mul", rows[0], rows[1], rows[2], target), none),
         "rms_norm": (rms_norm(*norm, 1e-5, target), none),
         "rotary": (rotary(*turn, param("Y", "out", "f32", (3, 13, 32)), False, target), positions),
         "embedding": (embedding(*embed, target), none),
         "copy": (copy(rows[0], rows[2], target), none),
-        "select_row": (select_row(rows[0], param("Y", "out", "f32", (1, 100)), target), [{"valid": n} for n in (1, 7, 13)]),
+        "select_row": (
+            select_row(rows[0], param("Y", "out", "f32", (1, 100)), target),
+            [{"valid": n} for n in (1, 7, 13)],
+        ),
         "all_reduce": (all_reduce(param("X", "in", "f32", (20000,)), param("Y", "out", "f32", (20000,))), none),
         "all_gather": (all_gather(param("X", "in", "f32", (3, 20000)), param("Y", "out", "f32", (3, 3, 20000))), none),
     }

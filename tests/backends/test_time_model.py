@@ -18,7 +18,9 @@ def work(cycles: int, channel: str = "a") -> Step:
     return Step("mma", cycles, waits=(channel,), releases=(channel,))
 
 
-def pipeline(count: int, size: int, cycles: int, depth: int, latency: int = 0) -> tuple[dict[str, int], dict[str, int], int]:
+def pipeline(
+    count: int, size: int, cycles: int, depth: int, latency: int = 0
+) -> tuple[dict[str, int], dict[str, int], int]:
     """Cycle accounts of the loader and of the worker, and the total, of `count` tiles at 10 bytes a cycle."""
     streams = [
         Stream("dma_in", 0, [load(size, latency=latency)] * count, outstanding=8),

@@ -23,7 +23,9 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, phase) for name in MODELS for phase in ("prefill", "decode")], ids=" ".join)
+@pytest.fixture(
+    scope="module", params=[(name, phase) for name in MODELS for phase in ("prefill", "decode")], ids=" ".join
+)
 def program(request: pytest.FixtureRequest) -> Program:
     name, phase = request.param
     model = MODELS[name] if phase == "prefill" else replace(MODELS[name], length=1)

@@ -64,7 +64,12 @@ MUTATIONS = [
     ("a consumer writes", "acc[0:5, 0:|n|] <- mma(x", "x[0:5, 0:|n|] <- mma(x", "WAR"),
     ("the last k chunk is lost in both trees", "for k in 0:8:4", "for k in 0:4:4", "uncovered"),
     ("the k loop of the loads is short", "for k in 0:8:4 {\n        fill", "for k in 0:4:4 {\n        fill", "RAW"),
-    ("columns are lost", "Y[0:5, n:n+|n|] <- store(acc[0:5, 0:|n|])", "Y[0:5, n:n+1] <- store(acc[0:5, 0:1])", "uncovered"),
+    (
+        "columns are lost",
+        "Y[0:5, n:n+|n|] <- store(acc[0:5, 0:|n|])",
+        "Y[0:5, n:n+1] <- store(acc[0:5, 0:1])",
+        "uncovered",
+    ),
     ("stores cut the columns elsewhere", "par n in 0:6:4 {\n      use acc", "par n in 0:6:3 {\n      use acc", "RAW"),
     ("all tiles are stored at one place", "Y[0:5, n:n+|n|]", "Y[0:5, 0:|n|]", "WAW"),
     ("a store runs past the end", "Y[0:5, n:n+|n|]", "Y[0:5, n+1:n+|n|+1]", "bounds"),
@@ -73,7 +78,12 @@ MUTATIONS = [
     ("one k chunk is multiplied twice", "load(X[0:5, k:k+|k|])", "load(X[0:5, 0:|k|])", "coverage"),
     ("the accumulator is never started", "first=k", "first=1", "RAW"),
     ("the accumulator starts again at each chunk", "first=k", "first=0", "WAW"),
-    ("tiles do not fit each other", "x[0:5, 0:|k|], w[0:|n|, 0:|k|], first", "x[0:5, 0:|k|], w[0:|n|, 0:3], first", "shape"),
+    (
+        "tiles do not fit each other",
+        "x[0:5, 0:|k|], w[0:|n|, 0:|k|], first",
+        "x[0:5, 0:|k|], w[0:|n|, 0:3], first",
+        "shape",
+    ),
     ("two buffers overlap", "w f32[4, 4] x2 @256", "w f32[4, 4] x2 @192", "overlap"),
     ("a ring gets slots that nobody placed", "x f32[5, 4] x2 @0", "x f32[5, 4] x3 @0", "overlap"),
     ("a buffer lies outside the memory", "@384", "@2097152", "capacity"),
@@ -126,14 +136,18 @@ def test_engines_that_wait_for_each_other_deadlock(reference: Target) -> None:
         "fill w {",
     )
     late = "for k in 0:8:4 {\n        fill x {\n          x[0:5, 0:|k|] <- load(X[0:5, k:k+|k|])\n        }\n      }\n"
-    text = text.replace("      for k in 0:8:4 {\n        fill w", f"      {late}      for k in 0:8:4 {{\n        fill w", 1)
+    text = text.replace(
+        "      for k in 0:8:4 {\n        fill w", f"      {late}      for k in 0:8:4 {{\n        fill w", 1
+    )
     (found,) = kernel_violations(parse_kernel(text), reference, [{}])
     assert found.kind == "deadlock"
     assert "dma_in at acquire of `x`, matrix at wait of `w`" in found.message
 
 
 def test_a_message_names_the_kernel_the_statement_and_the_tile(reference: Target) -> None:
-    broken = parse_kernel(SMALL.replace("x[0:5, 0:|k|] <- load(X[0:5, k:k+|k|])", "x[0:4, 0:|k|] <- load(X[0:4, k:k+|k|])"))
+    broken = parse_kernel(
+        SMALL.replace("x[0:5, 0:|k|] <- load(X[0:5, k:k+|k|])", "x[0:4, 0:|k|] <- load(X[0:4, k:k+|k|])")
+    )
     text = "\n".join(map(str, kernel_violations(broken, reference, [{}])))
     assert "RAW: matmul: `acc[0:5, 0:|n|] <- mma(x[0:5, 0:|k|], w[0:|n|, 0:|k|], first=k)` reads x[0:5, 0:4]" in text
 
@@ -163,7 +177,9 @@ kernel append(in X f32[4, 8], inout C f32[16, 8]) with pos {
 
 
 def test_a_loaded_tail_that_nobody_stores_is_found(reference: Target) -> None:
-    short = parse_kernel(COPY.replace("C[pos:pos+4, 0:8] <- store(x[0:4, 0:8])", "C[pos:pos+3, 0:8] <- store(x[0:3, 0:8])"))
+    short = parse_kernel(
+        COPY.replace("C[pos:pos+4, 0:8] <- store(x[0:4, 0:8])", "C[pos:pos+3, 0:8] <- store(x[0:3, 0:8])")
+    )
     (found,) = kernel_violations(short, reference, [{"pos": 0}])
     assert str(found) == "uncovered: append: part of x[0:4, 0:8] is filled and never read"
 
@@ -195,6 +211,7 @@ def test_a_tail_that_only_a_runtime_value_shows_is_found(reference: Target) -> N
 
 
 # Programs: two products in a chain, h = X @ W^T, y = h2 @ W^T with square weights.
+
 
 def chain(target: Target) -> Program:
     kernel = parse_kernel(SQUARE)

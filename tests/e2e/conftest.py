@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pytest
 
@@ -29,7 +28,7 @@ class Silent:
     def line(self, text: str) -> None:
         pass
 
-    def running(self, text: str) -> None:
+    def running(self, *_: object) -> None:
         pass
 
     def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
@@ -70,26 +69,22 @@ def compiled(smollm2_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @dataclass(frozen=True)
 class Reference:
-    """The torch model; ``logits`` in float64 or, for its own rounding error, in fp16."""
+    """The torch model in float64."""
 
     module: Any
 
-    def logits(self, ids: Array, dtype: str = "float64") -> Array:
+    def logits(self, ids: Sequence[int]) -> Array:
         """[tokens, vocab] of one row of ids."""
         import torch
 
-        module = self.module.to(getattr(torch, dtype))
         with torch.no_grad():
-            found: Array = (
-                module(input_ids=torch.from_numpy(np.asarray(ids, np.int64)[None])).logits[0].double().numpy()
-            )
-        self.module.double()
+            found: Array = self.module(input_ids=torch.tensor([ids])).logits[0].numpy()
         return found
 
 
 @pytest.fixture(scope="session")
 def torch_smollm2() -> Reference:
-    """transformers' own model with the dequantized weights of the checkpoint, read through our expressions."""
+    """The model of transformers model with the dequantized weights of the checkpoint, read through our expressions."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

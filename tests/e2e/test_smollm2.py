@@ -91,8 +91,9 @@ def test_the_two_engines_agree_on_the_quantized_model(compiled: Callable[..., An
     for prompt in PROMPTS:
         ids = tokenizer.encode_prompt(prompt)
         count = len(ids)
-        ids = ids + _continue(tiles, ids, 24)
-        left, right = teacher_forced(tiles, ids, count), teacher_forced(onnx, ids, count)
+        left, answer = greedy_logits(tiles, ids, 24)
+        ids = ids + answer
+        right = teacher_forced(onnx, ids, count)
         exact = quantized.teacher_forced(ids, count)
         runs.append((prompt, left, right))
         found = {"schedule": left - exact, "onnxruntime": right - exact, "apart": left - right}
@@ -131,12 +132,14 @@ class Float32:
         return np.asarray(outputs["logits"][0, 0])
 
 
-def _continue(engine: Engine, ids: Sequence[int], count: int) -> list[int]:
+def greedy_logits(engine: Engine, ids: Sequence[int], count: int) -> tuple[Array, list[int]]:
+    """Logits after the prompt and after each of the ``count`` tokens that they choose, and these tokens."""
     engine.reset()
-    made = [int(prefill(engine, ids).argmax())]
-    while len(made) < count:
-        made.append(int(decode(engine, made[-1], len(ids) + len(made) - 1).argmax()))
-    return made
+    rows, made = [prefill(engine, ids)], []
+    for step in range(count):
+        made.append(int(rows[-1].argmax()))
+        rows.append(decode(engine, made[-1], len(ids) + step))
+    return np.stack(rows).astype(np.float64), made
 
 
 @pytest.mark.parametrize("engine", ["schedule", "onnxruntime"])
@@ -154,12 +157,11 @@ def test_the_quantized_model_on_three_ranks_knows_the_capital_of_france(
 def test_corrupting_one_operand_of_one_tile_changes_the_logits(compiled: Callable[..., Any]) -> None:
     artifact = compiled(DEMO).artifact
     text = artifact.schedule("prefill")
-    kernel = text.index("kernel linear_w8")
-    load = re.search(r"load\(W\[n:n\+\|n\|, k:k\+\|k\|\]\)", text[kernel:])
-    assert load is not None
-    at = kernel + load.start()
-    # the first tile operation that loads weights now takes the rows of the first tile every time
-    broken = text[:at] + "load(W[0:|n|, k:k+|k|])" + text[at + len(load.group()) :]
+    # in the first kernel that sums over several tiles of k, every tile of weights is now the one of k = 0
+    kernels = [k for k in re.split(r"(?=^kernel )", text, flags=re.MULTILINE) if k.startswith("kernel linear_w8")]
+    several = next(k for k in kernels if any(int(b) < int(a) for a, b in re.findall(r"for k in 0:(\d+):(\d+)", k)))
+    broken = text.replace(several, several.replace("load(W[n:n+|n|, k:k+|k|])", "load(W[n:n+|n|, 0:|k|])", 1))
+    assert broken != text
     ids = np.arange(64, dtype=np.int64)[None] + 100
     zero, valid = np.zeros(1, np.int64), np.full(1, 64, np.int64)
     good = ScheduleEngine(artifact).run("prefill", ids, zero, valid)

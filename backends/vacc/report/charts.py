@@ -96,9 +96,7 @@ def ddr_map(plan: MemoryPlan, calls: int) -> str:
 
 
 def _region(region: Region, left: float, right: float, top: float, bottom: float) -> str:
-    title = (
-        f"{region.name}: {region.bytes:,} bytes at {region.offset:#x}, calls {region.first} to {region.last}"
-    )
+    title = f"{region.name}: {region.bytes:,} bytes at {region.offset:#x}, calls {region.first} to {region.last}"
     box = f'x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{max(bottom - top, 0.5):.2f}"'
     return f'<rect class="live" {box}><title>{escape(title)}</title></rect>'
 

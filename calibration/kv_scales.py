@@ -1,0 +1,187 @@
+"""Scales of the int8 KV cache: the range of every (kv head, channel) of every layer, observed on text.
+
+``q = clip(rint((x - zero) / scale), -127, 127)``, keys after rotary. Asymmetric: 254 steps from the smallest to the
+largest value seen. Symmetric: zero is 0 and 127 steps reach the largest magnitude. A channel that never changes gets
+scale 1, with its value as zero, and is exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.ir.copy import extract
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.graph import Graph, Node, Value
+from vacc_opt.ir.storage import read_safetensors_header, write_safetensors
+from vacc_opt.ir.tensor import Literal
+from vacc_opt.ir.types import DType
+
+Array = npt.NDArray[np.float32]
+_PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
+_STEPS_ASYMMETRIC, _STEPS_SYMMETRIC = 254, 127
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest and largest value seen, each [kv heads, head dim] float32."""
+
+    low: Array
+    high: Array
+
+    def include(self, other: Range) -> Range:
+        """The range of both."""
+        return Range(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
+
+@dataclass(frozen=True)
+class ScaleZero:
+    """Scale and float zero point of a cache, each [kv heads, head dim] float32."""
+
+    scale: Array
+    zero: Array
+
+
+@dataclass(frozen=True)
+class KvScales:
+    """Scales of all layers: ``tensors[(layer, "key" | "value")]``."""
+
+    tensors: dict[tuple[int, str], ScaleZero]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.tensors) // 2
+
+    def save(self, path: Path) -> None:
+        """Write ``layers.{i}.{key|value}.{scale|zero}`` as safetensors; equal scales give equal bytes."""
+        literals: dict[str, Literal] = {}
+        for (layer, part), found in self.tensors.items():
+            literals[f"layers.{layer}.{part}.scale"] = Literal(found.scale)
+            literals[f"layers.{layer}.{part}.zero"] = Literal(found.zero)
+        write_safetensors(path, literals)
+
+
+def load_kv_scales(path: Path) -> KvScales:
+    """Read what :meth:`KvScales.save` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged, lacks a tensor, or a scale is not a positive number.
+    """
+    sources = read_safetensors_header(path)
+    found: dict[tuple[int, str], ScaleZero] = {}
+    layers = sorted({int(m[1]) for m in map(re.compile(r"layers\.(\d+)\.").match, sources) if m})
+    if not layers:
+        raise UserError(f"{path}: holds no `layers.0.key.scale`", "it is not a file of KV scales")
+    for layer in layers:
+        for part in ("key", "value"):
+            names = [f"layers.{layer}.{part}.{kind}" for kind in ("scale", "zero")]
+            for name in names:
+                if name not in sources:
+                    raise UserError(f"{path}: no tensor {name}")
+                if sources[name].dtype is not DType.FLOAT:
+                    raise UserError(f"{path}: {name} is {sources[name].dtype.value}, not float")
+            scale, zero = (sources[name].read() for name in names)
+            if not (np.isfinite(scale).all() and np.isfinite(zero).all() and (scale > 0).all()):
+                raise UserError(f"{path}: {names[0]}: a scale is not a positive number")
+            found[layer, part] = ScaleZero(scale, zero)
+    return KvScales(found)
+
+
+def scales_of(seen: Range, *, symmetric: bool = False) -> ScaleZero:
+    """Scale and zero of a range, computed in fp32; a channel without extent gets scale 1."""
+    if symmetric:
+        largest = np.maximum(np.abs(seen.low), np.abs(seen.high))
+        scale = (largest / np.float32(_STEPS_SYMMETRIC)).astype(np.float32)
+        zero = np.zeros_like(scale)
+    else:
+        # half of each bound before the sum: their sum or difference may exceed the fp32 range
+        half = (seen.high / np.float32(2) - seen.low / np.float32(2)).astype(np.float32)
+        scale = (half / np.float32(_STEPS_ASYMMETRIC / 2)).astype(np.float32)
+        zero = (seen.high / np.float32(2) + seen.low / np.float32(2)).astype(np.float32)
+    return ScaleZero(np.where(scale == 0, np.float32(1), scale).astype(np.float32), zero)
+
+
+def calibrate_kv(
+    graph: Graph,
+    sequences: Sequence[npt.NDArray[np.int64]],
+    *,
+    symmetric: bool = False,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> KvScales:
+    """Observe the keys and values of ``graph`` over token sequences [1, n] and give their scales.
+
+    The graph is one before ``kv-cache``: inputs input_ids, attention_mask, position_ids and empty pasts, outputs
+    ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. ``progress`` hears (done, all).
+
+    Raises:
+        UserError: no sequences, or the graph has no such outputs.
+        CheckError: the model gives NaN or infinity.
+    """
+    if not sequences:
+        raise UserError("calibration needs at least one sequence of tokens")
+    names = {name: value for name, value in graph.outputs.items() if _PRESENT.fullmatch(name)}
+    if not names:
+        raise UserError("the graph has no outputs present.0.key, ...", "calibrate before `kv-cache`")
+    model = _caches_only(graph, names.values())
+    executable = Executable(model, threads=threads)
+    seen: dict[str, Range] = {}
+    for index, ids in enumerate(sequences):
+        found = executable.run(_feeds(model, ids))[0]
+        for name, value in names.items():
+            one = _range(found[value.name], name)
+            seen[name] = seen[name].include(one) if name in seen else one
+        if progress is not None:
+            progress(index + 1, len(sequences))
+    scales: dict[tuple[int, str], ScaleZero] = {}
+    for name, extent in sorted(seen.items()):
+        match = _PRESENT.fullmatch(name)
+        assert match is not None
+        scales[int(match[1]), match[2]] = scales_of(extent, symmetric=symmetric)
+    return KvScales(dict(sorted(scales.items())))
+
+
+def _caches_only(graph: Graph, caches: Iterable[Value]) -> Graph:
+    """The part that computes the caches: without lm_head, whose weights and logits would be the largest of all."""
+    wanted = list(caches)
+    nodes: dict[Node, None] = {}
+    pending = [v.producer for v in wanted if v.producer is not None]
+    while pending:
+        node = pending.pop()
+        if node not in nodes:
+            nodes[node] = None
+            pending += [v.producer for v in node.inputs if v is not None and v.producer is not None]
+    return extract(graph, nodes, f"{graph.name}.caches", keep=wanted)
+
+
+def _feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of one sequence: no past, nothing masked."""
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    for value in graph.inputs:
+        if value.name == "input_ids":
+            feeds[value.name] = ids
+        elif value.name == "attention_mask":
+            feeds[value.name] = np.ones(ids.shape, value.type.dtype.numpy)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
+        else:
+            shape = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(value.shape or ())]
+            feeds[value.name] = np.zeros(shape, value.type.dtype.numpy)
+    return feeds
+
+
+def _range(values: npt.NDArray[Any], name: str) -> Range:
+    """Range over batch and tokens of [1, kv heads, n, head dim]."""
+    low = values.min(axis=(0, 2)).astype(np.float32)
+    high = values.max(axis=(0, 2)).astype(np.float32)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise CheckError(f"calibration: {name} holds NaN or infinity", "the checkpoint may be damaged")
+    return Range(low, high)

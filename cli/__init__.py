@@ -1,0 +1,1 @@
+"""The command line: one file a subcommand, imported when it is used; what it does lives in ``runtime``."""

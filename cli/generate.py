@@ -1,0 +1,71 @@
+"""``vacc-opt generate ARTIFACT --prompt TEXT``: an answer, computed by the tile schedule or by onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from vacc_opt.cli.console import Steps, table
+
+
+@click.command("generate")
+@click.argument("artifact", metavar="ARTIFACT")
+@click.option("--prompt", required=True, help="The user's message; the model's chat template is put around it.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer, in tokens."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["schedule", "onnxruntime"]),
+    default="schedule",
+    show_default=True,
+    help="Execute the tiles of the schedule, or the ONNX graphs of the ranks.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, engine, tiles_executed.")
+@click.option("--summary", is_flag=True, help="After the answer, say what the artifact is made of.")
+def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_json: bool, summary: bool) -> None:
+    """Answer a prompt with ARTIFACT, greedily, until the model ends its answer or the context is full."""
+    from vacc_opt.runtime.artifact import open_artifact
+    from vacc_opt.runtime.engines import make_engine
+    from vacc_opt.runtime.generate import generate
+
+    with Steps(to_stderr=True, quiet=as_json) as steps:
+        steps.running("opening the artifact")
+        opened = open_artifact(Path(artifact))
+        found = generate(
+            opened,
+            make_engine(engine, opened),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            on_text=lambda text: steps.running(text.replace("\n", " ")[-100:] or "..."),
+        )
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "text": found.text,
+                    "token_ids": list(found.token_ids),
+                    "engine": found.engine,
+                    "tiles_executed": found.tiles_executed,
+                    "prompt_tokens": found.prompt_tokens,
+                    "stopped": found.stopped,
+                    "ranks": opened.ranks,
+                    "prefill_seconds": round(found.prefill_seconds, 3),
+                    "decode_seconds": round(found.decode_seconds, 3),
+                },
+                ensure_ascii=False,
+            )
+        )
+        return
+    click.echo(f"Q: {prompt}")
+    click.echo(f"A: {found.text}")
+    tiles = f", {found.tiles_executed} tiles executed" if found.tiles_executed else ""
+    count, seconds = len(found.token_ids), found.prefill_seconds + found.decode_seconds
+    ranks = f"{opened.ranks} rank" + ("s" if opened.ranks > 1 else "")
+    sentence = f"{count} tokens on engine {engine}, {ranks}{tiles}"
+    if summary:
+        click.echo(f"\n{table([('answered', f'{sentence}, {seconds:.1f} s'), *opened.facts.summary()])}")
+    else:
+        steps.done("generate", sentence, seconds)

@@ -1,0 +1,270 @@
+"""The artifact: a directory with the weights of each rank once, an ONNX file a phase and rank, schedules and reports.
+
+Equal inputs give equal bytes: no time, host or path of the machine is written. ``manifest.json`` holds the digest of
+every other file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt._version import __version__
+from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors, write_safetensors
+from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
+from vacc_opt.runtime import tokenizer as tokenizers
+from vacc_opt.runtime.files import replaced_directory, sha256
+from vacc_opt.runtime.report import ModelFacts
+
+Array = npt.NDArray[Any]
+FORMAT, FORMAT_VERSION = "vacc-artifact", 1
+MANIFEST, REPORT, REMARKS = "manifest.json", "report.html", "remarks.yaml"
+
+
+@dataclass(frozen=True)
+class PhaseModel:
+    """What is stored of a phase: its static graph, its schedule as text, and the constants that the schedule reads."""
+
+    name: str
+    graph: Graph
+    schedule: str
+    schedule_weights: tuple[str, ...]
+
+
+def write_artifact(
+    path: Path,
+    *,
+    phases: Sequence[PhaseModel],
+    facts: Mapping[str, Any],
+    texts: Mapping[str, str],
+    tokenizer: tokenizers.Tokenizer | None,
+    files: Sequence[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the directory ``path`` in one step; an artifact that stands there is replaced only when all is complete.
+
+    Args:
+        path: its last part is the artifact's name.
+        phases: prefill first; all of one rank count.
+        facts: further entries of the manifest (JSON values).
+        texts: further files by name.
+        tokenizer: its files are stored too.
+        files: further files, copied.
+        progress: hears (bytes written, bytes in all) of the weights.
+
+    Raises:
+        UserError: a directory that is not an artifact is in the way.
+    """
+    ranks = phases[0].graph.ranks
+    with replaced_directory(path, is_artifact) as directory:
+        aliases = _write_weights(directory, phases, ranks, progress)
+        for phase in phases:
+            (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "vacc_opt": __version__,
+            "name": path.name,
+            "ranks": ranks,
+            "phases": {p.name: {**_interface(p.graph), "weight_names": aliases[p.name]} for p in phases},
+            **facts,
+            "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(directory.iterdir())},
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return open_artifact(path)
+
+
+def _write_weights(
+    directory: Path, phases: Sequence[PhaseModel], ranks: int, progress: Callable[[int, int], None] | None
+) -> dict[str, dict[str, str]]:
+    """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs."""
+    aliases: dict[str, dict[str, str]] = {}
+    for rank in range(ranks):
+        stored: dict[str, TensorExpr] = {}
+        for phase in phases:
+            aliases[phase.name] = _merge(stored, phase, rank)
+        name = f"rank{rank}.safetensors"
+        heard = _Progress(sum(e.nbytes for e in stored.values()), rank, ranks, progress) if progress else None
+        offsets = write_safetensors(directory / name, stored, heard)
+        for phase in phases:
+            renamed = aliases[phase.name]
+            places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
+            save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
+    return aliases
+
+
+class _Progress:
+    """Adds up what the writer says of single tensors; ranks have equal sizes."""
+
+    def __init__(self, size: int, rank: int, ranks: int, progress: Callable[[int, int], None]) -> None:
+        self._done, self._all, self._progress = size * rank, size * ranks, progress
+        self._current: tuple[str, int] = ("", 0)
+
+    def __call__(self, name: str, written: int) -> None:
+        if name != self._current[0]:
+            self._done += self._current[1]
+        self._current = (name, written)
+        self._progress(self._done + written, self._all)
+
+
+def _merge(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
+    """Add the constants of a phase; one whose name another phase uses for other data is stored as ``PHASE.name``."""
+    needed = dict(stored_tensors(phase.graph, rank))
+    for name in phase.schedule_weights:
+        const = phase.graph.values[name].const
+        assert const is not None
+        needed[name] = const.rank(rank)
+    renamed: dict[str, str] = {}
+    for name, expr in sorted(needed.items()):
+        known = stored.get(name)
+        if known is not None and known.key != expr.key:
+            renamed[name] = f"{phase.name}.{name}"
+        stored[renamed.get(name, name)] = expr
+    return renamed
+
+
+def _interface(graph: Graph) -> dict[str, dict[str, str]]:
+    return {
+        "inputs": {v.name: str(v.type) for v in graph.inputs},
+        "outputs": {name: str(v.type) for name, v in graph.outputs.items()},
+    }
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a directory holds a manifest of ours, of any version."""
+    try:
+        return bool(json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk whose files are all there and undamaged."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.manifest["name"])
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return int(self.manifest["ranks"])
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """``prefill`` and, unless the model has none, ``decode``."""
+        return tuple(self.manifest["phases"])
+
+    @property
+    def prefill(self) -> int:
+        """Tokens of one prefill call."""
+        return int(self.manifest["prefill"])
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV buffers hold."""
+        return int(self.manifest["context"])
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What was made: fusions, bytes, schedules, prediction."""
+        return ModelFacts.from_json(self.manifest["made"])
+
+    @cached_property
+    def _stored(self) -> list[dict[str, Array]]:
+        """Every stored tensor of each rank, mapped and not read; one that is not aligned is copied."""
+        ranks = []
+        for rank in range(self.ranks):
+            file = self.path / f"rank{rank}.safetensors"
+            sources = read_safetensors_header(file)
+            data = np.memmap(file, np.uint8, "r")
+            ranks.append({name: _view(data, source) for name, source in sources.items()})
+        return ranks
+
+    def weights(self, phase: str, rank: int) -> dict[str, Array]:
+        """The constants of a phase by the names that its graph and schedule use."""
+        stored = dict(self._stored[rank])
+        for name, other in self.manifest["phases"][phase]["weight_names"].items():
+            stored[name] = self._stored[rank][other]
+        return stored
+
+    def schedule(self, phase: str) -> str:
+        """The schedule of a phase as text; raises UserError for a phase that the artifact has not."""
+        self._check(phase)
+        return (self.path / f"{phase}.schedule").read_text(encoding="utf-8")
+
+    def graph(self, phase: str) -> Graph:
+        """One graph for all ranks, put together from the ONNX files of the ranks; constants refer to the files."""
+        from vacc_opt.frontends import load_onnx
+
+        self._check(phase)
+        parts = [load_onnx(self.path / f"{phase}.rank{rank}.onnx") for rank in range(self.ranks)]
+        whole = parts[0]
+        whole.ranks = self.ranks
+        if self.ranks > 1:
+            for value in whole.constants():
+                expressions = tuple(c for c in (p.values[value.name].const for p in parts) if c is not None)
+                if any(isinstance(e, Source) for e in expressions):
+                    value.const = PerRank(expressions)
+        return whole
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The model's tokenizer; raises UserError when the artifact was made without one."""
+        return tokenizers.load_tokenizer(self.path)
+
+    def _check(self, phase: str) -> None:
+        if phase not in self.phases:
+            raise UserError(f"{self.path}: has no phase {phase!r}", f"it has {', '.join(self.phases)}")
+
+
+def _view(data: npt.NDArray[np.uint8], source: Source) -> Array:
+    raw = data[source.offset : source.offset + source.nbytes]
+    array: Array = raw.view(source.dtype.numpy).reshape(source.shape)
+    return array if array.flags.aligned else np.array(array)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open an artifact and check every file against its digest.
+
+    Raises:
+        UserError: not an artifact, one of a newer version, or a file that is missing or damaged, which is named.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such artifact directory", "`vacc-opt compile CONFIG.yaml` makes one")
+    if not is_artifact(path):
+        raise UserError(f"{path}: not an artifact: no {MANIFEST} of ours", "give a directory that `compile` wrote")
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: artifact format {manifest.get('format_version')}, this vacc-opt reads {FORMAT_VERSION}",
+            "compile it again",
+        )
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{path}: the file {name} is missing", "compile it again")
+        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+            raise UserError(f"{path}: the file {name} is damaged: it is not what `compile` wrote", "compile it again")
+    return Artifact(path, manifest)

@@ -1,0 +1,287 @@
+"""The driver of ``compile``: configuration, graph, passes, calibration, schedules, artifact, reported step by step.
+
+What it decides is which rooms run in which order; every transformation is a registered pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, verify
+from vacc_opt.ir.copy import bind, symbols
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.graph import Graph
+from vacc_opt.passes.infra.base import Remark
+from vacc_opt.passes.infra.pipeline import Report, run_pipeline
+from vacc_opt.runtime import plan as planning
+from vacc_opt.runtime.artifact import REMARKS, REPORT, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.measure import cache_bytes, weight_bytes
+from vacc_opt.runtime.memory import PeakMemory
+from vacc_opt.runtime.models import describe, format_bytes, load_model
+from vacc_opt.runtime.plan import SCALES_FILE, Plan, plan_compilation
+from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
+from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
+
+# passes whose counts people look for, by the word that the summary uses
+COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
+
+
+class Listener(Protocol):
+    """Hears how a compilation goes."""
+
+    def line(self, text: str) -> None:
+        """A line of its own: the name of what is compiled."""
+
+    def running(self, text: str, done: int = 0, of: int | None = None) -> None:
+        """What runs now, and how much of it is done where that is known."""
+
+    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
+        """A step ended."""
+
+
+@dataclass
+class _Run:
+    """The state of one compilation: what was reported so far, and who hears it."""
+
+    plan: Plan
+    listener: Listener
+    steps: list[Step] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    fused: dict[str, Fused] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str, running: str) -> Iterator[list[str]]:
+        """Time a block; the lines that it appends become the step's sentence."""
+        self.listener.running(f"{name}: {running}")
+        started = time.perf_counter()
+        said: list[str] = []
+        yield said
+        step = Step(name, "\n".join(said), time.perf_counter() - started)
+        self.steps.append(step)
+        self.listener.done(step.name, step.sentence, step.seconds)
+
+    def passes(self, graph: Graph, pipeline: str) -> Report:
+        """Run passes, keeping their remarks and counts."""
+        report = run_pipeline(graph, pipeline)
+        self.remarks += report.remarks()
+        for record in report.records:
+            if record.name in COUNTED and record.fused is not None:
+                self.fused[COUNTED[record.name]] = Fused(record.fused, record.candidates or record.fused)
+        return report
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A phase with its program and predicted time."""
+
+    graph: Graph
+    program: Program
+    timing: Any
+
+
+def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> CompileReport:
+    """Compile as the YAML ``file`` says, with ``dotted.key=value`` overrides, and write the artifact.
+
+    Raises:
+        UserError: the configuration or the checkpoint cannot be used; nothing is written.
+        CheckError: a pass, the verifier or a bound did not hold; nothing is written.
+    """
+    started = time.perf_counter()
+    with PeakMemory() as peak:
+        plan = plan_compilation(file, overrides)
+        target = load_target(plan.config.backend.target)
+        run = _Run(plan, listener)
+        listener.line(plan.config.name)
+        graph, tokenizer = _export(run)
+        with run.step("recognize", "fuse") as said:
+            run.passes(graph, plan.recognize)
+            said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
+        with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
+            scales = _calibrate(run, graph, tokenizer, Path(scratch))
+            run.passes(graph, plan.interface)
+            _quantize(run, graph, scales)
+            _split(run, graph)
+            lowered = _schedule(run, graph, target)
+            facts = _facts(run, graph, lowered, target)
+            artifact = _write(run, lowered, facts, tokenizer, scales)
+    seconds = time.perf_counter() - started
+    return CompileReport(artifact.name, str(plan.output), facts, tuple(run.steps), peak.bytes, seconds)
+
+
+def _export(run: _Run) -> tuple[Graph, Tokenizer | None]:
+    frontend = run.plan.config.frontend
+    with run.step("export", frontend.checkpoint) as said:
+        graph = load_model(
+            frontend.checkpoint,
+            attention=frontend.attention,
+            progress=lambda stage: run.listener.running(f"export: {stage}"),
+        )
+        layers = run.plan.model.get("num_hidden_layers")
+        kind = [frontend.attention] if frontend.type == "huggingface" else []
+        said.append(", ".join([describe(graph), *([f"{layers} layers"] if layers else []), *kind]))
+        tokenizer = find_tokenizer(frontend.checkpoint)
+        if tokenizer is None:
+            said.append("no tokenizer beside the checkpoint: the artifact cannot `generate` from text")
+    return graph, tokenizer
+
+
+def find_tokenizer(checkpoint: str) -> Tokenizer | None:
+    """The tokenizer that belongs to a checkpoint; None when it has none in a form that is read."""
+    from vacc_opt.frontends.checkpoint import resolve_path
+    from vacc_opt.runtime.gguf_tokenizer import gguf_tokenizer
+
+    path = resolve_path(checkpoint)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(path)
+    directory = path if path.is_dir() else path.parent
+    return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+
+
+def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Path) -> Path | None:
+    """The file of KV scales, made here unless the configuration names one; None without an int8 cache."""
+    config = run.plan.config
+    if not run.plan.cache_int8 or config.frontend.quantize is None:
+        return None
+    target = scratch / SCALES_FILE
+    if config.frontend.quantize.kv_scales is not None:
+        shutil.copyfile(config.frontend.quantize.kv_scales, target)
+        return target
+    from vacc_opt.calibration.datasets import calibration_ids
+    from vacc_opt.calibration.kv_scales import calibrate_kv
+
+    data = config.dataset
+    assert data is not None  # plan_compilation refuses it
+    if tokenizer is None:
+        raise UserError(
+            f"{config.frontend.checkpoint}: calibration needs the tokenizer, and tokenizer.json is missing",
+            "put it beside the weights, or name scales in `frontend.quantize.kv_scales`",
+        )
+    with run.step("calibrate", data.path) as said:
+        ids = calibration_ids(Path(data.path), tokenizer, nsamples=data.nsamples, seqlen=data.seqlen)
+        scales = calibrate_kv(
+            graph, ids, progress=lambda done, of: run.listener.running(f"calibrate: {done} of {of} texts", done, of)
+        )
+        scales.save(target)
+        tokens = sum(one.shape[1] for one in ids)
+        said.append(f"KV ranges of {scales.layers} layers over {len(ids)} texts, {tokens} tokens")
+    return target
+
+
+def _quantize(run: _Run, graph: Graph, scales: Path | None) -> None:
+    pipeline = run.plan.quantize(str(scales or ""))
+    if pipeline:
+        with run.step("quantize", pipeline) as said:
+            report = run.passes(graph, pipeline)
+            said += [record.summary for record in report.records]
+
+
+def _split(run: _Run, graph: Graph) -> None:
+    with run.step("split", run.plan.split) as said:
+        report = run.passes(graph, run.plan.split)
+        said.append(report.records[0].summary)
+
+
+def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
+    lowered: list[_Lowered] = []
+    with run.step("schedule", target.name) as said:
+        for phase, tokens in run.plan.phases.items():
+            run.listener.running(f"schedule: {phase}")
+            bound = bind(graph, {"batch": 1, "seq": tokens})
+            unbound = symbols(bound)
+            if unbound:
+                raise CheckError(f"{phase}: the size {min(unbound)} of the interface is not bound")
+            run_pipeline(bound, "simplify")
+            bound.name = phase
+            program = lower(bound, target, phase=phase)
+            verify(program, target)
+            lowered.append(_Lowered(bound, program, simulate_time(program, target)))
+            said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
+    return lowered
+
+
+def _write(
+    run: _Run, lowered: Sequence[_Lowered], facts: ModelFacts, tokenizer: Tokenizer | None, scales: Path | None
+) -> Artifact:
+    from vacc_opt.backends.vacc.memory import memory_plan
+    from vacc_opt.backends.vacc.report.html import PhaseReport, render_report
+
+    plan = run.plan
+    with run.step("write", str(plan.output)) as said:
+        report = render_report(plan.config.name, [PhaseReport(one.timing, memory_plan(one.program)) for one in lowered])
+        artifact = write_artifact(
+            plan.output,
+            phases=[_phase_model(one) for one in lowered],
+            facts={
+                "prefill": plan.prefill,
+                "context": plan.context,
+                "model": dict(sorted(lowered[0].graph.metadata.items())),
+                "made": facts.to_json(),
+                **planning.input_facts(plan),
+            },
+            texts={REPORT: report, REMARKS: remarks_yaml(run.remarks)},
+            files=[scales] if scales is not None else [],
+            tokenizer=tokenizer,
+            progress=lambda done, of: run.listener.running("write: weights", done, of),
+        )
+        said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
+    return artifact
+
+
+def _phase_model(one: _Lowered) -> PhaseModel:
+    names = tuple(tensor.name for tensor in one.program.of_role("weight"))
+    return PhaseModel(one.program.phase, one.graph, one.program.to_text(), names)
+
+
+def remarks_yaml(remarks: Sequence[Remark]) -> str:
+    """Remarks as a YAML list; every text is quoted as JSON, which YAML reads."""
+    lines = ["# what each pass said of each place: passed (rewritten), missed (and why), analysis (a fact)"]
+    for one in remarks:
+        lines.append(f"- kind: {one.kind}\n  pass: {one.pass_name}")
+        lines.append(f"  message: {json.dumps(one.message, ensure_ascii=False)}")
+        if one.where:
+            lines.append(f"  where: {json.dumps(one.where, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def _rank_bytes(artifact: Artifact) -> int:
+    return int(artifact.manifest["files"]["rank0.safetensors"]["bytes"])
+
+
+def _phase_facts(run: _Run, one: _Lowered) -> PhaseSchedule:
+    timing, program = one.timing, one.program
+    milliseconds = float(timing.milliseconds)
+    return PhaseSchedule(
+        phase=program.phase,
+        kernels=len(program.kernels),
+        calls=len(program.calls),
+        text_bytes=len(program.to_text().encode()),
+        tokens=run.plan.phases[program.phase],
+        cycles=timing.cycles,
+        bound_cycles=timing.bound.cycles,
+        binds=timing.bound.binds,
+        milliseconds=milliseconds,
+        bound_milliseconds=timing.target.seconds(timing.bound.cycles) * 1e3,
+        ddr_bytes=program.ddr_bytes,
+    )
+
+
+def _facts(run: _Run, graph: Graph, lowered: Sequence[_Lowered], target: Target) -> ModelFacts:
+    linears, others = weight_bytes(graph)
+    numbers = {path: value for path, value, source in target.numbers() if source == "assumed"}
+    return ModelFacts(
+        fused=dict(run.fused),
+        ranks=graph.ranks,
+        linears=linears,
+        other_weights=others,
+        kv_cache=cache_bytes(lowered[0].graph),
+        phases=tuple(_phase_facts(run, one) for one in lowered),
+        target=TargetFacts(target.name, target.version, target.sha, numbers),
+    )

@@ -1,0 +1,162 @@
+"""Engines: two ways to execute a phase for all ranks, behind one interface that holds the KV buffers.
+
+``schedule`` executes the tiles of the schedule text on numpy; ``onnxruntime`` runs the exported rank graphs, cut at
+their collectives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.ir.errors import UserError, did_you_mean
+from vacc_opt.runtime.artifact import Artifact
+
+Array = npt.NDArray[Any]
+Ids = npt.NDArray[np.int64]
+Caches = list[dict[str, Array]]
+
+
+class Engine(ABC):
+    """Executes phases of an artifact; ``caches[rank]`` are its KV buffers, written in place.
+
+    ``tiles_executed`` counts the tile operations of all ranks so far, 0 for an engine without tiles.
+    """
+
+    name: str
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.caches: Caches = _empty_caches(artifact)
+
+    @property
+    def tiles_executed(self) -> int:
+        """Tile operations of all ranks since the engine was made."""
+        return 0
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for rank in self.caches:
+            for buffer in rank.values():
+                buffer[...] = 0
+
+    def run(self, phase: str, input_ids: Ids, pos: Ids, valid: Ids) -> Array:
+        """Logits [B, 1, V] at row ``valid - 1``; keys and values of ``input_ids`` [B, S] go to the buffers at ``pos``.
+
+        Args:
+            phase: ``prefill`` (S is the prefill length, padded on the right) or ``decode`` (S = 1).
+            input_ids: token ids, int64 [B, S].
+            pos: tokens cached before this call, int64 [B].
+            valid: tokens of this call that count, int64 [B], from 1 to S.
+
+        Raises:
+            UserError: shapes that the phase was not compiled for, or no room in the buffers.
+        """
+        end = int(pos.max()) + input_ids.shape[1]
+        if end > self.artifact.context:
+            raise UserError(
+                f"{phase} at {int(pos.max())} writes up to token {end}; the context is {self.artifact.context}"
+            )
+        return self._run(phase, {"input_ids": input_ids, "pos": pos, "valid": valid})
+
+    @abstractmethod
+    def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
+        """Logits of rank 0 (all ranks have the same), buffers updated."""
+
+
+class ScheduleEngine(Engine):
+    """Executes the schedule text of the artifact tile by tile on numpy buffers."""
+
+    name = "schedule"
+
+    def __init__(self, artifact: Artifact, texts: Mapping[str, str] | None = None) -> None:
+        """``texts`` may give the schedule of a phase instead of the stored one."""
+        super().__init__(artifact)
+        self._texts = dict(texts or {})
+        self._simulators: dict[str, Any] = {}
+
+    @property
+    def tiles_executed(self) -> int:
+        """Tile operations of all ranks since the engine was made."""
+        return sum(simulator.tiles_executed for simulator in self._simulators.values())
+
+    def _simulator(self, phase: str) -> Any:
+        if phase not in self._simulators:
+            from vacc_opt.backends.vacc import Program, ValueSimulator
+
+            program = Program.from_text(self._texts.get(phase) or self.artifact.schedule(phase))
+            weights = [self.artifact.weights(phase, rank) for rank in range(program.ranks)]
+            self._simulators[phase] = ValueSimulator(program, weights)
+        return self._simulators[phase]
+
+    def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
+        simulator = self._simulator(phase)
+        used = {tensor.name for tensor in simulator.program.of_role("input")}
+        outputs = simulator.run({n: v for n, v in inputs.items() if n in used}, self.caches)
+        return np.asarray(outputs["logits"])
+
+
+class OnnxRuntimeEngine(Engine):
+    """Runs the ONNX files of all ranks on onnxruntime in this process."""
+
+    name = "onnxruntime"
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self._executables: dict[str, Any] = {}
+
+    def _executable(self, phase: str) -> Any:
+        if phase not in self._executables:
+            from vacc_opt.ir.evaluate import Executable
+
+            graph = self.artifact.graph(phase)
+            weights = [self.artifact.weights(phase, rank) for rank in range(self.artifact.ranks)]
+            in_place = {name: _past(name) for name in graph.outputs if name.startswith("present.")}
+            inner = {graph.outputs[name].name: past for name, past in in_place.items()}
+            self._executables[phase] = Executable(graph, in_place=inner, weights=weights)
+        return self._executables[phase]
+
+    def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
+        executable = self._executable(phase)
+        results = executable.run(inputs, self.caches)
+        for rank, outputs in enumerate(results):
+            for name, value in outputs.items():
+                if name.startswith("present."):
+                    buffer = self.caches[rank][_past(name)]
+                    if not np.shares_memory(buffer, value):  # an engine that could not write in place
+                        buffer[...] = value
+        return np.asarray(results[0]["logits"])
+
+
+ENGINES: dict[str, Callable[[Artifact], Engine]] = {"schedule": ScheduleEngine, "onnxruntime": OnnxRuntimeEngine}
+
+
+def make_engine(name: str, artifact: Artifact) -> Engine:
+    """The engine of that name; raises UserError with the nearest one."""
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}", did_you_mean(name, ENGINES))
+    return ENGINES[name](artifact)
+
+
+def _past(present: str) -> str:
+    return present.replace("present.", "past_key_values.", 1)
+
+
+def _empty_caches(artifact: Artifact) -> Caches:
+    """Zeroed KV buffers of every rank, by input name, as the interface in the manifest declares them."""
+    from vacc_opt.ir.types import DType
+
+    inputs: Mapping[str, str] = artifact.manifest["phases"][artifact.phases[0]]["inputs"]
+    ranks: Caches = []
+    for _ in range(artifact.ranks):
+        buffers: dict[str, Array] = {}
+        for name, declared in inputs.items():
+            if name.startswith("past_key_values."):
+                dtype, _, dims = declared.rstrip("]").partition("[")
+                buffers[name] = np.zeros([int(d) for d in dims.split(",")], DType(dtype).numpy)
+        ranks.append(buffers)
+    return ranks

@@ -1,0 +1,144 @@
+"""Models as files: load whatever form a path names, write a graph in the form that an output path asks for."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.storage import save_onnx, stored_tensors
+from vacc_opt.ir.text import from_text, to_text
+
+TEXT_SUFFIX = ".vacc"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written."""
+
+    path: Path
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}  {format_bytes(self.bytes)}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units with about three digits.
+
+    >>> format_bytes(47_210_000), format_bytes(812)
+    ('47.2 MB', '812 B')
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def load_model(reference: str, *, attention: str = "eager", progress: Callable[[str], None] | None = None) -> Graph:
+    """The graph of an .onnx file, a text form (.vacc), or a checkpoint (directory, .gguf, ``package:NAME/FILE``).
+
+    Raises:
+        UserError: the file is missing, damaged or of no known form.
+    """
+    from vacc_opt.frontends import export_checkpoint, load_onnx
+
+    if reference.startswith("package:"):
+        return export_checkpoint(reference, attention=attention, progress=progress)
+    path = Path(reference).expanduser()
+    if not path.exists():
+        raise UserError(f"{reference}: no such file or directory")
+    if path.suffix == ".onnx":
+        return load_onnx(path)
+    if path.suffix == TEXT_SUFFIX:
+        try:
+            return from_text(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{reference}: not text: {error.reason}") from error
+    if path.is_dir() or path.suffix == ".gguf":
+        return export_checkpoint(path, attention=attention, progress=progress)
+    raise UserError(
+        f"{reference}: not a model", "give an .onnx file, a .vacc text, a Hugging Face directory or a .gguf file"
+    )
+
+
+def describe(graph: Graph) -> str:
+    """A sentence: how many nodes, and where it says so, the model and its size."""
+    parameters = graph.metadata.get("parameters", "")
+    model = f"{graph.metadata['model_type']}, " if "model_type" in graph.metadata else ""
+    size = f"{int(parameters) / 1e6:.0f} M parameters, " if parameters.isdigit() else ""
+    ranks = f", {graph.ranks} ranks" if graph.ranks > 1 else ""
+    return f"{model}{size}{len(graph)} nodes{ranks}"
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that could not be written, before any work; raises UserError."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{path}: the directory {parent} does not exist")
+    if path.suffix in (".onnx", TEXT_SUFFIX) and path.is_dir():
+        raise UserError(f"{path}: is a directory", "name a file")
+    if path.suffix not in (".onnx", TEXT_SUFFIX) and path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file that is no model", "end OUT in .onnx or .vacc, or name a directory")
+
+
+def write_model(graph: Graph, out: Path) -> list[Written]:
+    """Write text (.vacc), one ONNX file with its weights beside it, or for a split graph a directory, a file a rank.
+
+    The files appear under their names only when all are complete; a failure leaves what was there before.
+
+    Raises:
+        UserError: the form that ``out`` asks for cannot hold this graph.
+    """
+    check_output(out)
+    if out.suffix == TEXT_SUFFIX:
+        return _publish(out.parent, lambda scratch: _write_text(graph, scratch / out.name))
+    if out.suffix == ".onnx":
+        if graph.ranks > 1:
+            raise UserError(
+                f"{out}: the graph is split over {graph.ranks} ranks",
+                "name a directory (a file a rank), or end the pipeline with `expand-ranks` (one file of all ranks)",
+            )
+        return _publish(out.parent, lambda scratch: save_onnx(graph, scratch / out.name))
+    existed = out.is_dir()
+    out.mkdir(exist_ok=True)
+    try:
+        return _publish(out, lambda scratch: _write_ranks(graph, scratch))
+    except BaseException:
+        if not existed:
+            out.rmdir()
+        raise
+
+
+def _write_text(graph: Graph, path: Path) -> None:
+    path.write_text(to_text(graph), encoding="utf-8")
+
+
+def _write_ranks(graph: Graph, directory: Path) -> None:
+    for rank in range(graph.ranks):
+        name = f"rank{rank}" if graph.ranks > 1 else "model"
+        save_onnx(graph, directory / f"{name}.onnx", rank=rank)
+
+
+def _publish(directory: Path, write: Callable[[Path], None]) -> list[Written]:
+    """Let ``write`` fill a scratch directory beside the target, then move its files in, weights before graphs."""
+    scratch = Path(tempfile.mkdtemp(prefix=".vacc-opt-", dir=directory))
+    try:
+        write(scratch)
+        files = sorted(scratch.iterdir(), key=lambda p: (p.suffix == ".onnx", p.name))
+        written = [Written(directory / p.name, p.stat().st_size) for p in files]
+        for path in files:
+            path.replace(directory / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return written
+
+
+def stored_bytes(graph: Graph) -> int:
+    """Bytes of the weights of all ranks as they are stored."""
+    return sum(e.nbytes for rank in range(graph.ranks) for e in stored_tensors(graph, rank).values())

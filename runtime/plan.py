@@ -1,0 +1,190 @@
+"""The plan of a compilation: what the configuration asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from vacc_opt.frontends import load_config, open_checkpoint
+from vacc_opt.frontends.vamc_config import CompileConfig
+from vacc_opt.ir.errors import UserError
+from vacc_opt.runtime.files import sha256
+
+RECOGNIZE = "simplify,fuse-rms-norm,fuse-rotary{{positions={context}}},fuse-gqa,fuse-swiglu"
+SCALES_FILE = "kv_scales.safetensors"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a value of the configuration was given, for messages."""
+
+    file: Path
+    overrides: Sequence[str]
+
+    def of(self, dotted: str) -> str:
+        """``FILE:LINE`` of a dotted key, or of the nearest section above it; ``-D KEY=VALUE`` when that set it."""
+        for override in reversed(self.overrides):
+            key = override.partition("=")[0].strip()
+            if dotted == key or dotted.startswith(f"{key}."):
+                return f"-D {override}"
+        node: Any = YAML(typ="rt").load(self.file.read_text(encoding="utf-8"))
+        line: int | None = None
+        for part in dotted.split("."):
+            if not hasattr(node, "lc") or part not in node:  # only a section knows lines
+                break
+            line = node.lc.key(part)[0] + 1
+            node = node[part]
+        return str(self.file) if line is None else f"{self.file}:{line}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that can be compiled; lengths in tokens."""
+
+    config: CompileConfig
+    model: Mapping[str, Any]
+    prefill: int
+    context: int
+    tp: int
+    weights_int8: bool
+    cache_int8: bool
+    half: bool
+
+    @property
+    def output(self) -> Path:
+        """Directory of the artifact."""
+        return self.config.output
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Tokens of one call, by phase."""
+        has_decode = self.config.frontend.shape.context is not None
+        return {"prefill": self.prefill} | ({"decode": 1} if has_decode else {})
+
+    @property
+    def recognize(self) -> str:
+        """The pipeline up to where calibration observes the model."""
+        return RECOGNIZE.format(context=self.context)
+
+    @property
+    def interface(self) -> str:
+        """The pipeline that gives the model fixed buffers."""
+        return f"slice-last-token,kv-cache{{context={self.context}}}"
+
+    def quantize(self, scales: str) -> str:
+        """The pipeline that lowers precision; empty for fp32."""
+        passes = ["w8a16"] if self.weights_int8 else []
+        if self.cache_int8:
+            passes.append(f'kv8{{scales="{scales}"}}')
+        if self.half:
+            passes.append("cast-float")
+        return ",".join(passes)
+
+    @property
+    def split(self) -> str:
+        """The pipeline that splits over ranks and checks for kernels."""
+        return f"split-tp{{tp={self.tp}}},legalize"
+
+    @property
+    def pipeline(self) -> str:
+        """All of it as one text; the scales are the file of the artifact."""
+        parts = (self.recognize, self.interface, self.quantize(SCALES_FILE), self.split)
+        return ",".join(part for part in parts if part)
+
+
+def plan_compilation(file: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read and check the configuration against the checkpoint's header and this version's abilities.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, tp exceeds the query heads, a length does not fit the model, or
+            the quantization is not supported; the message says where in the file.
+    """
+    config = load_config(file, list(overrides))
+    place = Places(file, overrides)
+    quantize = config.frontend.quantize
+    model = open_checkpoint(config.frontend.checkpoint).config if config.frontend.type == "huggingface" else {}
+    _check_tp(config, model, place)
+    _check_support(config, place)
+    quantized = config.backend.dtype != "fp32" and quantize is not None
+    plan = Plan(
+        config=config,
+        model=model,
+        prefill=config.frontend.shape.prefill,
+        context=config.frontend.shape.context or config.frontend.shape.prefill,
+        tp=config.frontend.model_kwargs.tp,
+        weights_int8=quantized and quantize is not None and quantize.weights,
+        cache_int8=quantized and quantize is not None and quantize.cache,
+        half=config.backend.dtype != "fp32",
+    )
+    _check_calibration(plan, place)
+    _check_context(plan, place)
+    return plan
+
+
+def _check_tp(config: CompileConfig, model: Mapping[str, Any], place: Places) -> None:
+    tp, heads = config.frontend.model_kwargs.tp, model.get("num_attention_heads")
+    if isinstance(heads, int) and tp > heads:
+        where = place.of("frontend.model_kwargs.tp")
+        raise UserError(
+            f"{where}: frontend.model_kwargs.tp = {tp}, but the model has {heads} query heads",
+            f"the largest tp is {heads}",
+        )
+
+
+def _check_support(config: CompileConfig, place: Places) -> None:
+    quantize = config.frontend.quantize
+    if config.backend.dtype == "int8" and quantize is None:
+        raise UserError(
+            f"{place.of('backend.dtype')}: backend.dtype = int8, but nothing says what to quantize",
+            "add `frontend.quantize.type: w8kv8`, or use `backend.dtype: fp32`",
+        )
+    if config.backend.dtype == "int8" and quantize is not None and quantize.gptq:
+        raise UserError(
+            f"{place.of('frontend.quantize.type')}: frontend.quantize.type = {quantize.type} needs GPTQ codes, "
+            "which cannot be made yet",
+            f"`{quantize.type.removesuffix('_gptq')}` rounds to nearest",
+        )
+
+
+def _check_calibration(plan: Plan, place: Places) -> None:
+    quantize, dataset = plan.config.frontend.quantize, plan.config.dataset
+    if not plan.cache_int8 or quantize is None:
+        return
+    if quantize.kv_scales is not None:
+        if not Path(quantize.kv_scales).is_file():
+            where = place.of("frontend.quantize.kv_scales")
+            raise UserError(f"{where}: {quantize.kv_scales}: no such file", "remove the key to calibrate")
+    elif dataset is None:
+        where = place.of("frontend.quantize.type")
+        raise UserError(
+            f"{where}: an int8 KV cache needs scales, and there is no `dataset` to calibrate on",
+            "add `dataset.path`, or name a file in `frontend.quantize.kv_scales`",
+        )
+    elif not Path(dataset.path).exists():
+        raise UserError(f"{place.of('dataset.path')}: {dataset.path}: no such file", "it is an alpaca JSON list")
+
+
+def _check_context(plan: Plan, place: Places) -> None:
+    largest = plan.model.get("max_position_embeddings")
+    if isinstance(largest, int) and plan.context > largest:
+        where = place.of("frontend.shape.input_ids")
+        raise UserError(
+            f"{where}: context {plan.context}, but the model was trained for {largest} positions", f"at most {largest}"
+        )
+
+
+def input_facts(plan: Plan) -> dict[str, Any]:
+    """What the artifact records of its inputs: no path of this machine, but digests of the small files."""
+    config = plan.config.model_dump(mode="json", exclude={"workspace"}, exclude_none=True)
+    checkpoint = plan.config.frontend.checkpoint
+    if not checkpoint.startswith("package:"):
+        config["frontend"]["checkpoint"] = Path(checkpoint).name
+    if plan.config.dataset is not None:
+        config["dataset"]["path"] = Path(plan.config.dataset.path).name
+        if plan.cache_int8 and Path(plan.config.dataset.path).is_file():
+            config["dataset"]["sha256"] = sha256(Path(plan.config.dataset.path))
+    return {"config": config, "pipeline": plan.pipeline}

@@ -1,0 +1,107 @@
+"""Time a phase of an artifact: its schedule text, verified again, on the target that it was compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vacc_opt.ir.errors import UserError
+from vacc_opt.runtime.artifact import open_artifact
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel: its calls, their cycles together, and the bound of one call."""
+
+    name: str
+    calls: int
+    cycles: int
+    bound_cycles: int
+    binds: str
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Predicted time of one call of a phase with ``context`` tokens cached, and where the cycles went."""
+
+    phase: str
+    ranks: int
+    context: int | None
+    cycles: int
+    milliseconds: float
+    bound_cycles: int
+    binds: str
+    ratio: float
+    kernels: tuple[KernelTime, ...]
+    account: dict[str, int]
+    target: str
+    assumed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A table for people, kernels with most cycles first."""
+        head = (
+            f"{self.phase}: {self.milliseconds:.3f} ms, {self.cycles} cycles, {self.ratio:.2f} x bound ({self.binds})"
+        )
+        width = max((len(k.name) for k in self.kernels), default=6)
+        lines = [head, f"  {'kernel':<{width}}  calls    cycles  share  x bound  binds"]
+        for kernel in self.kernels:
+            bound = kernel.bound_cycles * kernel.calls
+            ratio = f"{kernel.cycles / bound:7.2f}" if bound else f"{'-':>7}"
+            share = kernel.cycles / max(self.cycles, 1)
+            lines.append(
+                f"  {kernel.name:<{width}}  {kernel.calls:>5} {kernel.cycles:>9} {share:>6.1%}  {ratio}  {kernel.binds}"
+            )
+        lines.append(f"  target {self.target}, {self.assumed} of its numbers are assumed")
+        return "\n".join(lines)
+
+
+def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path | None = None) -> Simulation:
+    """Predict the time of a phase; ``trace`` receives a Chrome trace.
+
+    Raises:
+        UserError: no such artifact or phase, a context that does not fit, or a target that has changed since.
+    """
+    from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify, write_trace
+
+    artifact = open_artifact(path)
+    if context is not None and not 0 <= context < artifact.context:
+        raise UserError(f"context {context} does not fit: the buffers hold {artifact.context} tokens")
+    recorded = artifact.facts.target
+    target = load_target(artifact.manifest["config"]["backend"]["target"])
+    if target.sha != recorded.sha:
+        raise UserError(
+            f"{path}: compiled for {recorded.name} {recorded.sha}, the target file is now {target.sha}",
+            "compile it again",
+        )
+    program = Program.from_text(artifact.schedule(phase))
+    verify(program, target)
+    timing = simulate_time(program, target, context=context)
+    if trace is not None:
+        scratch = trace.with_name(f".{trace.name}.tmp")
+        try:
+            write_trace(timing, scratch)
+            scratch.replace(trace)
+        finally:
+            scratch.unlink(missing_ok=True)
+    kernels = [
+        KernelTime(k.name, k.calls, k.cycles * k.calls, k.bound.cycles, k.bound.binds) for k in timing.kernels.values()
+    ]
+    return Simulation(
+        phase=phase,
+        ranks=timing.ranks,
+        context=context,
+        cycles=timing.cycles,
+        milliseconds=timing.milliseconds,
+        bound_cycles=timing.bound.cycles,
+        binds=timing.bound.binds,
+        ratio=timing.ratio,
+        kernels=tuple(sorted(kernels, key=lambda k: (-k.cycles, k.name))),
+        account=dict(timing.account),
+        target=f"{target.name} v{target.version}",
+        assumed=len(target.assumed),
+    )

@@ -1,0 +1,140 @@
+"""KV scales: the quantizer's arithmetic, what is observed of a graph, and the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from vacc_opt.calibration.kv_scales import KvScales, Range, ScaleZero, calibrate_kv, load_kv_scales, scales_of
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.types import DType, SymbolicDim, TensorType
+
+Floats = npt.NDArray[np.float32]
+HEADS, WIDTH, VOCABULARY = 2, 3, 7
+finite = st.floats(-1e4, 1e4, width=32)
+
+
+def codes(x: Floats, found: ScaleZero) -> Floats:
+    """The quantizer of SEMANTICS 4."""
+    return np.clip(np.rint((x - found.zero) / found.scale), -127, 127).astype(np.float32)
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, (5, 4), elements=finite), st.booleans())
+def test_every_observed_value_comes_back_within_half_a_step(values: Floats, symmetric: bool) -> None:
+    seen = Range(values.min(0), values.max(0))
+    found = scales_of(seen, symmetric=symmetric)
+    back = codes(values, found) * found.scale + found.zero
+    # half a step, and the fp32 rounding of a product and a sum at the magnitude of the bounds
+    slack = 4 * np.finfo(np.float32).eps * (np.abs(seen.low) + np.abs(seen.high))
+    assert (np.abs(back - values) <= found.scale * 0.5 + slack).all()
+
+
+def test_asymmetric_scales_reach_from_the_smallest_to_the_largest_value() -> None:
+    found = scales_of(Range(np.float32([-1.0]), np.float32([3.0])))
+    assert found.zero == np.float32(1.0)
+    assert found.scale == np.float32(4.0) / np.float32(254)
+    assert codes(np.float32([-1, 3]), found).tolist() == [-127, 127]
+
+
+def test_symmetric_scales_have_a_zero_at_zero() -> None:
+    found = scales_of(Range(np.float32([-1.0]), np.float32([3.0])), symmetric=True)
+    assert found.zero == 0
+    assert codes(np.float32([3.0, 0.0]), found).tolist() == [127, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5])
+def test_a_channel_that_never_changes_is_exact(value: float) -> None:
+    found = scales_of(Range(np.float32([value]), np.float32([value])))
+    assert found.scale == 1
+    assert codes(np.float32([value]), found) * found.scale + found.zero == np.float32(value)
+
+
+def test_bounds_near_the_largest_float_do_not_overflow() -> None:
+    largest = np.finfo(np.float32).max
+    found = scales_of(Range(np.float32([-largest]), np.float32([largest])))
+    assert np.isfinite(found.scale).all()
+    assert found.zero == 0
+
+
+def lookup_model(table: Floats) -> Graph:
+    """present.0.key = table[input_ids] by heads, present.0.value its negative; logits are there to be left out."""
+    graph = Graph("lookup")
+    rw = Rewriter(graph, by="test")
+    batch, length = SymbolicDim.parse("batch"), SymbolicDim.parse("seq")
+    ids = rw.add_input("input_ids", TensorType(DType.INT64, (batch, length)))
+    rows = rw.op.Gather(rw.const(table, "table"), ids)
+    split = rw.op.Transpose(rw.op.Reshape(rows, rw.ints(0, 0, HEADS, WIDTH)), perm=(0, 2, 1, 3))
+    rw.set_output("present.0.key", split)
+    rw.set_output("present.0.value", rw.op.Neg(split))
+    rw.set_output("logits", rw.op.MatMul(rows, rw.const(np.ones((HEADS * WIDTH, 4), np.float32), "head")))
+    return graph
+
+
+def test_the_ranges_of_all_sequences_are_joined() -> None:
+    table = np.random.default_rng(0).standard_normal((VOCABULARY, HEADS * WIDTH)).astype(np.float32)
+    heard: list[tuple[int, int]] = []
+    found = calibrate_kv(
+        lookup_model(table), [np.array([[1, 2]]), np.array([[5]])], progress=lambda done, of: heard.append((done, of))
+    )
+    seen = table[[1, 2, 5]].reshape(3, HEADS, WIDTH)
+    for part, sign in (("key", 1), ("value", -1)):
+        low, high = np.sort([seen.min(0) * sign, seen.max(0) * sign], axis=0)
+        expected = scales_of(Range(low, high))
+        np.testing.assert_array_equal(found.tensors[0, part].scale, expected.scale)
+        np.testing.assert_array_equal(found.tensors[0, part].zero, expected.zero)
+    assert heard == [(1, 2), (2, 2)]
+
+
+def test_nan_in_a_cache_is_a_failed_check() -> None:
+    table = np.full((VOCABULARY, HEADS * WIDTH), np.nan, np.float32)
+    with pytest.raises(CheckError, match=r"present\.0\.\w+ holds NaN"):
+        calibrate_kv(lookup_model(table), [np.array([[0]])])
+
+
+def test_calibration_needs_text_and_caches() -> None:
+    graph = lookup_model(np.zeros((VOCABULARY, HEADS * WIDTH), np.float32))
+    with pytest.raises(UserError, match="at least one sequence"):
+        calibrate_kv(graph, [])
+    with pytest.raises(UserError, match=r"no outputs present\.0\.key"):
+        calibrate_kv(Graph("empty"), [np.array([[0]])])
+
+
+def some_scales() -> KvScales:
+    rng = np.random.default_rng(1)
+    one = [ScaleZero(*rng.random((2, HEADS, WIDTH)).astype(np.float32)) for _ in range(4)]
+    return KvScales({(0, "key"): one[0], (0, "value"): one[1], (1, "key"): one[2], (1, "value"): one[3]})
+
+
+def test_the_file_comes_back_as_it_was_and_equal_scales_give_equal_bytes(tmp_path: Path) -> None:
+    scales = some_scales()
+    scales.save(tmp_path / "one.safetensors")
+    scales.save(tmp_path / "two.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    again = load_kv_scales(tmp_path / "one.safetensors")
+    assert again.layers == 2
+    for key, found in scales.tensors.items():
+        np.testing.assert_array_equal(again.tensors[key].scale, found.scale)
+        np.testing.assert_array_equal(again.tensors[key].zero, found.zero)
+
+
+def test_a_scale_that_is_not_positive_is_refused(tmp_path: Path) -> None:
+    scales = some_scales()
+    scales.tensors[1, "value"].scale[0, 0] = 0
+    scales.save(tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=r"layers\.1\.value\.scale: a scale is not a positive number"):
+        load_kv_scales(tmp_path / "bad.safetensors")
+
+
+def test_a_file_without_scales_is_refused(tmp_path: Path) -> None:
+    KvScales({}).save(tmp_path / "empty.safetensors")
+    with pytest.raises(UserError, match="not a file of KV scales"):
+        load_kv_scales(tmp_path / "empty.safetensors")

@@ -1,0 +1,152 @@
+"""Compiling: what is reported, what is refused before any work, and that equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vacc_opt.cli.main import main
+from vacc_opt.ir.errors import UserError
+from vacc_opt.runtime.compile import compile_model
+from vacc_opt.runtime.report import CompileReport
+
+
+def test_the_steps_come_in_the_order_of_the_work(compiled: tuple[CompileReport, Any]) -> None:
+    assert compiled[1].steps == ["export", "recognize", "calibrate", "quantize", "split", "schedule", "write"]
+
+
+def test_every_attention_rotary_norm_and_gated_unit_is_fused(compiled: tuple[CompileReport, Any]) -> None:
+    counts = {name: str(count) for name, count in compiled[0].facts.fused.items()}
+    assert counts == {"attention": "2/2", "rotary": "4/4", "norm": "5/5", "swiglu": "2/2"}
+
+
+def test_linears_are_reported_at_about_half_of_fp16(compiled: tuple[CompileReport, Any]) -> None:
+    linears = compiled[0].facts.linears
+    assert linears.dtype == "int8"
+    assert linears.fp16 == 2 * 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 96 * 64)  # every linear but lm_head, once
+    assert linears.fp16 / 2 < linears.stored < linears.fp16 * 0.6  # and one fp32 scale for each row of 64 or 96
+
+
+def test_the_cache_takes_half_the_bytes_of_fp16(compiled: tuple[CompileReport, Any]) -> None:
+    cache = compiled[0].facts.kv_cache
+    assert (cache.dtype, cache.stored) == ("int8", 2 * 2 * 2 * 48 * 16)  # layers, K and V, heads, context, head dim
+    assert cache.fp16 == 2 * cache.stored
+
+
+def test_every_phase_names_its_bound_and_does_not_beat_it(compiled: tuple[CompileReport, Any]) -> None:
+    for phase in compiled[0].facts.phases:
+        assert phase.cycles >= phase.bound_cycles > 0
+        assert phase.binds in {"compute", "DDR", "vector", "link", "latency"}
+
+
+def test_peak_memory_counts_this_process(compiled: tuple[CompileReport, Any]) -> None:
+    assert compiled[0].peak_memory_bytes > 50e6  # numpy, onnx and onnxruntime alone take more
+
+
+def test_the_report_is_valid_json(compiled: tuple[CompileReport, Any]) -> None:
+    found = json.loads(json.dumps(compiled[0].to_json()))
+    assert found["fused"]["attention"] == {"done": 2, "of": 2}
+    assert found["target"]["name"] == "vacc-reference"
+    assert found["phases"][0]["ratio"] >= 1
+
+
+def test_equal_inputs_give_equal_bytes_in_another_process(
+    compiled: tuple[CompileReport, Any], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "vacc_opt.cli.main", "compile", str(config(tmp_path))]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, stdout=subprocess.DEVNULL)
+    first, second = Path(compiled[0].path), tmp_path / "out" / "tiny"
+    names = sorted(p.name for p in first.iterdir())
+    assert names == sorted(p.name for p in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_no_file_of_the_artifact_names_a_place_of_this_machine(
+    compiled: tuple[CompileReport, Any], exported: Path, data: Path
+) -> None:
+    for path in Path(compiled[0].path).iterdir():
+        content = path.read_bytes()
+        for place in (exported.parent, data.parent, Path(compiled[0].path).parent, Path(__file__).parents[2]):
+            assert str(place).encode() not in content, path.name
+
+
+def test_the_command_compiles_a_checkpoint_directory(
+    checkpoint: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tmp_path, checkpoint=checkpoint, type="huggingface", dtype="fp32", tp=1)
+    assert main(["compile", str(file), "-D", "frontend.model_kwargs.tp=4"]) == 0
+    out = capsys.readouterr().out
+    assert "attention 2/2" in out
+    assert "4, " in next(line for line in out.splitlines() if line.startswith("  ranks"))
+    assert (tmp_path / "out" / "tiny" / "rank3.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp": 16}, ":8: frontend.model_kwargs.tp = 16, but the model has 4 query heads"),
+        ({"prefill": 20}, "20 is not a positive multiple of 16"),
+        ({"context": 16, "prefill": 32}, "shorter than the prefill length"),
+        ({"checkpoint": "missing/model"}, "missing/model: no such file or directory"),
+        ({"data": "missing.json"}, ":12: missing.json: no such file"),
+        ({"context": 256}, "context 256, but the model was trained for 128 positions"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(
+    changes: dict[str, Any],
+    message: str,
+    checkpoint: Path,
+    config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = config(tmp_path, **{"checkpoint": checkpoint, "type": "huggingface", **changes})
+    assert main(["compile", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err.splitlines()[0]
+    assert len(captured.err.splitlines()) <= 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml"]  # nothing written
+
+
+def test_an_override_is_named_as_the_place_of_a_mistake(
+    checkpoint: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = config(tmp_path, checkpoint=checkpoint, type="huggingface")
+    with pytest.raises(UserError, match=r"^-D frontend\.model_kwargs\.tp=9: .* 4 query heads"):
+        compile_model(file, ["frontend.model_kwargs.tp=9"], None)  # type: ignore[arg-type]
+
+
+def test_gptq_is_refused_and_the_possible_choice_named(
+    checkpoint: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = config(tmp_path, checkpoint=checkpoint, type="huggingface")
+    with pytest.raises(UserError, match="w8a16_gptq needs GPTQ codes") as caught:
+        compile_model(file, ["frontend.quantize.type=w8a16_gptq"], None)  # type: ignore[arg-type]
+    assert caught.value.hint == "`w8a16` rounds to nearest"
+
+
+def test_a_failure_while_writing_leaves_the_former_artifact(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: tuple[CompileReport, Any]
+) -> None:
+    target = tmp_path / "out" / "tiny"
+    target.mkdir(parents=True)
+    (target / "manifest.json").write_bytes((Path(compiled[0].path) / "manifest.json").read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vacc_opt.runtime.artifact.save_onnx", fail)
+    with pytest.raises(OSError, match="No space left"):
+        compile_model(config(tmp_path, dtype="fp32"), (), compiled[1].__class__())
+    assert sorted(p for p in tmp_path.rglob("*") if p.name != "config.yaml") == before
