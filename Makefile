@@ -39,13 +39,13 @@ demo: $(STAMP)
 	$(BIN)/vacc-opt generate vacc_deploy/$(NAME) --prompt "What is the capital of France?" --engine schedule --summary
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
+	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
 
 # the root of the repository is the package; mypy finds it under its name through this link
 build/vacc_opt:

@@ -218,8 +218,9 @@ def _differ(a: Dim, b: Dim) -> bool:
     """True when two counts cannot be equal: other numbers, or other multiples of the same sizes."""
     if isinstance(a, int) and isinstance(b, int):
         return a != b
-    ratio = divide(a, b) or divide(b, a)
-    return isinstance(ratio, int) and ratio > 1
+    if isinstance(a, int) or isinstance(b, int):
+        return False
+    return a != b and a * b.terms[0][1] == b * a.terms[0][1]
 
 
 @rule("Expand")

@@ -22,6 +22,7 @@ from vacc_opt.ir.types import Dim, DType, TensorType
 IR_VERSION = 10
 INLINE_ELEMENTS = 16  # literals up to this size stand inside the model, larger constants go by reference
 PROVENANCE_KEY = "vacc_opt.provenance"
+OUTPUT_PREFIX = "output/"  # names of Identity nodes that stand for a second name of a value
 External = Callable[[Value], tuple[str, int, int]]
 
 
@@ -61,12 +62,18 @@ def from_onnx(
         graph._add_value(Value(name, expr.type, expr))
     known = {i.name: i.type for i in (*model.graph.value_info, *model.graph.output) if i.type.tensor_type.elem_type}
     sources = dict(provenance or {})
+    read = {name for proto in model.graph.node for name in proto.input}
+    renamed: dict[str, str] = {}  # outputs that to_onnx named by an Identity
     for proto in model.graph.node:
-        _import_node(graph, proto, known, sources)
+        if proto.name == f"{OUTPUT_PREFIX}{proto.output[0]}" and proto.output[0] not in read:
+            renamed[proto.output[0]] = proto.input[0]
+        else:
+            _import_node(graph, proto, known, sources)
     for info in model.graph.output:
-        if info.name not in graph.values:
+        name = renamed.get(info.name, info.name)
+        if name not in graph.values:
             raise UserError(f"{graph.name}: nothing computes the output {info.name!r}")
-        graph._set_output(info.name, graph.values[info.name])
+        graph._set_output(info.name, graph.values[name])
     for value in graph.constants():
         if not value.uses and not graph.is_output(value):
             graph._remove_value(value)
@@ -195,7 +202,7 @@ def to_onnx(graph: Graph, external: External | None = None, *, provenance: bool 
     names = export_names(graph)
     nodes = [_export_node(node, names, provenance) for node in graph.nodes()]
     nodes += [
-        helper.make_node("Identity", [names[value]], [name], name=f"output/{name}")
+        helper.make_node("Identity", [names[value]], [name], name=f"{OUTPUT_PREFIX}{name}")
         for name, value in graph.outputs.items()
         if names[value] != name
     ]

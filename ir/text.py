@@ -104,7 +104,7 @@ def from_text(text: str) -> Graph:
     body = (
         text
         if text.lstrip().startswith("<")
-        else (f'<ir_version: {IR_VERSION}, opset_import: ["" : 24, "Vastai" : 1]>\n{text.strip()}')
+        else (f'<ir_version: {IR_VERSION}, opset_import: ["" : 24, "Vastai" : 1]> {text}')
     )
     try:
         model = onnx.parser.parse_model(body)

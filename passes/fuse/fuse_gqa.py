@@ -55,8 +55,6 @@ class FuseGqa(PatternPass):
         mask = m.get("mask")
         if mask is not None and (mask.rank is None or mask.rank > 4):
             yield m.reason("the mask is {mask}", mask=mask.type)
-        if m.get("sdpa") is not None and m.get("k_expand") is None and m.get("v_expand") is None:
-            yield m.reason("the attention is fused already")
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """One node; the scale is explicit."""

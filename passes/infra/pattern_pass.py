@@ -56,38 +56,42 @@ class PatternPass(Pass):
         matcher = Matcher(self.compiled(), graph)
         memo: dict[object, Any] = {}
         order = {node: i for i, node in enumerate(graph.nodes())}
+        declined: list[Remark] = []
+        near: list[Remark] = []
         for root in sorted(matcher.candidates(), key=order.__getitem__):
-            if root in graph:
-                self._visit(root, graph, rw, matcher, memo, outcome)
-        outcome.candidates = (outcome.fused or 0) + len(self._left(graph))
-        if outcome.candidates == outcome.fused:
-            # what came close was something else: nothing that was to be expected is missing
-            outcome.remarks = [r for r in outcome.remarks if r.kind != "missed"]
+            if root not in graph or (root.op in self.anchors and self.done(root)):
+                continue
+            match = matcher.match(root, memo)
+            if match is None:
+                near += self._near(matcher, root)
+            elif reasons := [str(reason) for reason in self.check(match)]:
+                declined.append(Remark("missed", self.name, "; ".join(reasons), where(root)))
+            else:
+                outcome.remarks.append(self._apply(match, rw))
+                outcome.fused = (outcome.fused or 0) + 1
+        left = self._left(graph)
+        # without an anchor that is left, what came near was something else
+        outcome.remarks += declined + (near if left else [])
+        outcome.candidates = (outcome.fused or 0) + max(len(left), len(declined))
         plural = self.noun if outcome.candidates == 1 else f"{self.noun}s"
         outcome.summary = f"fused {outcome.fused} of {outcome.candidates} {plural}"
         return outcome
 
-    def _visit(
-        self, root: Node, graph: Graph, rw: Rewriter, matcher: Matcher, memo: dict[object, Any], outcome: Outcome
-    ) -> None:
-        match = matcher.match(root, memo)
-        if match is None:
-            if self.anchors and matcher.miss.depth >= 2:
-                text = f"{matcher.miss} after {matcher.miss.depth} of {matcher.pattern.size()} nodes"
-                outcome.remarks.append(Remark("missed", self.name, text, where(matcher.miss.node or root)))
-            return
-        declined = [str(reason) for reason in self.check(match)]
-        if declined:
-            outcome.remarks.append(Remark("missed", self.name, "; ".join(declined), where(root)))
-            return
-        place = where(root)
+    def _near(self, matcher: Matcher, root: Node) -> list[Remark]:
+        miss, size = matcher.miss, matcher.pattern.size()
+        if not self.anchors or miss.depth < 2:
+            return []
+        text = f"{miss} after {miss.depth} of {size} nodes"
+        return [Remark("missed", self.name, text, where(miss.node or root))]
+
+    def _apply(self, match: Match, rw: Rewriter) -> Remark:
+        remark = Remark("passed", self.name, f"{match.root.op} rewritten", where(match.root))
         with rw.applying(match.nodes):
             made = self.rewrite(match, rw)
             values = (made,) if isinstance(made, Value) else tuple(made)
-            for old, new in zip(root.outputs, values, strict=False):
+            for old, new in zip(match.root.outputs, values, strict=False):
                 rw.replace(old, new)
-        outcome.fused = (outcome.fused or 0) + 1
-        outcome.remarks.append(Remark("passed", self.name, f"{root.op} rewritten", place))
+        return remark
 
     def _left(self, graph: Graph) -> list[Node]:
         """Anchors that remain: places where a match was to be expected and did not happen."""

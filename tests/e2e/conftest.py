@@ -10,11 +10,12 @@ from typing import Any
 import numpy.typing as npt
 import pytest
 
+from vacc_opt import frontends
 from vacc_opt.frontends import export_checkpoint, open_checkpoint
 from vacc_opt.ir import Graph
 from vacc_opt.ir.copy import copy
-from vacc_opt.runtime import compile as compiling
 from vacc_opt.runtime.artifact import Artifact, open_artifact
+from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.report import CompileReport
 
 Array = npt.NDArray[Any]
@@ -57,9 +58,9 @@ def compiled(smollm2_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> 
             folder = tmp_path_factory.mktemp("artifact")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(EXAMPLES.parent)
-                patch.setattr(compiling, "load_model", lambda *_, **__: copy(smollm2_graph))
+                patch.setattr(frontends, "export_checkpoint", lambda *_, **__: copy(smollm2_graph))
                 arguments = [*overrides, f"workspace.path={folder}"]
-                report = compiling.compile_model(EXAMPLES / example, arguments, Silent())
+                report = compile_model(EXAMPLES / example, arguments, Silent())
             (directory,) = folder.iterdir()
             made[key] = Compiled(open_artifact(directory), report)
         return made[key]

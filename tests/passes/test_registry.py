@@ -1,0 +1,65 @@
+"""The registry: a pass is its command-line name, its file and its class at once, and documents itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from vacc_opt.ir import UserError
+from vacc_opt.passes.infra.base import Kind, Pass
+from vacc_opt.passes.infra.registry import GROUPS, all_passes, get_pass, register
+
+PASSES = all_passes()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_file_class_and_name_agree(name: str) -> None:
+    cls = PASSES[name]
+    path = Path(inspect.getfile(cls))
+    assert path.stem == name.replace("-", "_")
+    assert path.parent.name in GROUPS
+    assert cls.__name__.lower() == name.replace("-", "")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_is_a_frozen_dataclass_whose_options_are_documented(name: str) -> None:
+    cls = PASSES[name]
+    item = cls()
+    assert isinstance(item.kind, Kind)
+    assert item.spec() == name
+    assert cls.help_line().endswith(".")
+    assert [o.name for o in cls.options()] == [f.name for f in dataclasses.fields(cls)]
+    assert all(o.help for o in cls.options())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(item, "name", "other")  # noqa: B010
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_has_a_test_file(name: str) -> None:
+    assert Path(__file__).with_name(f"test_{name.replace('-', '_')}.py").exists()
+
+
+def test_the_default_pipeline_is_registered() -> None:
+    assert {
+        "simplify", "fuse-rms-norm", "fuse-rotary", "fuse-gqa", "fuse-swiglu", "slice-last-token", "kv-cache", "w8a16",
+        "kv8", "split-tp", "expand-ranks", "legalize",
+    } <= set(PASSES)  # fmt: skip
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown pass 'w8a6'\n  did you mean `w8a16`"):
+        get_pass("w8a6")
+
+
+def test_two_passes_of_one_name_are_refused() -> None:
+    cls = get_pass("simplify")
+    with pytest.raises(ValueError, match="two passes are called 'simplify'"):
+        register(cls)
+
+
+def test_names_come_sorted() -> None:
+    assert list(PASSES) == sorted(PASSES)
+    assert all(issubclass(c, Pass) for c in PASSES.values())
