@@ -96,7 +96,8 @@ def _tabulate(graph: Graph, value: Value, positions: int, halved: bool) -> _Tabl
         return _Tables(why=f"has type {value.type}, [batch,{'seq,D/2' if halved else '1,seq,D'}] is expected")
     region = extract(graph, nodes, "rotary", keep=[value])
     order = np.arange(positions, dtype=np.int64)
-    few = order[:: -max(1, positions // 7)]  # other positions in another order: rows must follow
+    # the lower half backwards: neither the order, nor the count, nor the largest position may matter
+    few = order[positions // 2 :: -max(1, positions // 7)]
     try:
         found, probe = (evaluate(region, {sources[0].name: p[None]})[value.name] for p in (order, few))
     except VaccError as error:

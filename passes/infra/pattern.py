@@ -276,7 +276,11 @@ class Matcher:
         if isinstance(pattern, Op):
             return self._op(pattern, value, user)
         if isinstance(pattern, Either):
-            return any(self._attempt(choice, value, user) for choice in pattern.choices)
+            before = self.miss
+            if any(self._attempt(choice, value, user) for choice in pattern.choices):
+                self.miss = before  # what an alternative lacked is no reason once another one matched
+                return True
+            return False
         if value is None:
             return self._fail("{} lacks an operand for {}", user.op, pattern, node=user)
         if isinstance(pattern, Number):
@@ -290,7 +294,7 @@ class Matcher:
     def _variable(self, pattern: Var, value: Value, user: Node) -> bool:
         bound = self._captures.get(pattern.name, _ABSENT)
         if bound is not _ABSENT and bound is not value:
-            return self._fail("{} is {}, expected {} again", pattern.name, value.name, bound, node=user)
+            return self._fail("{} is {}, expected {} again", pattern.name, value.name, bound.name, node=user)
         if pattern.kind == "scalar" and scalar(value) is None:
             return self._fail("{} is {}, expected a constant number", pattern.name, _shown(value), node=user)
         if pattern.kind == "const" and value.const is None:
@@ -315,8 +319,9 @@ class Matcher:
         for name, wanted in pattern.attributes:
             have = attribute(node, name)
             if not _equal(have, wanted):
+                self._fail("{} {} is {}, expected {}", node.op, name, _plain(have), wanted, node=node)
                 self._nodes.pop()
-                return self._fail("{} {} is {}, expected {}", node.op, name, _plain(have), wanted, node=node)
+                return False
         if pattern.capture:
             self._captures[pattern.capture] = node
         return self._operands(pattern, node)
@@ -332,9 +337,13 @@ class Matcher:
             return self._in_order(operands, inputs, node)
         # structured operands go first: a variable would bind either side
         first, second = sorted(operands, key=lambda p: -p.size())
-        return self._pair((first, second), (inputs[0], inputs[1]), node) or self._pair(
-            (first, second), (inputs[1], inputs[0]), node
-        )
+        before = self.miss
+        if self._pair((first, second), (inputs[0], inputs[1]), node):
+            return True
+        if self._pair((first, second), (inputs[1], inputs[0]), node):
+            self.miss = before
+            return True
+        return False
 
     def _in_order(self, operands: Sequence[Pattern], inputs: Sequence[Value | None], node: Node) -> bool:
         padded = [*inputs, *([None] * (len(operands) - len(inputs)))]

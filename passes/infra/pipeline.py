@@ -68,6 +68,7 @@ def parse_pipeline(text: str) -> list[Pass]:
         options: dict[str, Any] = {}
         if text[at : at + 1] == "{":
             options, at = _options(text, at + 1, known[name])
+            at += len(text[at:]) - len(text[at:].lstrip())
         try:
             passes.append(known[name](**options))
         except ValueError as error:

@@ -12,6 +12,8 @@ from vacc_opt.ir.tensor import Transposed
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import as_linear
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.simplify.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from vacc_opt.passes.simplify.eliminate_dead_code import EliminateDeadCode
 from vacc_opt.passes.simplify.simplify import Simplify
 
 OPSET = 24
@@ -62,8 +64,11 @@ class Legalize(Pass):
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Raises CheckError that names the first operators without a kernel and where they come from."""
         rw.raise_opset(OPSET)
-        flipped = self._canonical_weights(graph, rw)
         Simplify().run(graph, rw)
+        flipped = self._canonical_weights(graph, rw)
+        # not Simplify again: it would fold the transpose of a small weight that is held as a value
+        for tidy in (EliminateCommonSubexpressions(), EliminateDeadCode()):
+            tidy.run(graph, rw)
         foreign = [n for n in graph.nodes() if n.op not in SUPPORTED]
         remarks = [Remark("missed", self.name, f"no kernel for {n.op}", where(n)) for n in foreign]
         if foreign and self.strict:

@@ -48,7 +48,8 @@ class W8A16(Pass):
             remark = Remark(
                 "passed", self.name, f"{linear.weight.name} int8 {list(linear.rows.shape)}", where(linear.node)
             )
-            self._rewrite(linear, rw)
+            # read anew: the layer before may have been rewritten
+            self._rewrite(as_linear(linear.node) or linear, rw)
             outcome.fused = (outcome.fused or 0) + 1
             outcome.remarks.append(remark)
         outcome.summary = f"{outcome.fused} of {outcome.candidates} linears int8"

@@ -130,7 +130,7 @@ def test_int8_weights_are_multiplied_in_float(rng: np.random.Generator) -> None:
 
 def test_default_session_options_would_round_activations_to_int8(rng: np.random.Generator) -> None:
     graph, x, exact = int8_matmul(rng)
-    weights = {n: a for n, a in read_weights(graph)[0].items()}
+    weights = read_weights(graph)[0]
     options = ort.SessionOptions()
     options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(a) for a in weights.values()])
     model = to_onnx(graph, lambda v: ("memory", 0, weights[v.name].nbytes))
@@ -139,7 +139,9 @@ def test_default_session_options_would_round_activations_to_int8(rng: np.random.
 
 
 def test_outputs_that_are_inputs_or_constants_come_back() -> None:
-    graph = from_text("g (float[2] x) => (float[2] y, float[2] z, float[2] n) { y = Identity (x) z = Identity (x) n = Neg (x) }")
+    graph = from_text(
+        "g (float[2] x) => (float[2] y, float[2] z, float[2] n) { y = Identity (x) z = Identity (x) n = Neg (x) }"
+    )
     graph._set_output("y", graph.values["x"])
     graph._remove_node(graph.by_op("Identity")[0])
     from vacc_opt.ir.rewriter import Rewriter

@@ -60,7 +60,9 @@ def test_kv_values_equal_numpy(rng: np.random.Generator, number: int, dtype: typ
     text = f"g (int8[1,{H},{S},{D}] q, {KV}) => (y) {{ y = Vastai.DequantizeKV <to = {number}> (q, scale, zero) }}"
     found = run(text, q=q, scale=scale, zero=zero)
     # a fused multiply-add may differ by one rounding of values below 8
-    np.testing.assert_allclose(found, (q * scale[:, None] + zero[:, None]).astype(dtype), atol=1e-6, rtol=1e-3 if dtype is np.float16 else 0)
+    np.testing.assert_allclose(
+        found, (q * scale[:, None] + zero[:, None]).astype(dtype), atol=1e-6, rtol=1e-3 if dtype is np.float16 else 0
+    )
     assert found.dtype == dtype
 
 
@@ -76,7 +78,7 @@ def test_kv_codes_of_kv_values_are_the_codes(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("float16", np.float16)])
 def test_a_quantized_linear_multiplies_in_fp32(rng: np.random.Generator, name: str, dtype: type) -> None:
-    x = rng.standard_normal((2, 3, 64)).astype(dtype)
+    x: Array = rng.standard_normal((2, 3, 64)).astype(dtype)
     codes = rng.integers(-127, 128, (8, 64)).astype(np.int8)
     scale = rng.uniform(0.001, 0.01, 8).astype(np.float32)
     text = f"g ({name}[2,3,64] x, int8[8,64] q, float[8] s) => (y) {{ y = Vastai.QuantizedLinearPerChannel (x, q, s) }}"

@@ -51,12 +51,17 @@ def touch_everything(graph: Graph, rw: Rewriter) -> None:
     rw.erase_unused_constants()
 
 
+def fail_half_way(graph: Graph, rw: Rewriter, error: BaseException) -> None:
+    with rw.applying(graph.nodes()):
+        touch_everything(graph, rw)
+        raise error
+
+
 def test_an_exception_half_way_undoes_every_step(graph: Graph) -> None:
     before, order = to_text(graph), list(graph.outputs)
     rw = Rewriter(graph, by="broken")
-    with pytest.raises(ZeroDivisionError), rw.applying(graph.nodes()):
-        touch_everything(graph, rw)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way(graph, rw, ZeroDivisionError())
     assert to_text(graph) == before
     assert list(graph.outputs) == order
     assert (rw.modified, rw.take_changed()) == (0, [])
@@ -67,9 +72,8 @@ def test_an_exception_half_way_undoes_every_step(graph: Graph) -> None:
 def test_an_undone_rewrite_can_be_followed_by_another(graph: Graph, steps: int) -> None:
     rw = Rewriter(graph, by="again")
     for _ in range(steps):
-        with pytest.raises(KeyboardInterrupt), rw.applying():
-            touch_everything(graph, rw)
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            fail_half_way(graph, rw, KeyboardInterrupt())
     with rw.applying():
         rw.replace(graph.values["b"], graph.values["a"])
     verify(graph)

@@ -24,16 +24,18 @@ def weight(rows: int = 6, columns: int = 5) -> np.ndarray:
 
 
 def linear(path: Path, rows: int = 6) -> Graph:
-    """y = x w^T with w [rows, 5] in a file beside."""
+    """Y = x w^T with w [rows, 5] in a file beside."""
     save_file({"w": weight(rows)}, path / "source.safetensors")
     source = read_safetensors_header(path / "source.safetensors")["w"]
-    return from_text(f"""
+    return from_text(
+        f"""
         g (float[B,5] x) => (float[B,{rows}] y) {{
             t = Transpose <perm = [1, 0]> (w)
             y = MatMul (x, t)
         }}
         # const "w" = {source}
-        """.replace("        #", "#"))
+        """.replace("        #", "#")
+    )
 
 
 def test_the_safetensors_package_reads_what_is_written(tmp_path: Path) -> None:

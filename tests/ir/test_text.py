@@ -49,8 +49,8 @@ def graphs(draw: st.DrawFn) -> Graph:
         elif kind == "weight":
             node = rw.add("Sub", [x, rw.const(Casted(Source("f.bin", 8, "int8", (1,)), "float"), name)], name=name)
         else:
-            attributes: dict[str, Any] = {"LeakyRelu": {"alpha": draw(FLOATS)}, "Softmax": {"axis": -1}}.get(kind, {})
-            node = rw.add(kind, [x], attributes, name=name)
+            attributes: dict[str, dict[str, Any]] = {"LeakyRelu": {"alpha": draw(FLOATS)}, "Softmax": {"axis": -1}}
+            node = rw.add(kind, [x], attributes.get(kind), name=name)
         if draw(st.booleans()):
             rw.touch(node, Provenance((Origin(draw(names), "f.py:1", "op"),), ("p",)))
         values.append(node.output)

@@ -133,7 +133,10 @@ def test_a_const_capture_admits_a_weight() -> None:
     pattern = op.MatMul(x, Var("w", "const"))
     weight = "# const \"w\" = Source('f', 0, 'float', (8, 3))\n"
     assert matches(pattern, graph("r = MatMul (a, w)", tail=weight))
-    assert why_not(pattern, graph("t = Transpose <perm = [1, 0]> (b) r = MatMul (a, t)")) == "w is Transpose t, expected a constant"
+    assert (
+        why_not(pattern, graph("t = Transpose <perm = [1, 0]> (b) r = MatMul (a, t)"))
+        == "w is Transpose t, expected a constant"
+    )
 
 
 def test_an_attribute_must_be_equal() -> None:
@@ -204,7 +207,8 @@ def test_a_computation_is_memoized_within_a_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(np.float32(2), 2.0), (np.zeros((0,), np.float32), None), ([1, 2], None), ([True, True], 1.0)]
+    ("value", "expected"),
+    [(np.float32(2), 2.0), (np.zeros((0,), np.float32), None), ([1, 2], None), ([True, True], 1.0)],
 )
 def test_a_scalar_is_a_constant_of_equal_elements(value: Any, expected: float | None) -> None:
     g = graph("r = Neg (a)")

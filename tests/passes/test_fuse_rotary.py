@@ -1,0 +1,170 @@
+"""fuse-rotary: half-rotated embeddings share one table; other rotations and tables of more than positions stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vacc_opt.ir import Literal
+from vacc_opt.ir.text import from_text
+from vacc_opt.passes.fuse.fuse_rotary import FuseRotary
+from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites, run_pass
+
+D = 8
+PASS = FuseRotary(positions=32)
+FREQUENCIES = (1.0 / 100 ** (np.arange(0, D, 2) / D)).astype(np.float32)
+ANGLES = np.arange(32, dtype=np.float32)[:, None] * FREQUENCIES
+FREQ = f'# const "freq" = {Literal(FREQUENCIES)}\n'
+
+
+def table(function: np.ufunc) -> np.ndarray:
+    """What onnxruntime computes for the table, so that equality is exact."""
+    from vacc_opt.ir.evaluate import evaluate
+
+    text = f"t (float[32,4] a) => (y) {{ y = {'Cos' if function is np.cos else 'Sin'} (a) }}"
+    return evaluate(from_text(text), {"a": ANGLES})["y"]
+
+
+def ints(**named: int) -> str:
+    return " ".join(f"{n} = Constant <value_ints = [{v}]> ()" for n, v in named.items())
+
+
+ANGLE = """
+    row = Unsqueeze (position_ids, one)
+    column = Transpose <perm = [0, 2, 1]> (row)
+    wide = Cast <to = 1> (column)
+    angle = Mul (wide, freq)
+    both = Concat <axis = -1> (angle, angle)
+    c = Cos (both)
+    s = Sin (both)
+    cos = Unsqueeze (c, one)
+    sin = Unsqueeze (s, one)"""
+ROTATE = """
+    low = Slice (x, zero, half, three)
+    high = Slice (x, half, end, three)
+    negative = Neg (high)
+    rotated = Concat <axis = -1> (negative, low)
+    straight = Mul (x, cos)
+    turned = Mul (rotated, sin)
+    y = Add (straight, turned)"""
+HEAD = "rope (float[B,2,S,8] x, int64[B,S] position_ids) => (float[B,2,S,8] y)"
+
+
+def chain(angle: str = ANGLE, rotate: str = ROTATE, head: str = HEAD) -> str:
+    consts = ints(zero=0, one=1, two=2, three=3, half=D // 2, end=99)
+    return f"{head} {{ {consts} {angle} {rotate} }}\n{FREQ}"
+
+
+def test_the_exported_chain_becomes_one_node_with_a_table() -> None:
+    assert_rewrites(
+        PASS,
+        before=chain(),
+        after=f"""
+            {HEAD} {{ y = RotaryEmbedding (x, cos, sin, position_ids) }}
+# const "cos" = {Literal(table(np.cos))}
+# const "sin" = {Literal(table(np.sin))}
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Add (straight, turned)", "Add (turned, straight)"),
+        ("Mul (x, cos)", "Mul (cos, x)"),
+        ("Mul (rotated, sin)", "Mul (sin, rotated)"),
+    ],
+)
+def test_operands_may_come_either_way_round(old: str, new: str) -> None:
+    graph = from_text(chain(rotate=ROTATE.replace(old, new)))
+    assert run_pass(PASS, graph).fused == 1
+
+
+def test_the_fused_operator_without_positions_gets_them() -> None:
+    angle = ANGLE.replace("both = Concat <axis = -1> (angle, angle)", "both = Identity (angle)").split("cos = ")[0]
+    graph = from_text(chain(angle, "y = RotaryEmbedding (x, c, s)"))
+    assert run_pass(PASS, graph).fused == 1
+    (node,) = graph.by_op("RotaryEmbedding")
+    assert node.inputs[3] is graph.values["position_ids"]
+
+
+def test_two_rotaries_share_their_tables() -> None:
+    second = ROTATE
+    for name in ("low", "high", "negative", "rotated", "straight", "turned", "y"):
+        second = (
+            second.replace(f"{name} =", f"{name}2 =").replace(f"{name},", f"{name}2,").replace(f"{name})", f"{name}2)")
+        )
+    graph = from_text(chain(rotate=ROTATE + second, head=HEAD.replace("=> (float[B,2,S,8] y)", "=> (y, y2)")))
+    assert run_pass(PASS, graph).fused == 2
+    assert len(graph.constants()) == 2
+
+
+WRONG = {
+    "the other half negated": (
+        ROTATE.replace("Neg (high)", "Neg (low)").replace("(negative, low)", "(negative, high)"),
+        "Slice starts is [4], expected [0]",
+    ),
+    "halves swapped": (ROTATE.replace("(negative, low)", "(low, negative)"), "found Slice low, expected Neg"),
+    "not negated": (
+        ROTATE.replace(
+            "negative = Neg (high)", "negative = Abs (high) other = Neg (high) o = Concat <axis = 0> (other, other)"
+        ),
+        "found Abs negative, expected Neg",
+    ),
+    "another axis": (
+        ROTATE.replace("three)", "two)").replace("axis = -1", "axis = 2"),
+        "Concat axis is 2, expected -1",
+    ),
+    "no halves": (
+        ROTATE.replace("x, zero, half", "x, zero, two").replace("x, half", "x, two"),
+        "the slices do not halve the last axis",
+    ),
+    "every other channel": (
+        ROTATE.replace("(x, zero, half, three)", "(x, zero, end, three, two)"),
+        "the slices skip channels of",
+    ),
+    "another operand": (ROTATE.replace("Mul (x, cos)", "Mul (rotated, cos)"), "x is rotated, expected x again"),
+    "an extra operation": (
+        ROTATE.replace("Neg (high)", "Neg (e)").replace("negative =", "e = Exp (high) negative ="),
+        "found Exp e, expected Slice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_another_rotation_is_left_with_a_reason(case: str) -> None:
+    rotate, reason = WRONG[case]
+    assert_no_match(PASS, chain(rotate=rotate), reason)
+
+
+TABLES = {
+    "different halves": (ANGLE.replace("(angle, angle)", "(angle, wider)").replace("both =", "wider = Add (angle, angle) both ="), "its two halves differ"),
+    "other inputs": (
+        ANGLE.replace("angle = Mul (wide, freq)", "scaled = Mul (wide, factor) angle = Mul (scaled, freq)"),
+        "depends on position_ids, factor, not on positions alone",
+    ),
+    "the longest position (dynamic scaling)": (
+        ANGLE.replace("angle = Mul (wide, freq)", "most = ReduceMax <keepdims = 1> (wide) scaled = Div (wide, most) angle = Mul (scaled, freq)"),
+        "is no function of each entry of 'position_ids' alone",
+    ),
+    "the number of tokens": (
+        "count = Shape <start = 1> (position_ids) n = Squeeze (count) a = Constant <value_int = 0> () b = Constant <value_int = 1> () "
+        "p = Range (a, n, b) row = Unsqueeze (p, zero) " + ANGLE.split("(position_ids, one)")[1].replace("(row)", "(row2)").join(["row2 = Unsqueeze (row, one)", ""]),
+        "is no function of each entry of 'position_ids' alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_table_of_more_than_positions_is_refused(case: str) -> None:
+    angle, reason = TABLES[case]
+    head = HEAD.replace("position_ids)", "position_ids, float[1] factor)")
+    assert_no_match(PASS, chain(angle, head=head), reason)
+
+
+def test_another_layout_is_refused() -> None:
+    angle = ANGLE.replace("cos = Unsqueeze (c, one)", "cos = Unsqueeze (c, two)").replace(
+        "sin = Unsqueeze (s, one)", "sin = Unsqueeze (s, two)"
+    )
+    head = "rope (float[B,S,2,8] x, int64[B,S] position_ids) => (float[B,S,2,8] y)"
+    assert_no_match(PASS, chain(angle, head=head), "positions are expected on the last axis but one")

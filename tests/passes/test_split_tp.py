@@ -1,0 +1,224 @@
+"""split-tp: any number of ranks computes what one rank computes; head plans are complete, grouped and cheapest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError, VaccError
+from vacc_opt.ir.text import from_text, to_text
+from vacc_opt.ir.verify import verify
+from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, run_pass
+from vacc_opt.passes.legalize.kv_cache import KvCache
+from vacc_opt.passes.quantize.w8a16 import W8A16
+from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
+from vacc_opt.passes.shard.slices import even_shares, take_columns, take_rows
+from vacc_opt.passes.shard.split_tp import SplitTp
+from vacc_opt.tests.passes.decoder import cached_logits, decoder
+
+IDS = np.random.default_rng(5).integers(0, 40, (2, 9))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, int, int]:
+    kv, group = draw(st.integers(1, 12)), draw(st.integers(1, 9))
+    return kv * group, kv, draw(st.integers(1, min(kv * group, 24)))
+
+
+@given(problems())
+def test_every_query_head_is_on_exactly_one_rank(problem: tuple[int, int, int]) -> None:
+    query, kv, tp = problem
+    plan = plan_heads(query, kv, tp)
+    assert sorted(h for rank in plan.query for h in rank if h != PAD) == list(range(query))
+
+
+@given(problems())
+def test_every_query_head_is_next_to_its_kv_head(problem: tuple[int, int, int]) -> None:
+    query, kv, tp = problem
+    plan = plan_heads(query, kv, tp)
+    group = plan.query_per_rank // plan.kv_per_rank
+    assert group * plan.kv_per_rank == plan.query_per_rank
+    for queries, kvs in zip(plan.query, plan.kv, strict=True):
+        for place, head in enumerate(queries):
+            if head != PAD:
+                assert kvs[place // group] == head // (query // kv)
+
+
+@given(problems())
+def test_all_ranks_hold_equally_many_heads(problem: tuple[int, int, int]) -> None:
+    plan = plan_heads(*problem)
+    assert len(plan.query) == len(plan.kv) == problem[2]
+    assert {len(r) for r in plan.query} == {plan.query_per_rank}
+    assert {len(r) for r in plan.kv} == {plan.kv_per_rank}
+
+
+@given(problems())
+def test_no_way_of_sharing_groups_evenly_is_cheaper(problem: tuple[int, int, int]) -> None:
+    query, kv, tp = problem
+    size, cost = query // kv, plan_heads(*problem).cost()
+    for split in (s for s in range(1, tp + 1) if tp % s == 0):
+        groups = -(-kv // (tp // split))
+        assert cost <= groups * (2 * -(-size // split) + 4)
+
+
+@given(problems())
+def test_heads_that_divide_are_not_padded(problem: tuple[int, int, int]) -> None:
+    query, kv, tp = problem
+    if kv % tp == 0:
+        plan = plan_heads(query, kv, tp)
+        assert (plan.query_per_rank, plan.kv_per_rank) == (query // tp, kv // tp)
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        ((9, 3, 3), "3 query + 1 KV heads a rank"),
+        ((28, 4, 8), "4 query + 1 KV heads a rank (4 query heads of padding, KV heads held 8 times instead of 4)"),
+        ((32, 2, 2), "16 query + 1 KV heads a rank"),
+        ((6, 2, 5), "2 query + 1 KV heads a rank (4 query heads of padding, KV heads held 5 times instead of 2)"),
+    ],
+)
+def test_a_plan_says_what_it_pads_and_replicates(problem: tuple[int, int, int], text: str) -> None:
+    assert str(plan_heads(*problem)) == text
+
+
+def test_more_ranks_than_heads_are_refused_with_the_largest_tp() -> None:
+    with pytest.raises(UserError, match="tp = 16, but the model has 9 query heads\n  the largest tp is 9"):
+        plan_heads(9, 3, 16)
+    graph = decoder()
+    before = to_text(graph)
+    with pytest.raises(UserError, match="split-tp: tp = 16, but the model has 6 query heads\n  the largest tp is 6"):
+        run_pass(SplitTp(tp=16), graph)
+    assert to_text(graph) == before
+
+
+def test_a_padded_head_is_rows_of_zeros() -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(6, 2) + 1
+    rows = head_rows((1, PAD), 2)
+    assert rows == (2, 3, PAD, PAD)
+    np.testing.assert_array_equal(take_rows(Literal(weight), rows).read(), [*weight[2:4], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(
+        take_columns(Literal(weight), (1, PAD)).read(), np.stack([weight[:, 1], np.zeros(6)], 1)
+    )
+
+
+@given(st.integers(1, 100), st.integers(1, 9), st.sampled_from([1, 16]))
+def test_shares_are_equal_and_cover_every_row_once(size: int, tp: int, multiple: int) -> None:
+    shares = even_shares(size, tp, multiple)
+    assert len({len(s) for s in shares}) == 1
+    assert len(shares[0]) % multiple == 0
+    assert [i for s in shares for i in s if i >= 0] == list(range(size))
+
+
+def cached(*edits: tuple[str, str], **other: np.ndarray) -> Graph:
+    graph = decoder(*edits, **other)
+    run_pass(KvCache(context=32), graph)
+    return graph
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 5, 6])
+def test_the_ranks_compute_what_one_rank_computes(tp: int) -> None:
+    """Projections have biases, so does the output projection, whose bias must count once."""
+    expected = cached_logits(cached(), IDS, 3)
+    graph = cached()
+    run_pass(SplitTp(tp=tp), graph)
+    verify(graph)
+    assert graph.ranks == tp
+    assert_close(cached_logits(graph, IDS, 3), expected, REASSOCIATED)
+
+
+@pytest.mark.parametrize("tp", [2, 5])
+def test_scales_are_split_with_their_rows(tp: int) -> None:
+    whole = cached()
+    run_pass(W8A16(lm_head=True), whole)
+    expected = cached_logits(whole, IDS, 3)
+    run_pass(SplitTp(tp=tp), whole)
+    assert_close(cached_logits(whole, IDS, 3), expected, REASSOCIATED)
+
+
+def test_tied_embeddings_are_split_once() -> None:
+    edit = ("lt = Transpose <perm = [1, 0]> (head)", "lt = Transpose <perm = [1, 0]> (embed)")
+    expected = cached_logits(cached(edit), IDS, 3)
+    graph = cached(edit)
+    run_pass(SplitTp(tp=3), graph)
+    assert_close(cached_logits(graph, IDS, 3), expected, REASSOCIATED)
+
+
+def test_an_embedding_that_is_read_twice_is_split_once() -> None:
+    edit = ("h = Gather <axis = 0> (embed, input_ids)",
+            "h1 = Gather <axis = 0> (embed, input_ids) i2 = Abs (input_ids) h2 = Gather <axis = 0> (embed, i2) h = Add (h1, h2)")  # fmt: skip
+    expected = cached_logits(cached(edit), IDS, 3)
+    graph = cached(edit)
+    run_pass(SplitTp(tp=3), graph)
+    assert_close(cached_logits(graph, IDS, 3), expected, REASSOCIATED)
+
+
+def test_a_layer_has_two_all_reduces_and_the_vocabulary_two_collectives() -> None:
+    graph = cached()
+    record = run_pass(SplitTp(tp=2), graph)
+    assert len(graph.by_op("AllReduce", "Vastai")) == 3
+    assert len(graph.by_op("AllGather", "Vastai")) == 1
+    assert record.summary == "tp 2: 3 query + 1 KV heads a rank, 3 all-reduces"
+    assert all(isinstance(graph.values[n].const, PerRank) for n in ("wq", "wk", "wv", "wo", "bq", "wg", "wd", "head"))
+    assert not isinstance(graph.values["bo"].const, PerRank)
+    assert str(graph.values["past_key_values.0.key"].type) == "float[batch,1,32,8]"
+
+
+REFUSED = [
+    ("a norm over all heads", [("q2 = Reshape (q1, to_heads)", "qn = RMSNormalization <axis = -1> (q1, bq) q2 = Reshape (qn, to_heads)")],
+     "no linear layer is found upstream of an attention: stopped at qn"),
+    ("a bias of another shape", [("q1 = Add (q0, bq)", "q1 = Add (q0, one1)")], "stopped at q1"),
+    ("a gate with an extra operation", [("s = Vastai.SwiGLU (g, u)", "g2 = Neg (g) s = Vastai.SwiGLU (g2, u)")], "is not fed by two linear layers"),
+    ("an output that two layers read", [("a = Add (a3, bo)", "a4 = MatMul (a2, ot2) a5 = Add (a3, a4) a = Add (a5, bo)"),
+     ("ot = Transpose", "ot2 = Transpose (wo) ot = Transpose")], "a2 has 2 users; one output projection is expected"),
+    ("a weight of two roles", [("gt = Transpose <perm = [1, 0]> (wg)", "gt = Transpose <perm = [1, 0]> (wq2)"), ("dt = Transpose <perm = [1, 0]> (wd)", "dt = Transpose <perm = [1, 0]> (wq2)"),
+     ("ut = Transpose <perm = [1, 0]> (wu)", "ut = Transpose <perm = [1, 0]> (wq2)")], "wq2 is shared by layers that split it differently"),
+    ("a literal number of heads", [("to_heads = Constant <value_ints = [0, 0, -1, 8]>", "to_heads = Constant <value_ints = [0, 0, -1, 8]> () six = Constant <value_ints = [0, 0, 6, 8]>"),
+     ("Reshape (q1, to_heads)", "Reshape (q1, six)")], r"has 24\*batch\*seq elements, \[batch,seq,6,8\] has 48\*batch\*seq"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_what_cannot_be_split_is_refused_and_the_graph_kept(edits: list[tuple[str, str]], message: str) -> None:
+    graph = cached(*edits, one1=np.ones(1, np.float32), wq2=np.ones((16, 16), np.float32))
+    before = to_text(graph)
+    with pytest.raises(VaccError, match=f"split-tp: .*{message}"):
+        run_pass(SplitTp(tp=2), graph)
+    assert to_text(graph) == before
+
+
+def test_a_mask_with_one_plane_a_head_is_refused() -> None:
+    slopes = np.ones((1, 6, 1, 1), np.float32)
+    graph = decoder(
+        ("Attention <scale = 0.25> (q, ", "Attention <scale = 0.25> (q, "),
+        ("mask = Where (hidden, hide, show)", "m1 = Where (hidden, hide, show) mask = Mul (m1, slopes)"),
+        slopes=slopes,
+    )
+    with pytest.raises(CheckError, match="one a head, which is not split"):
+        run_pass(SplitTp(tp=2), graph)
+
+
+@pytest.mark.parametrize(
+    ("tp", "ranks", "message"),
+    [(0, 1, "tp = 0, at least 1 rank is needed"), (2, 2, "the graph is split over 2 ranks already")],
+)
+def test_impossible_requests_are_refused(tp: int, ranks: int, message: str) -> None:
+    graph = decoder()
+    graph.ranks = ranks
+    with pytest.raises(VaccError, match=message):
+        run_pass(SplitTp(tp=tp), graph)
+
+
+def test_a_graph_without_attention_is_refused() -> None:
+    with pytest.raises(CheckError, match="run fuse-gqa before split-tp"):
+        run_pass(SplitTp(tp=2), from_text("g (float[4] x) => (y) { y = Neg (x) }"))
+
+
+def test_one_rank_changes_nothing() -> None:
+    assert run_pass(SplitTp(tp=1), decoder()).changes == 0
+
+
+def test_the_cost_counts_slices_of_a_head() -> None:
+    assert HeadPlan(((0, 1, 2),), ((0,),)).cost() == 2 * 3 + 4
