@@ -76,7 +76,7 @@ class Pass(ABC):
         """Transform ``graph`` through ``rw`` and say what was done.
 
         Raises:
-            VaccError: the pass cannot do what it was asked for; the graph is then as it was.
+            VaccError: the pass cannot do what it was asked for; the pipeline stops there.
         """
 
     @classmethod

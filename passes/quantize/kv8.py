@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from vacc_opt.ir import DType, Graph, Literal, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
@@ -93,4 +95,9 @@ class Kv8(Pass):
                 f"{self.scales}: {name} is {list(source.shape)}, the model has {cache.shape[1]} KV heads of "
                 f"{cache.shape[3]} channels"
             )
-        return rw.const(Literal(source.read()), f"{cache.name}.{what}")
+        numbers = source.read()
+        if not np.isfinite(numbers).all() or (what == "scale" and (numbers <= 0).any()):
+            raise UserError(
+                f"{self.scales}: {name} holds a number that is {'not above 0' if what == 'scale' else 'not finite'}"
+            )
+        return rw.const(Literal(numbers), f"{cache.name}.{what}")

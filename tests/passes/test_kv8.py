@@ -129,3 +129,15 @@ def test_a_split_graph_is_refused(tmp_path: Path) -> None:
     graph.ranks = 2
     with pytest.raises(CheckError, match="put kv8 before split-tp"):
         run_pass(Kv8(scales=scales(tmp_path)), graph)
+
+
+@pytest.mark.parametrize(("what", "number"), [("scale", 0.0), ("scale", np.nan), ("zero", np.inf)])
+def test_scales_that_no_code_can_come_from_are_refused(tmp_path: Path, what: str, number: float) -> None:
+    stored = {}
+    for kind in ("key", "value"):
+        stored[f"layers.0.{kind}.scale"] = Literal(SCALE)
+        stored[f"layers.0.{kind}.zero"] = Literal(ZERO)
+    stored[f"layers.0.key.{what}"] = Literal(np.full_like(SCALE, number))
+    write_safetensors(tmp_path / "kv.safetensors", stored)
+    with pytest.raises(UserError, match=f"layers.0.key.{what} holds a number that is not"):
+        run_pass(Kv8(scales=str(tmp_path / "kv.safetensors")), cached())
