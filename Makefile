@@ -39,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/vacc-opt generate vacc_deploy/$(NAME) --prompt "What is the capital of France?" --engine schedule --summary
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
