@@ -39,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/vacc-opt generate vacc_deploy/$(NAME) --prompt "What is the capital of France?" --engine schedule --summary
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules -m "not full" tests $(PACKAGES)
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules tests $(PACKAGES)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only

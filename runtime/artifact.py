@@ -28,7 +28,7 @@ from vacc_opt.runtime.report import ModelFacts
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
-MANIFEST, REPORT, REMARKS = "manifest.json", "report.html", "remarks.yaml"
+MANIFEST, REPORT, REMARKS, TARGET = "manifest.json", "report.html", "remarks.yaml", "target.yaml"
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, verify
+from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, target_file, verify
 from vacc_opt.ir.copy import bind, symbols
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.passes.infra.base import Remark
 from vacc_opt.passes.infra.pipeline import Report, run_pipeline
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, REPORT, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
@@ -226,7 +226,11 @@ def _write(
                 "made": facts.to_json(),
                 **planning.input_facts(plan),
             },
-            texts={REPORT: report, REMARKS: remarks_yaml(run.remarks)},
+            texts={
+                REPORT: report,
+                REMARKS: remarks_yaml(run.remarks),
+                TARGET: target_file(plan.config.backend.target).read_text(encoding="utf-8"),
+            },
             files=[scales] if scales is not None else [],
             tokenizer=tokenizer,
             progress=lambda done, of: run.listener.running("write: weights", done, of),

@@ -56,12 +56,22 @@ class Engine(ABC):
         Raises:
             UserError: shapes that the phase was not compiled for, or no room in the buffers.
         """
+        self._check(phase, input_ids, pos, valid)
         end = int(pos.max()) + input_ids.shape[1]
         if end > self.artifact.context:
             raise UserError(
                 f"{phase} at {int(pos.max())} writes up to token {end}; the context is {self.artifact.context}"
             )
         return self._run(phase, {"input_ids": input_ids, "pos": pos, "valid": valid})
+
+    def _check(self, phase: str, input_ids: Ids, pos: Ids, valid: Ids) -> None:
+        tokens = self.artifact.prefill if phase == "prefill" else 1
+        if input_ids.ndim != 2 or input_ids.shape[1] != tokens:
+            raise UserError(f"{phase} takes input_ids [batch, {tokens}], not {list(input_ids.shape)}")
+        if int(pos.min()) < 0:
+            raise UserError(f"{phase}: pos is {int(pos.min())}, it is at least 0")
+        if int(valid.min()) < 1 or int(valid.max()) > tokens:
+            raise UserError(f"{phase}: valid is {valid.tolist()}, it is 1 to {tokens}")
 
     @abstractmethod
     def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:

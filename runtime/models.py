@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -108,11 +109,18 @@ def write_model(graph: Graph, out: Path) -> list[Written]:
     existed = out.is_dir()
     out.mkdir(exist_ok=True)
     try:
-        return _publish(out, lambda scratch: _write_ranks(graph, scratch))
+        written = _publish(out, lambda scratch: _write_ranks(graph, scratch))
+        for stale in set(_rank_files(out)) - {one.path for one in written}:
+            stale.unlink()  # ranks of an earlier, larger split
+        return written
     except BaseException:
         if not existed:
             out.rmdir()
         raise
+
+
+def _rank_files(directory: Path) -> list[Path]:
+    return [p for p in directory.iterdir() if re.fullmatch(r"(rank\d+|model)\.(onnx|safetensors)", p.name)]
 
 
 def _write_text(graph: Graph, path: Path) -> None:

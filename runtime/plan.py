@@ -142,7 +142,7 @@ def _check_support(config: CompileConfig, place: Places) -> None:
             f"{place.of('backend.dtype')}: backend.dtype = int8, but nothing says what to quantize",
             "add `frontend.quantize.type: w8kv8`, or use `backend.dtype: fp32`",
         )
-    if config.backend.dtype == "int8" and quantize is not None and quantize.gptq:
+    if config.backend.dtype != "fp32" and quantize is not None and quantize.gptq:
         raise UserError(
             f"{place.of('frontend.quantize.type')}: frontend.quantize.type = {quantize.type} needs GPTQ codes, "
             "which cannot be made yet",
@@ -183,6 +183,10 @@ def input_facts(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.config.frontend.checkpoint
     if not checkpoint.startswith("package:"):
         config["frontend"]["checkpoint"] = Path(checkpoint).name
+    config["backend"]["target"] = Path(plan.config.backend.target).name
+    scales = plan.config.frontend.quantize.kv_scales if plan.config.frontend.quantize is not None else None
+    if scales is not None:
+        config["frontend"]["quantize"]["kv_scales"] = Path(scales).name
     if plan.config.dataset is not None:
         config["dataset"]["path"] = Path(plan.config.dataset.path).name
         if plan.cache_int8 and Path(plan.config.dataset.path).is_file():

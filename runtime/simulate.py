@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.runtime.artifact import open_artifact
+from vacc_opt.runtime.artifact import TARGET, open_artifact
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Simulation:
 
     phase: str
     ranks: int
-    context: int | None
+    context: int
     cycles: int
     milliseconds: float
     bound_cycles: int
@@ -68,33 +69,29 @@ def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path 
     """
     from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify, write_trace
 
+    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+        raise UserError(f"{trace}: not a file in an existing directory", "name a .json file for the trace")
     artifact = open_artifact(path)
-    if context is not None and not 0 <= context < artifact.context:
-        raise UserError(f"context {context} does not fit: the buffers hold {artifact.context} tokens")
-    recorded = artifact.facts.target
-    target = load_target(artifact.manifest["config"]["backend"]["target"])
-    if target.sha != recorded.sha:
-        raise UserError(
-            f"{path}: compiled for {recorded.name} {recorded.sha}, the target file is now {target.sha}",
-            "compile it again",
-        )
     program = Program.from_text(artifact.schedule(phase))
+    most = artifact.context - (artifact.prefill if phase == "prefill" else 1)
+    if context is not None and not 0 <= context <= most:
+        raise UserError(
+            f"context {context} does not fit: {phase} starts after 0 to {most} of {artifact.context} tokens"
+        )
+    target = load_target(artifact.path / TARGET)
     verify(program, target)
     timing = simulate_time(program, target, context=context)
     if trace is not None:
-        scratch = trace.with_name(f".{trace.name}.tmp")
-        try:
-            write_trace(timing, scratch)
-            scratch.replace(trace)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".vacc-opt-", dir=trace.absolute().parent) as scratch:
+            write_trace(timing, Path(scratch) / trace.name)
+            (Path(scratch) / trace.name).replace(trace)
     kernels = [
         KernelTime(k.name, k.calls, k.cycles * k.calls, k.bound.cycles, k.bound.binds) for k in timing.kernels.values()
     ]
     return Simulation(
         phase=phase,
         ranks=timing.ranks,
-        context=context,
+        context=most if context is None else context,
         cycles=timing.cycles,
         milliseconds=timing.milliseconds,
         bound_cycles=timing.bound.cycles,

@@ -9,7 +9,7 @@ from vacc_opt.backends.vacc.lower import lower
 from vacc_opt.backends.vacc.schedule import Program, ScheduleError, Violation
 from vacc_opt.backends.vacc.simulate_time import simulate_time
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
-from vacc_opt.backends.vacc.target import Target, load_target
+from vacc_opt.backends.vacc.target import Target, load_target, target_file
 from vacc_opt.backends.vacc.trace import write_trace
 from vacc_opt.backends.vacc.verify import verify
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_target",
     "lower",
     "simulate_time",
+    "target_file",
     "verify",
     "write_trace",
 ]

@@ -179,13 +179,19 @@ def target_names() -> list[str]:
     return sorted(path.stem for path in _TARGETS.glob("*.yaml"))
 
 
-def load_target(name_or_path: str | Path) -> Target:
-    """Load a shipped target by name, or a YAML file by path; raise UserError where it is not a valid machine."""
+def target_file(name_or_path: str | Path) -> Path:
+    """The YAML file of a shipped target, or the path itself; raises UserError for an unknown name."""
     path = Path(name_or_path)
     if path.suffix not in {".yaml", ".yml"}:
         path = _TARGETS / f"{name_or_path}.yaml"
         if not path.is_file():
             raise UserError(f"unknown target `{name_or_path}`", did_you_mean(str(name_or_path), target_names()))
+    return path
+
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Load a shipped target by name, or a YAML file by path; raise UserError where it is not a valid machine."""
+    path = target_file(name_or_path)
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

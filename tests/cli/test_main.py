@@ -173,6 +173,7 @@ def test_a_defect_is_ours_and_its_traceback_lies_in_a_file(
         raise KeyError("surprise")
 
     monkeypatch.setattr("vacc_opt.runtime.models.describe", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(model.parent))
     assert main(["opt", str(model)]) == 70
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1

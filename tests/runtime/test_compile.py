@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from vacc_opt.backends.vacc import target_file
 from vacc_opt.cli.main import main
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.report import CompileReport
+from vacc_opt.runtime.simulate import simulate
 
 
 def test_the_steps_come_in_the_order_of_the_work(compiled: tuple[CompileReport, Any]) -> None:
@@ -126,10 +128,11 @@ def test_an_override_is_named_as_the_place_of_a_mistake(
         compile_model(file, ["frontend.model_kwargs.tp=9"], None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
 def test_gptq_is_refused_and_the_possible_choice_named(
-    checkpoint: Path, config: Callable[..., Path], tmp_path: Path
+    checkpoint: Path, config: Callable[..., Path], tmp_path: Path, dtype: str
 ) -> None:
-    file = config(tmp_path, checkpoint=checkpoint, type="huggingface")
+    file = config(tmp_path, checkpoint=checkpoint, type="huggingface", dtype=dtype)
     with pytest.raises(UserError, match="w8a16_gptq needs GPTQ codes") as caught:
         compile_model(file, ["frontend.quantize.type=w8a16_gptq"], None)  # type: ignore[arg-type]
     assert caught.value.hint == "`w8a16` rounds to nearest"
@@ -150,3 +153,30 @@ def test_a_failure_while_writing_leaves_the_former_artifact(
     with pytest.raises(OSError, match="No space left"):
         compile_model(config(tmp_path, dtype="fp32"), (), compiled[1].__class__())
     assert sorted(p for p in tmp_path.rglob("*") if p.name != "config.yaml") == before
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def line(self, text: str) -> None:
+        pass
+
+    def running(self, *_: object) -> None:
+        pass
+
+    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
+        pass
+
+
+def test_an_artifact_carries_its_own_target_and_scales_without_their_places(
+    config: Callable[..., Path], compiled: tuple[CompileReport, Any], tmp_path: Path
+) -> None:
+    machine, scales = tmp_path / "mine.yaml", tmp_path / "scales.safetensors"
+    machine.write_text(target_file("vacc-reference").read_text())
+    scales.write_bytes((Path(compiled[0].path) / "kv_scales.safetensors").read_bytes())
+    overrides = [f"backend.target={machine}", f"frontend.quantize.kv_scales={scales}"]
+    report = compile_model(config(tmp_path), overrides, Silent())
+    manifest = (Path(report.path) / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest
+    machine.unlink()  # elsewhere the file is not there
+    assert simulate(Path(report.path), "decode").cycles > 0

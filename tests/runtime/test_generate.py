@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.engines import Engine, OnnxRuntimeEngine, ScheduleEngine, make_engine
 from vacc_opt.runtime.generate import decode, generate, greedy, prefill
+from vacc_opt.runtime.simulate import simulate
 
 PROMPT = list(range(3, 16))
-# SEMANTICS 5: fp32 rounding of a reassociated sum, relative to the largest logit
+# fp32 rounding of a reassociated sum, relative to the largest logit
 TOLERANCE = 1e-5
 
 
@@ -176,3 +178,32 @@ def test_simulate_of_a_shorter_context_is_no_slower(artifact: Artifact, capsys: 
         cycles.append(json.loads(capsys.readouterr().out)["cycles"])
     assert cycles[0] <= cycles[1]
     assert main(["simulate", str(artifact.path), "--phase", "decode", "--context", "48"]) == 2
+
+
+@pytest.mark.parametrize(("phase", "most"), [("prefill", 32), ("decode", 47)])
+def test_simulate_times_the_context_that_it_reports(artifact: Artifact, phase: str, most: int) -> None:
+    assert simulate(artifact.path, phase).context == most
+    with pytest.raises(UserError, match=f"{phase} starts after 0 to {most} of 48 tokens"):
+        simulate(artifact.path, phase, context=most + 1)
+
+
+def test_a_trace_into_a_missing_directory_is_refused_before_any_work(artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a file in an existing directory"):
+        simulate(artifact.path, "decode", trace=tmp_path / "nowhere" / "trace.json")
+
+
+@pytest.mark.parametrize("engine", ["schedule", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("shape", "pos", "valid", "message"),
+    [
+        ((1, 3), 0, 1, "takes input_ids"),
+        ((1, 1), -1, 1, "pos is -1"),
+        ((1, 1), 0, 0, "valid is"),
+        ((1, 1), 0, 2, "valid is"),
+    ],
+)
+def test_an_engine_refuses_what_its_phase_cannot_take(
+    engine: str, shape: tuple[int, int], pos: int, valid: int, message: str, artifact: Artifact
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_engine(engine, artifact).run("decode", np.zeros(shape, np.int64), np.array([pos]), np.array([valid]))

@@ -88,6 +88,8 @@ def test_a_split_graph_becomes_a_directory_with_a_file_a_rank(
         write_model(graph, tmp_path / "out.onnx")
     assert "expand-ranks" in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "rank2.onnx").write_bytes(b"of an earlier split")
     written = write_model(graph, tmp_path / "ranks")
     names = sorted(one.path.name for one in written)
     assert names == ["rank0.onnx", "rank0.safetensors", "rank1.onnx", "rank1.safetensors"]
