@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code; no exception but a system exit leaves."""
+    _end_on_sigterm()
     try:
         result: Any = cli.main(args=None if args is None else list(args), prog_name="vacc-opt", standalone_mode=False)
     except click.exceptions.Abort:
@@ -106,6 +109,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(error)
     return result if isinstance(result, int) else 0
+
+
+def _end_on_sigterm() -> None:
+    """Let a termination unwind as Ctrl-C does, so that child processes end and scratch files go."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _say(message: str, hint: str | None, code: int) -> int:
@@ -139,8 +148,11 @@ def _defect(error: Exception) -> int:
     directory = Path(tempfile.mkdtemp(prefix="vacc-opt-"))
     report = directory / "traceback.txt"
     text = "".join(traceback.format_exception(error))
-    report.write_text(f"vacc-opt {__version__}\n{' '.join(sys.argv)}\n\n{text}", encoding="utf-8")
-    summary = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    words = f"vacc-opt {__version__}\n{' '.join(sys.argv)}\n\n{text}"
+    report.write_text(words, encoding="utf-8", errors="backslashreplace")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = [*getattr(error, "__notes__", ()), f"at {Path(last.filename).name}:{last.lineno}"]
+    summary = " ".join(f"{type(error).__name__}: {error} {' '.join(place)}".split())[:300]
     return _say(f"a defect of vacc-opt, not of your input: {summary}; traceback in {report}", None, DEFECT)
 
 

@@ -18,7 +18,7 @@ from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.infer import Result, infer, shape_text
 from vacc_opt.ir.provenance import Provenance, merge
 from vacc_opt.ir.tensor import Literal, TensorExpr
-from vacc_opt.ir.types import Shape, TensorType
+from vacc_opt.ir.types import Dim, Shape, TensorType
 
 
 class RewriteError(CheckError):
@@ -375,7 +375,12 @@ def _fits(old: Shape | None, new: Shape | None) -> bool:
         return True
     if len(old) != len(new):
         return False
-    return all(a == b or not isinstance(a, int) or not isinstance(b, int) for a, b in zip(old, new, strict=True))
+    return all(a == b or _opaque(a) or _opaque(b) for a, b in zip(old, new, strict=True))
+
+
+def _opaque(dim: Dim) -> bool:
+    """A dimension that inference could only name after the value that has it."""
+    return not isinstance(dim, int) and "." in str(dim)
 
 
 def _more_known(old: Shape | None, new: Shape | None) -> bool:
@@ -390,6 +395,12 @@ def _standard_schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
         return onnx.defs.get_schema(op_type, opset)
     except onnx.defs.SchemaError:
         names = {s.name for s in onnx.defs.get_all_schemas()}
+        if op_type in names:
+            newest = onnx.defs.get_schema(op_type).since_version
+            raise RewriteError(
+                f"{op_type} is an operator of opset {newest}, the graph imports {opset}",
+                f"call rw.raise_opset({newest}) first",
+            ) from None
         raise RewriteError(f"ONNX has no operator {op_type!r} at opset {opset}", did_you_mean(op_type, names)) from None
 
 

@@ -165,7 +165,8 @@ def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Pa
             "put it beside the weights, or name scales in `frontend.quantize.kv_scales`",
         )
     with run.step("calibrate", data.path) as said:
-        ids = calibration_ids(Path(data.path), tokenizer, nsamples=data.nsamples, seqlen=data.seqlen)
+        length = min(data.seqlen, run.plan.context)
+        ids = calibration_ids(Path(data.path), tokenizer, nsamples=data.nsamples, seqlen=length)
         scales = calibrate_kv(
             graph, ids, progress=lambda done, of: run.listener.running(f"calibrate: {done} of {of} texts", done, of)
         )

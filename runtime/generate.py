@@ -113,6 +113,12 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it is at least 1")
+    if not prompt.strip():
+        raise UserError("the prompt is empty", "give a prompt with text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8 text") from None
     tokenizer = artifact.tokenizer()
     prompt_ids = tokenizer.encode_prompt(prompt)
     shown: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -84,8 +85,16 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: the directory {parent} does not exist")
     if path.suffix in (".onnx", TEXT_SUFFIX) and path.is_dir():
         raise UserError(f"{path}: is a directory", "name a file")
-    if path.suffix not in (".onnx", TEXT_SUFFIX) and path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file that is no model", "end OUT in .onnx or .vacc, or name a directory")
+    if path.suffix not in (".onnx", TEXT_SUFFIX) and not path.is_dir() and (path.exists() or path.suffix):
+        raise UserError(f"{path}: no form of a model", "end OUT in .onnx or .vacc, or name a directory")
+    weights = path.with_suffix(".safetensors")
+    if path.suffix == ".onnx" and weights.exists() and not path.exists():
+        raise UserError(
+            f"{path}: its weights would overwrite {weights.name}, which is not of an earlier {path.name}",
+            "choose another name",
+        )
+    if not os.access(path if path.is_dir() else parent, os.W_OK):
+        raise UserError(f"{path}: the directory {parent} cannot be written to")
 
 
 def write_model(graph: Graph, out: Path) -> list[Written]:

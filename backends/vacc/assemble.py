@@ -24,6 +24,8 @@ from vacc_opt.backends.vacc.schedule import (
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.ir.errors import UserError
 
+_KEPT = ("weight", "cache", "input")  # roles of tensors that persist, in the order of their addresses
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -111,7 +113,9 @@ class Assembler:
 
     def _plan(self) -> MemoryPlan:
         sizes = {one.name: prod(one.shape) * itemsize(one.dtype) for one in self._tensors.values()}
-        persistent = [(one.name, sizes[one.name]) for one in self._tensors.values() if one.role != "temp"]
+        # inputs differ in size from phase to phase: behind weights and caches, which all phases find at one address
+        kept = sorted((_KEPT.index(one.role), one.name) for one in self._tensors.values() if one.role != "temp")
+        persistent = [(name, sizes[name]) for _, name in kept]
         lives = [
             Lifetime(one.name, sizes[one.name], *self._lives[one.name])
             for one in self._tensors.values()

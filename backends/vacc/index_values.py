@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ def is_affine(graph: Graph, value: Value, name: str, offset: npt.ArrayLike) -> b
     if source is None or source.type.static_shape is None:
         return False
     batch = source.type.static_shape[0]
-    for base in (np.zeros(batch, np.int64), 1000 + 17 * np.arange(batch)):
-        inputs = {one.name: np.zeros(one.type.static_shape or (), np.int64) for one in graph.inputs if _integer(one)}
+    for sample, base in enumerate((np.zeros(batch, np.int64), 5 + 3 * np.arange(batch), 1000 + 17 * np.arange(batch))):
+        inputs = _others(graph, sample)
         inputs[name] = base
-        found = evaluate(value, inputs)
+        try:
+            found = evaluate(value, inputs)
+        except (IndexError, ValueError):  # sizes or rows of a table that depend on the inputs
+            return False
         expected = base.reshape((batch,) + (1,) * (found.ndim - 1)) + np.asarray(offset)
         if found.shape != np.broadcast_shapes(found.shape, expected.shape) or np.any(found != expected):
             return False
@@ -46,6 +50,18 @@ def evaluate(value: Value, inputs: Mapping[str, Integers]) -> Integers:
         return known[one]
 
     return get(value)
+
+
+def _others(graph: Graph, sample: int) -> dict[str, Integers]:
+    """Non-zero values of the integer inputs: unequal within an input, between inputs and between samples."""
+    found: dict[str, Integers] = {}
+    start = 2 + sample
+    for one in graph.inputs:
+        if _integer(one):
+            shape = one.type.static_shape or ()
+            found[one.name] = start + 3 * np.arange(prod(shape)).reshape(shape)
+            start += 3 * prod(shape) + 1
+    return found
 
 
 def _integer(value: Value) -> bool:

@@ -6,6 +6,7 @@ Reshapes, transposes and slices become strides. Index arithmetic on `pos` and `v
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
@@ -127,16 +128,21 @@ def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref
     return low.view(y, (*source.shape[:-1], weight.shape[0]), node.name)
 
 
+def _row(b: Ref, size: int) -> Ref | None:
+    """`b` as the vector of `size` elements that every row meets; None when `b` differs from row to row."""
+    if any(one != 1 for one in b.shape[:-1]):
+        return None
+    return replace(b, shape=b.shape[-1:], strides=b.strides[-1:]).broadcast((size,))
+
+
 def _elementwise(low: Lowering, node: Node) -> Ref:
     kind = {"Add": "add", "Mul": "mul", "Vastai::SwiGLU": "silu_mul"}[node.op]
     shape = low.type(node.outputs[0])[1]
     a, b = low.ref(node.inputs[0]), low.ref(node.inputs[1])
-    if a.shape != shape:
+    if a.shape != shape and kind in ("add", "mul"):
         a, b = b, a
-    row = b.broadcast(shape[-1:]) if prod(b.shape) in (1, shape[-1]) and a.shape != b.shape else None
-    if row is None and (a.shape != shape or b.shape != shape):
-        row = b.reshaped(shape[-1:])
-    if a.shape != shape or (row is None and b.shape != shape):
+    row = _row(b, shape[-1]) if shape and b.shape != shape else None
+    if not shape or a.shape != shape or (row is None and b.shape != shape):
         raise UserError(f"no kernel for {node.op} of {list(a.shape)} and {list(b.shape)} (`{node.name}`)")
     left = low.rows(a, node.name)
     right = low.rows(b, node.name) if row is None else row

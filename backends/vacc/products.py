@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step, work
+from vacc_opt.backends.vacc.ops import Work
 from vacc_opt.backends.vacc.regions import Region, contains
 from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.text import print_op
 
 Key = tuple[int, str]  # (core, ring)
 
@@ -51,42 +53,69 @@ def fills(lanes: Lanes) -> Mapping[Key, list[list[Step]]]:
 
 
 def uses(lanes: Lanes) -> Iterator[tuple[int, str, Step, Mapping[str, int]]]:
-    """(core, engine, step, ring -> number of the fill it reads) of every step."""
+    """(core, engine, step, ring -> number of the fill that it reads or makes) of every step."""
     for (core, engine), events in lanes.items():
         entered: dict[str, int] = {}
         for event in events:
             if isinstance(event, Step):
                 yield core, engine, event, entered
-            elif event.action == "wait":
+            elif event.action in {"acquire", "wait"}:
                 entered[event.ring] = entered.get(event.ring, -1) + 1
 
 
 def matrix_product(kernel: Kernel, lanes: Lanes) -> MatrixProduct | None:
-    """The product of a kernel with exactly one mma whose operands are loaded unchanged; None for any other kernel."""
-    statements = [op for engine, op in kernel.operations() if engine == "matrix"]
-    if len(statements) != 1:
+    """The product of a kernel that is exactly one product of operands loaded unchanged; None for any other kernel."""
+    try:
+        products = matrix_products(kernel, lanes)
+    except Untraceable:
         return None
+    return products[0] if len(products) == 1 else None
+
+
+class Untraceable(Exception):
+    """A product of loaded operands of which it cannot be told what is multiplied; the message names the statement."""
+
+
+def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
+    """The products of a kernel whose operands are all loaded unchanged, one an accumulator; none if some are computed.
+
+    Raises Untraceable where a loaded operand cannot be followed to one axis of one parameter.
+    """
+    if computed(kernel):
+        return []
     written = fills(lanes)
-    macs = []
-    params: set[tuple[str, int, str, int]] = set()
-    cost = None
+    found: dict[str, list[Macs]] = {}
+    params: dict[str, set[tuple[str, int, str, int]]] = {}
+    costs: dict[str, Work] = {}
     for core, engine, step, entered in uses(lanes):
         if engine != "matrix":
             continue
         places = [source_of(kernel, core, box, written, entered) for box in step.ins]
         if places[0] is None or places[1] is None:
-            return None
+            raise Untraceable(print_op(step.op))
         (a, a_axes), (b, b_axes) = places[0], places[1]
         a_k, b_k = a_axes[-1], b_axes[-1] if step.op.kind == "mma" else b_axes[-2]
-        params.add((a.ref, a_k, b.ref, b_k))
-        macs.append(Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k)))
-        cost = work(kernel, step)
-    if len(params) != 1 or cost is None:
-        return None
-    a_name, a_k, b_name, b_k = params.pop()
-    rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
-    size = Product(_volume(rows), _volume(columns), kernel.param[b_name].shape[b_k], cost.dtype, cost.weight_itemsize)
-    return MatrixProduct(size, rows, columns, tuple(macs))
+        group = step.outs[0].ref
+        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
+        found.setdefault(group, []).append(macs)
+        params.setdefault(group, set()).add((a.ref, a_k, b.ref, b_k))
+        costs[group] = work(kernel, step)
+        if len(params[group]) > 1:
+            raise Untraceable(print_op(step.op))
+    products = []
+    for group, one in params.items():
+        a_name, a_k, b_name, b_k = next(iter(one))
+        rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
+        cost, depth = costs[group], kernel.param[b_name].shape[b_k]
+        size = Product(_volume(rows), _volume(columns), depth, cost.dtype, cost.weight_itemsize)
+        products.append(MatrixProduct(size, rows, columns, tuple(found[group])))
+    return products
+
+
+def computed(kernel: Kernel) -> bool:
+    """Whether an operand of the array is made on the core (the probabilities of an attention)."""
+    refs = {view.ref for engine, op in kernel.operations() if engine == "matrix" for view in op.ins}
+    return any(kernel.buffer[ref].producer != "dma_in" for ref in refs if ref in kernel.buffer)
 
 
 def source_of(

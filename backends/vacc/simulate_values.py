@@ -199,10 +199,13 @@ class ValueSimulator:
         self._plans: dict[str, dict[tuple[int, ...], Plan]] = {one.name: {} for one in program.kernels}
         self._memory: list[dict[str, Array]] = []
         for rank in range(program.ranks):
-            memory = {one.name: _given(one, weights[rank], f"rank {rank}") for one in program.of_role("weight")}
+            given = weights[rank]
+            memory = {
+                one.name: np.ascontiguousarray(_given(one, given, f"rank {rank}")) for one in program.of_role("weight")
+            }
             memory |= {one.name: np.zeros(one.shape, DTYPES[one.dtype]).reshape(-1) for one in program.of_role("input")}
             self._memory.append(memory | _arena(program.of_role("temp")))
-        self._caches: list[int] | None = None
+        self._caches: list[int] | None = None  # addresses of the arrays that `_arguments` points into and keeps alive
         self._arguments: list[list[list[Array]]] = []  # call, rank, parameter
 
     def run(
@@ -242,10 +245,14 @@ class ValueSimulator:
         for rank, memory in enumerate(self._memory):
             for tensor in wanted:
                 array = _given(tensor, caches[rank], f"caches of rank {rank}")
-                if not array.flags.writeable or not np.shares_memory(array, caches[rank][tensor.name]):
+                if (
+                    not array.flags.writeable
+                    or not array.flags.c_contiguous
+                    or not np.shares_memory(array, caches[rank][tensor.name])
+                ):
                     raise UserError(f"cache `{tensor.name}` of rank {rank} must be a writable, contiguous array")
                 memory[tensor.name] = array
-        identity = [id(caches[rank][one.name]) for rank in range(self.program.ranks) for one in wanted]
+        identity = [memory[one.name].ctypes.data for memory in self._memory for one in wanted]
         if identity != self._caches:
             self._caches = identity
             self._arguments = [[self._resolve(call, memory) for memory in self._memory] for call in self.program.calls]

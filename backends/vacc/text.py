@@ -231,21 +231,30 @@ def _parse_kernel(lines: _Lines) -> Kernel:
         shape = _ints(found[4])
         strides = row_major(shape) if found[5] is None else _ints(found[5])
         params.append(Param(found[2], _dtype(found[3], lines), shape, strides, found[1]))
+    scalars = _words(head[3] or "")
+    names = [*(one.name for one in params), *scalars]
+    if len({*names}) < len(names):
+        raise lines.fail("a parameter or scalar is declared twice", 1)
     buffers = []
     while match := lines.match(_BUFFER):
         consumers = _words(match[8] or "")
         place = int(match[5]), int(match[6]), match[7], consumers
+        if match[2] in names:
+            raise lines.fail(f"`{match[2]}` is declared twice", 1)
+        names.append(match[2])
         buffers.append(Buffer(match[2], _dtype(match[3], lines), _ints(match[4]), *place))
         if (match[1] == "ring") != bool(consumers) or not {match[7], *consumers} <= set(ENGINES):
             raise lines.fail("a ring has consumers, scratch has none; engines are " + ", ".join(ENGINES), 1)
-    trees = []
+    trees: list[tuple[str, tuple[Statement, ...]]] = []
     while match := lines.match(re.compile(r"engine (\w+) \{")):
         if match[1] not in ENGINES:
             raise lines.fail("unknown engine", 1)
+        if match[1] in dict(trees):
+            raise lines.fail("this engine has a tree already", 1)
         trees.append((match[1], _block(lines)))
     if lines.take() != "}":
         raise lines.fail("expected `engine NAME {` or `}`", 1)
-    return Kernel(head[1], tuple(params), _words(head[3] or ""), tuple(buffers), tuple(trees))
+    return Kernel(head[1], tuple(params), scalars, tuple(buffers), tuple(trees))
 
 
 def _block(lines: _Lines) -> tuple[Statement, ...]:

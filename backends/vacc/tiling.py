@@ -35,7 +35,8 @@ class LinearShape:
 class LinearTiles:
     """Tile sizes of a linear kernel, with SRAM bytes of a core, estimated cycles, DDR bytes and number of products.
 
-    `results` is the depth of the accumulator and output rings: 1 leaves room for larger tiles.
+    `results` is the depth of the accumulator and output rings: 1 leaves room for larger tiles. The ring that the array
+    writes counts against SRAM, where it has its address, and against `core.matrix.acc.bytes`.
     """
 
     m: int
@@ -63,15 +64,19 @@ def linear_tiles(shape: LinearShape, target: Target) -> LinearTiles:
 
 
 def ranked_linear_tiles(shape: LinearShape, target: Target) -> list[LinearTiles]:
-    """All tiles that fit SRAM, best first; UserError when none does.
+    """All tiles that fit SRAM and the accumulators, best first; UserError when none does.
 
     Ranked by estimated cycles; those within 0.5 % of the best come first, ordered by DDR bytes, products, SRAM.
     """
-    fitting = [one for one in _candidates(shape, target) if one.sram <= target.core.sram.bytes]
+    sram, acc = target.core.sram.bytes, target.core.matrix.acc.bytes
+    fitting = [
+        one
+        for one in _candidates(shape, target)
+        if one.sram <= sram and one.results * _aligned(one.m * one.n, "f32") <= acc
+    ]
     if not fitting:
-        raise UserError(
-            f"no tile of a {shape.m}x{shape.n}x{shape.k} linear fits {target.core.sram.bytes} bytes of SRAM"
-        )
+        linear = f"{shape.m}x{shape.n}x{shape.k} linear"
+        raise UserError(f"no tile of a {linear} fits {sram} bytes of SRAM and {acc} bytes of accumulators")
     limit = 1.005 * min(one.cycles for one in fitting)
 
     def order(one: LinearTiles) -> tuple[float, ...]:

@@ -1,12 +1,29 @@
 """The verifier: a schedule is refused unless every rule that keeps its values right holds.
 
-Kernels (at the smallest, the largest and inner values of their run-time scalars): buffers fit and do not overlap; rings
-are filled as often as used and cannot deadlock; tiles are read where they were written; outputs are covered exactly
-once; the products of a matrix product fill M x N x K exactly. Programs: arguments fit their tensors; what a call reads
-was written before it; live tensors do not share bytes; weights and inputs are never written.
+Kernels, unrolled at four values of their run-time scalars (smallest, largest, one above the smallest, middle):
+- names are given once; buffers are aligned, inside SRAM and apart; what the array fills fits its accumulators;
+- rings are filled as often as used and cannot deadlock; tiles of operations conform;
+- a slot or scratch is read only where it was written, no ring slot is overwritten unread, what the array or the vector
+  engine fills is read, and a slot of which a part is read is read whole;
+- outputs are written exactly once and have no element at two places, nothing is read and written in one call, inputs
+  are read whole (but along axes where a run-time scalar chooses);
+- products of operands that come unchanged from loads fill M x N x K once for each accumulator buffer, and rows and
+  columns follow the result to its store; a product that cannot be followed is refused. Where an operand is computed
+  (attention), each pair of tiles multiplied into a slot adds each k of the first tile once; that the tiles are the
+  right ones, and that vector operations are the right ones on the right rows, is not checked.
 
-Hazards have the names of the field: RAW (read before written), WAW (written twice), WAR (slot reused too early),
-`uncovered` (a lost tail), `lost-signal`, `deadlock`, `overlap`, `capacity`, `bounds`.
+Programs: the target and its cores match; arguments and outputs are windows inside tensors that exist; elements of
+temporaries are written before they are read or output; tensors alive together share no bytes; weights and inputs are
+never written; windows of one tensor in one call are disjoint if one is written.
+
+Caches [B, H, C, D] of programs with inputs `input_ids` [B, S] and `pos` [B], at four choices of `pos` a row: only
+rows pos..pos+S are written, all of them and once; rows from `pos` on are read after they are written; each row before
+`pos` is read; a call that reads no row of pos..pos+S also reads a tensor that is appended to that cache. Which of K and
+V is which, and the order of rows inside pos..pos+S, is not checked. Other caches are checked for bounds alone.
+
+Hazards have the names of the field: RAW (read before written), WAW (written twice, or what may not be), WAR (slot
+reused too early), `uncovered` (a lost tail), `coverage` (of a product), `lost-signal`, `deadlock`, `overlap`,
+`capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`, `op`, `call`, `output`, `target`, ...
 """
 
 from __future__ import annotations
@@ -22,6 +39,7 @@ from vacc_opt.backends.vacc.memory import memory_plan, overlaps
 from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.schedule import Call, Param, Program, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.verify_caches import cache_violations
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
 
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +55,7 @@ def verify(program: Program, target: Target) -> None:
 
 def check(program: Program, target: Target, samples: Samples | None = None) -> list[Violation]:
     """Violations of `program` on `target`; `samples` replaces the scalar values at which kernels are tried."""
-    found = [*_machine(program, target), *_calls(program)]
+    found = [*_machine(program, target), *_calls(program), *_outputs(program)]
     if found:
         return found  # what follows reads tensors through the arguments
     tried = _samples(program) if samples is None else samples
@@ -45,7 +63,7 @@ def check(program: Program, target: Target, samples: Samples | None = None) -> l
         found += kernel_violations(kernel, target, tried.get(kernel.name, [{}]))
     found += _memory(program, target)
     found += _dataflow(program)
-    return found
+    return found or cache_violations(program, target)
 
 
 def _samples(program: Program) -> dict[str, list[dict[str, int]]]:
@@ -93,6 +111,25 @@ def _calls(program: Program) -> Iterator[Violation]:
                 yield _bad(call, "bounds", f"{one.name} covers {inside}")
             if param and param.mode != "in" and tensor.role in {"weight", "input"}:
                 yield _bad(call, "WAW", f"{one.name} writes {tensor.role} `{tensor.name}`")
+
+
+def _outputs(program: Program) -> Iterator[Violation]:
+    """Every output is a window inside a tensor, with strides above zero along its axes."""
+    for one in program.outputs:
+        tensor = program.tensor.get(one.tensor)
+        if tensor is None:
+            yield _wrong(program, "output", f"output `{one.name}`: unknown tensor `{one.tensor}`")
+            continue
+        wide = [(extent, stride) for extent, stride in zip(one.shape, one.strides, strict=False) if extent != 1]
+        if len(one.shape) != len(one.strides) or any(extent < 1 or stride < 1 for extent, stride in wide):
+            shown = f"shape {list(one.shape)} with strides {list(one.strides)}"
+            yield _wrong(program, "output", f"output `{one.name}`: {shown} is not a window")
+            continue
+        end = one.offset + sum((extent - 1) * stride for extent, stride in wide) + 1
+        size = int(np.prod(tensor.shape))
+        if one.offset < 0 or end > size:
+            inside = f"elements {one.offset}..{end} of {size} of tensor `{tensor.name}`"
+            yield _wrong(program, "bounds", f"output `{one.name}` covers {inside}")
 
 
 def _memory(program: Program, target: Target) -> Iterator[Violation]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from vacc_opt.backends.vacc.binding import Lanes, is_parallel, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
-from vacc_opt.backends.vacc.products import MatrixProduct, matrix_product
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
 from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.text import print_op
-from vacc_opt.backends.vacc.verify_routes import misplaced, unread_inputs, unread_results, unread_slots
+from vacc_opt.backends.vacc.verify_products import product_problems
+from vacc_opt.backends.vacc.verify_routes import unread_inputs, unread_results, unread_slots
 
 
 def kernel_violations(kernel: Kernel, target: Target, samples: Sequence[Mapping[str, int]]) -> list[Violation]:
@@ -34,10 +34,7 @@ def kernel_violations(kernel: Kernel, target: Target, samples: Sequence[Mapping[
             found |= dict.fromkeys(_contents(kernel, unrolled))
             found |= dict.fromkeys(unread_slots(kernel, unrolled))
             idle.append(set(unread_results(kernel, unrolled)))
-            product = matrix_product(kernel, unrolled)
-            if product:
-                found |= dict.fromkeys(_products(product))
-                found |= dict.fromkeys(misplaced(kernel, unrolled, product))
+            found |= dict.fromkeys(product_problems(kernel, unrolled))
         found |= dict.fromkeys(_outputs(kernel, unrolled))
         found |= dict.fromkeys(unread_inputs(kernel, unrolled))
     found |= dict.fromkeys(sorted(set.intersection(*idle))) if idle else {}
@@ -48,9 +45,16 @@ Problem = tuple[str, str]  # (kind, message)
 
 
 def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
-    """Buffers with all their slots: aligned, inside the SRAM, apart from each other."""
+    """Names are given once; buffers with all their slots are aligned, inside the SRAM, apart from each other."""
+    names = [*(one.name for one in kernel.params), *(one.name for one in kernel.buffers), *kernel.scalars]
+    engines = [engine for engine, _ in kernel.trees]
+    for listed in (names, engines):
+        yield from (("name", f"`{name}` is given twice") for name, times in Counter(listed).items() if times > 1)
     if is_parallel(dict(kernel.trees).get("link", ())):
         yield "op", "a die has one link engine: its loops cannot be parallel"
+    sums = sum(one.depth * one.slot_bytes for one in kernel.buffers if one.producer == "matrix")
+    if sums > target.core.matrix.acc.bytes:
+        yield "capacity", f"accumulators need {sums} bytes of {target.core.matrix.acc.bytes}"
     ordered = sorted(kernel.buffers, key=lambda one: (one.offset, one.name))
     for buffer in ordered:
         if buffer.offset % ALIGN or buffer.offset < 0 or buffer.depth < 1:
@@ -265,6 +269,9 @@ def _outputs(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
                             regions.setdefault(box.ref, []).append(_region(box))
     for param in kernel.params:
         written = writes.get(param.name, [])
+        if param.mode != "in" and not _injective(param.shape, param.strides):
+            shown = f"shape {list(param.shape)} with strides {list(param.strides)}"
+            yield "WAW", f"output `{param.name}`: {shown} may have one element at two places"
         if param.mode == "out":
             gap = first_uncovered(param.shape, written)
             if gap:
@@ -279,24 +286,14 @@ def _outputs(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
                 break
 
 
-def _products(product: MatrixProduct) -> Iterator[Problem]:
-    """The MAC boxes of a matrix product fill M x N x K exactly."""
-    for one in product.macs:
-        if one.row_k != one.column_k:
-            ranges = f"k {one.row_k[0]}:{one.row_k[1]} with k {one.column_k[0]}:{one.column_k[1]}"
-            yield "coverage", f"`{print_op(one.step.op)}` multiplies {ranges}"
-            return
-    regions = [
-        ((*one.rows[0], *one.columns[0], one.row_k[0]), (*one.rows[1], *one.columns[1], one.row_k[1]))
-        for one in product.macs
-    ]
-    whole = (*product.row_shape, *product.column_shape, product.size.k)
-    size = f"M x N x K = {product.size.m} x {product.size.n} x {product.size.k}"
-    gap, twice = first_uncovered(whole, regions), first_overlap(regions)
-    if gap:
-        yield "uncovered", f"no mma covers {_box('MACs', gap)} of {size}"
-    if twice:
-        yield "coverage", f"two mma cover {_box('MACs', twice)} of {size}"
+def _injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether each stride steps over all that the smaller ones reach, so that no element has two places."""
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+        if stride < reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def _region(box: Box) -> Region:

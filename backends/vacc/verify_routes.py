@@ -43,6 +43,8 @@ def misplaced(kernel: Kernel, lanes: Lanes, product: MatrixProduct) -> Iterator[
     for visit in sorted(_visits(lanes), key=lambda one: ("matrix", "vector", "dma_out").index(one.engine)):
         step, out = visit.step, visit.step.outs[0]
         if visit.engine == "matrix":
+            if id(step) not in coordinates:
+                continue  # of another product
             held.setdefault(visit.slot(out), []).append((_region(out), coordinates[id(step)]))
             continue
         found = next((place for box in step.ins if (place := _follow(held.get(visit.slot(box), []), box))), None)
@@ -90,12 +92,16 @@ def unread_slots(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
 
 def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     """Rings of which the array or the vector engine fills a slot that nobody reads, scratch that nobody reads."""
+    # what is read under other scalars (the block of old keys when `pos` can only be 0) is no lost result
+    elsewhere = {tile.ref for _, one in kernel.operations() for tile in one.ins} if kernel.scalars else set()
     for name, written, read in _slots(kernel, lanes):
+        if name in elsewhere and not any(box.ref == name for visit in _visits(lanes) for box in visit.step.ins):
+            continue
         if written and not read and kernel.buffer[name].producer in {"matrix", "vector"}:
             yield "uncovered", f"{kernel.buffer[name].producer} fills a slot of ring `{name}` of which nothing is read"
     used = {box.ref for visit in _visits(lanes) for box in visit.step.ins}
     for buffer in kernel.buffers:
-        if not buffer.is_ring and buffer.name not in used and buffer.name not in _running(kernel):
+        if not buffer.is_ring and buffer.name not in used | elsewhere | _running(kernel):
             yield "uncovered", f"scratch `{buffer.name}` is never read"
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from vacc_opt.ir import DType, Graph, Literal, Node, Value
+from vacc_opt.ir import DType, Graph, Literal, Node, Value, ops
+from vacc_opt.ir.errors import UserError, did_you_mean
 
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Max", "Min", "Equal", "Sum"})
 _ABSENT = object()
@@ -139,11 +140,22 @@ class _Ops:
 
     def __getattr__(self, name: str) -> Callable[..., Op]:
         def make(*operands: Any, **attributes: object) -> Op:
+            _check_operator(name)
             open_ended = bool(operands) and operands[-1] is ...
             given = operands[:-1] if open_ended else operands
             return Op(name.replace("__", "::"), tuple(map(lift, given)), tuple(attributes.items()), open_ended)
 
         return make
+
+
+def _check_operator(name: str) -> None:
+    """Refuse a misspelt operator: a pattern over it would match nothing, without a word."""
+    domain, _, kind = name.rpartition("__")
+    if domain == ops.DOMAIN and ops.get(kind) is None:
+        raise UserError(f"a pattern names the operator {kind!r} of {domain}", did_you_mean(kind, ops.OPS))
+    if not domain and not onnx.defs.has(kind):
+        names = {s.name for s in onnx.defs.get_all_schemas()}
+        raise UserError(f"a pattern names the operator {kind!r}", did_you_mean(kind, names))
 
 
 op = _Ops()

@@ -150,6 +150,9 @@ def run_pipeline(
             outcome = item.run(graph, rw)
         except VaccError as error:
             raise _named(error, item) from error
+        except Exception as error:
+            error.add_note(f"in the pass {item.name}")
+            raise
         if verify_each:
             verify(graph, after=item.name)
         record = PassRecord(
@@ -181,5 +184,6 @@ def _check_expectation(item: Pass, record: PassRecord) -> None:
     if expected is None or expected == record.fused:
         return
     missed = [str(r) for r in record.remarks if r.kind == "missed"]
-    hint = "\n  ".join(missed[:5]) if missed else "no place in the graph came close to the pattern"
+    other = " other" if record.fused else ""
+    hint = "\n  ".join(missed[:5]) if missed else f"no{other} place in the graph came close to the pattern"
     raise CheckError(f"{item.name}: {record.fused} rewritten, {expected} expected", hint)

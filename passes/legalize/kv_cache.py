@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
-from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.masks import why_not_causal_padding
@@ -45,6 +45,15 @@ class KvCache(Pass):
         Raises:
             CheckError: an attention without past, or a mask that is not causal with padding, named.
         """
+        if self.context < 1:
+            raise UserError(f"context is {self.context}, it is at least 1 token")
+        for node in graph.by_op("RotaryEmbedding"):
+            rows = node.inputs[1].shape[0] if node.inputs[1] is not None and node.inputs[1].shape else None
+            if node.input(3) is not None and isinstance(rows, int) and rows < self.context:
+                raise CheckError(
+                    f"the rotary table has {rows} rows, the context is {self.context}",
+                    f"fuse-rotary{{positions={self.context}}} makes it long enough",
+                )
         layers = [_layer(graph, node) for node in graph.by_op("Attention")]
         if not layers:
             raise CheckError("the graph has no Attention node", "run fuse-gqa before kv-cache")

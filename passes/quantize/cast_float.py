@@ -33,7 +33,7 @@ class CastFloat(Pass):
     name: ClassVar[str] = "cast-float"
     kind: ClassVar[Kind] = Kind.LOSSY
 
-    to: str = option("float16", "float16, bfloat16 or float")
+    to: str = option("float16", "float16, float, or bfloat16 (for which onnxruntime has no CPU kernels)")
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Retype constants and inputs, then infer again; raises CheckError when an operator refuses the type."""

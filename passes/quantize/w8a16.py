@@ -52,6 +52,8 @@ class W8A16(Pass):
             self._rewrite(as_linear(linear.node) or linear, rw)
             outcome.fused = (outcome.fused or 0) + 1
             outcome.remarks.append(remark)
+        if self.include and not outcome.fused:
+            raise UserError(f"no linear layer matches include={self.include!r}", "`opt --remarks` lists the weights")
         outcome.summary = f"{outcome.fused} of {outcome.candidates} linears int8"
         return outcome
 

@@ -226,3 +226,51 @@ def test_an_attention_that_looks_past_the_new_tokens_is_refused() -> None:
     rewriter.set_input(node, 6, rewriter.op.Add(node.inputs[6], rewriter.const(np.array([1]))))
     with pytest.raises(UserError, match="nonpad_kv_seqlen is not pos"):
         lower(graph, TARGET, phase="prefill")
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4, 1), (2, 1, 1), (2, 1, 4)])
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_a_vector_along_another_axis_than_the_last_is_refused(op: str, shape: tuple[int, ...]) -> None:
+    """The other operand is [2, 4, 4]: the element count of a column equals the size of the last axis."""
+    graph = Graph("small")
+    rw = Rewriter(graph)
+    x = rw.add_input("x", TensorType(DType.FLOAT, (2, 4, 4)))
+    column = rw.const(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+    rw.set_output("y", rw.add(op, (column, x), {}).outputs[0])
+    with pytest.raises(UserError, match=f"no kernel for {op} of"):
+        lower(graph, TARGET, phase="prefill")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 4), (1, 1, 1)])
+def test_one_row_or_number_meets_every_row_from_either_side(shape: tuple[int, ...]) -> None:
+    row = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    left = execute(small(lambda rw, v: rw.op.Mul(rw.const(row), v)), x)
+    right = execute(small(lambda rw, v: rw.op.Mul(v, rw.const(row))), x)
+    assert np.array_equal(left, x * row)
+    assert np.array_equal(right, x * row)
+
+
+@pytest.mark.parametrize("other", ["valid", "input_ids"])
+def test_positions_that_depend_on_another_input_too_are_refused(other: str) -> None:
+    graph = Llama().graph()
+    rw = Rewriter(graph)
+    rotary = graph.by_op("RotaryEmbedding")[0]
+    added = graph.input_named(other)
+    assert added is not None
+    if other == "valid":
+        added = rw.op.Unsqueeze(added, rw.const(np.array([1])))
+    rw.set_input(rotary, 3, rw.op.Add(rotary.inputs[3], added))
+    with pytest.raises(UserError, match="position_ids is not pos"):
+        lower(graph, TARGET, phase="prefill")
+
+
+@pytest.mark.parametrize("options", [{}, W8KV8], ids=["fp32", "int8 weights and KV"])
+def test_weights_and_caches_lie_at_the_same_addresses_in_both_phases(options: dict[str, Any]) -> None:
+    """One memory serves both: 19 token ids take more than an aligned block, 1 takes less."""
+    prefill, decode = (
+        lower(Llama(length=n, **options).graph(), TARGET, phase=phase) for n, phase in ((19, "prefill"), (1, "decode"))
+    )
+    kept = [{one.name: one for one in p.tensors if one.role in ("weight", "cache")} for p in (prefill, decode)]
+    assert {"weight", "cache"} == {one.role for one in kept[0].values()}
+    assert kept[0] == kept[1]  # name, dtype, shape and offset

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import pytest
 
 from vacc_opt.backends.vacc import ScheduleError, load_target, simulate_time
@@ -11,6 +14,7 @@ from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.schedule import Buffer, Kernel, Param, Violation, affine, row_major
 from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.single import single
+from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.tiling import LinearShape, linear_tiles, ranked_linear_tiles, row_tile
 from vacc_opt.ir import UserError
 
@@ -112,3 +116,41 @@ def test_a_machine_without_room_for_one_row_is_the_users_error() -> None:
 def test_the_value_of_an_affine_bound_follows_its_names() -> None:
     bound = affine("m") * 2 + affine("|m|") - 3
     assert bound.value({"m": 5, "|m|": 4}) == 11
+
+
+class Example(Protocol):
+    """A kernel of the zoo with its machine."""
+
+    kernel: Kernel
+    target: Target
+
+
+def accumulators(kernel: Kernel) -> int:
+    """Bytes of all rings that the array writes."""
+    return sum(one.depth * one.slot_bytes for one in kernel.buffers if one.producer == "matrix")
+
+
+def test_the_rings_that_the_array_writes_fit_its_accumulators(example: Example) -> None:
+    assert accumulators(example.kernel) <= example.target.core.matrix.acc.bytes
+
+
+@pytest.mark.parametrize("size", [256 << 10, 32 << 10])
+def test_tiles_of_large_products_and_long_prompts_shrink_to_the_accumulators(
+    size: int, make_attention: Callable[..., Kernel]
+) -> None:
+    """512 queries against 1024 keys would take 786 KiB of scores, a 1024 x 6848 linear tiles of any size."""
+    acc = TARGET.core.matrix.acc.model_copy(update={"bytes": size})
+    matrix = TARGET.core.matrix.model_copy(update={"acc": acc})
+    target = TARGET.model_copy(update={"core": TARGET.core.model_copy(update={"matrix": matrix})})
+    tiles = ranked_linear_tiles(LinearShape(1024, 6848, 4096, "f16", "i8", "f16", True), target)
+    assert max(one.results * one.m * one.n * 4 for one in tiles) <= size
+    kernels = [make_attention(target, 512, 1024, cache, new) for cache, new in (("f32", False), ("i8", True))]
+    assert all(0 < accumulators(one) <= size for one in kernels)
+
+
+def test_accumulators_too_small_for_any_tile_are_named() -> None:
+    acc = TARGET.core.matrix.acc.model_copy(update={"bytes": 64})
+    matrix = TARGET.core.matrix.model_copy(update={"acc": acc})
+    target = TARGET.model_copy(update={"core": TARGET.core.model_copy(update={"matrix": matrix})})
+    with pytest.raises(UserError, match="64 bytes of accumulators"):
+        linear_tiles(LinearShape(1024, 6848, 4096, "f16", "i8", "f16", True), target)

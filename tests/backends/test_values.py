@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from vacc_opt.backends.vacc import Program, ScheduleError, ValueSimulator, load_target
 from vacc_opt.backends.vacc.kernels.builder import param
+from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.tiling import LinearTiles
@@ -126,3 +128,29 @@ def test_missing_and_misshapen_inputs_are_the_users_error() -> None:
         simulator.run({"X": values()["X"].reshape(-1)})
     with pytest.raises(UserError, match="`X` is float64"):
         simulator.run({name: value.reshape(-1).astype(float) for name, value in values().items()})
+
+
+def test_each_run_writes_into_the_cache_arrays_given_to_it() -> None:
+    """Rows of one store are passed as temporary views, which may reuse the identity of those before."""
+    new, cache = param("NEW", "in", "f32", (2, 5, 8)), param("CACHE", "inout", "f32", (2, 20, 8))
+    simulator = ValueSimulator(single(kv_append(new, cache, None, None, TARGET), TARGET), [{}])
+    store = np.zeros((6, 320), np.float32)
+    for row in range(6):
+        feeds = {"NEW": np.full(80, row + 1, np.float32), "pos": np.array([3])}
+        simulator.run(feeds, [{"CACHE": store[row]}])
+    assert store.max(axis=1).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_cache_with_gaps_between_its_elements_is_refused_and_a_weight_is_packed() -> None:
+    new, cache = param("NEW", "in", "f32", (2, 5, 8)), param("CACHE", "inout", "f32", (2, 20, 8))
+    simulator = ValueSimulator(single(kv_append(new, cache, None, None, TARGET), TARGET), [{}])
+    with pytest.raises(UserError, match="contiguous"):
+        simulator.run(
+            {"NEW": np.ones(80, np.float32), "pos": np.array([3])}, [{"CACHE": np.zeros(640, np.float32)[::2]}]
+        )
+    one = program()
+    tensors = tuple(replace(t, role="weight") if t.name == "W" else t for t in one.tensors)
+    wide = np.zeros(2 * N * K, np.float32)
+    wide[::2] = values()["W"].reshape(-1)
+    found = ValueSimulator(replace(one, tensors=tensors), [{"W": wide[::2]}]).run({"X": values()["X"].reshape(-1)})["Y"]
+    assert np.array_equal(found, execute(one, [values()])[0]["Y"])

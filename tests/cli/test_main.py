@@ -177,7 +177,7 @@ def test_a_defect_is_ours_and_its_traceback_lies_in_a_file(
     assert main(["opt", str(model)]) == 70
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert err.startswith("error: a defect of vacc-opt, not of your input: KeyError: 'surprise'; traceback in ")
+    assert err.startswith("error: a defect of vacc-opt, not of your input: KeyError: 'surprise' at test_main.py:")
     report = Path(err.strip().rpartition(" ")[2])
     assert "def broken" not in err
     assert 'raise KeyError("surprise")' in report.read_text()

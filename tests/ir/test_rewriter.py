@@ -210,3 +210,17 @@ def test_a_copy_shares_nothing_mutable_and_binds_sizes() -> None:
     Rewriter(bound).op.Neg(bound.values["x"])
     assert (len(graph), len(bound)) == (1, 2)
     assert not isinstance(graph.values["x"].shape[0] if graph.values["x"].shape else 0, int)
+
+
+def test_a_replacement_with_other_symbolic_dimensions_is_refused() -> None:
+    graph = from_text("g (float[B,8] x) => (float[B,8] y) { y = Neg (x) }")
+    rw = Rewriter(graph, "test")
+    with pytest.raises(RewriteError, match=r"y has type float\[B,8\], its replacement Transpose has float\[8,B\]"):
+        rw.replace(graph.values["y"], rw.op.Transpose(graph.values["x"]))
+
+
+def test_an_operator_of_a_newer_opset_says_so() -> None:
+    graph = from_text('<ir_version: 10, opset_import: ["" : 23]>\ng (float[4] x) => (float[4] y) { y = Neg (x) }')
+    with pytest.raises(RewriteError, match="Swish is an operator of opset 24, the graph imports 23") as caught:
+        Rewriter(graph, "test").op.Swish(graph.values["x"])
+    assert caught.value.hint == "call rw.raise_opset(24) first"

@@ -93,7 +93,7 @@ def weights() -> dict[str, np.ndarray]:
         "wd": (HIDDEN, CHANNELS), "head": (VOCABULARY, HIDDEN),
     }  # fmt: skip
     made = {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()}
-    angle = np.arange(64)[:, None] * 0.5 ** np.arange(WIDTH // 2)
+    angle = np.arange(256)[:, None] * 0.5 ** np.arange(WIDTH // 2)
     return {**made, "cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import pytest
 
-from vacc_opt.ir import CheckError, Graph, Literal, PerRank
+from vacc_opt.ir import Graph, Literal, PerRank
 from vacc_opt.ir.storage import save_onnx
-from vacc_opt.ir.text import from_text
+from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.testing import assert_rewrites, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.shard.expand_ranks import ExpandRanks
@@ -89,6 +88,8 @@ def test_stock_onnxruntime_runs_the_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_graph_of_one_rank_is_refused() -> None:
-    with pytest.raises(CheckError, match="the graph is not split over ranks\n  run split-tp before expand-ranks"):
-        run_pass(ExpandRanks(), from_text("g (float[4] x) => (y) { y = Neg (x) }"))
+def test_a_graph_of_one_rank_stays_as_it_is() -> None:
+    graph = from_text("g (float[4] x) => (y) { y = Neg (x) }")
+    before = to_text(graph)
+    assert run_pass(ExpandRanks(), graph).summary == "one rank: nothing to expand"
+    assert to_text(graph) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vacc_opt.ir import CheckError
+from vacc_opt.ir import CheckError, UserError
 from vacc_opt.ir.text import to_text
 from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
@@ -112,3 +112,13 @@ def test_a_graph_without_attention_is_refused() -> None:
 
     with pytest.raises(CheckError, match="the graph has no Attention node\n  run fuse-gqa before kv-cache"):
         run_pass(PASS, from_text("g (float[4] x) => (y) { y = Neg (x) }"))
+
+
+def test_a_context_longer_than_the_rotary_table_is_refused() -> None:
+    with pytest.raises(CheckError, match="the rotary table has 256 rows, the context is 512"):
+        run_pass(KvCache(context=512), decoder())
+
+
+def test_a_context_without_room_is_refused() -> None:
+    with pytest.raises(UserError, match="context is -3"):
+        run_pass(KvCache(context=-3), decoder())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vacc_opt.ir import Graph, Literal
+from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.pattern import Matcher, Number, Pattern, Var, attribute, find, lift, maybe, op, scalar
 
@@ -232,3 +233,9 @@ def test_a_pattern_without_root_operators_looks_at_every_node() -> None:
     g = graph("n = Neg (a) r = Exp (n)")
     anything: Callable[[], Pattern] = lambda: x  # noqa: E731
     assert [n.op for n in Matcher(anything(), g).candidates()] == ["Neg", "Exp"]
+
+
+def test_a_misspelt_operator_is_refused_where_it_is_written() -> None:
+    with pytest.raises(UserError, match="names the operator 'Sigmod'") as caught:
+        op.Sigmod(x)
+    assert caught.value.hint == "did you mean `Sigmoid`?"

@@ -138,7 +138,7 @@ def test_an_unmet_expectation_fails_with_what_was_missed() -> None:
 
 
 def test_an_unmet_expectation_without_a_near_miss_says_so() -> None:
-    with pytest.raises(CheckError, match="no place in the graph came close to the pattern"):
+    with pytest.raises(CheckError, match="no other place in the graph came close to the pattern"):
         run_pipeline(small(), [Count(expect=4, near=False)])
 
 

@@ -180,3 +180,15 @@ def test_an_artifact_carries_its_own_target_and_scales_without_their_places(
     assert str(tmp_path) not in manifest
     machine.unlink()  # elsewhere the file is not there
     assert simulate(Path(report.path), "decode").cycles > 0
+
+
+def test_a_prefill_that_fills_the_context_compiles(config: Callable[..., Path], tmp_path: Path) -> None:
+    report = compile_model(config(tmp_path, prefill=16, context=16), (), Silent())
+    assert [phase.phase for phase in report.facts.phases] == ["prefill", "decode"]
+
+
+def test_calibration_texts_are_cut_to_the_context(config: Callable[..., Path], tmp_path: Path) -> None:
+    long = tmp_path / "long.json"
+    long.write_text(json.dumps([{"instruction": "Say one. " * 40, "input": "", "output": "one " * 40}] * 4))
+    report = compile_model(config(tmp_path, data=long), ["dataset.seqlen=512"], Silent())
+    assert report.facts.kv_cache.dtype == "int8"

@@ -207,3 +207,9 @@ def test_an_engine_refuses_what_its_phase_cannot_take(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_engine(engine, artifact).run("decode", np.zeros(shape, np.int64), np.array([pos]), np.array([valid]))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("  ", "the prompt is empty"), ("a\udcff", "not valid UTF-8")])
+def test_a_prompt_that_is_no_text_is_refused(prompt: str, message: str, plain: Artifact) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(plain, make_engine("onnxruntime", plain), prompt)

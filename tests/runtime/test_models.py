@@ -11,7 +11,7 @@ import pytest
 from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra.pipeline import run_pipeline
 from vacc_opt.runtime.artifact import Artifact
-from vacc_opt.runtime.models import load_model, write_model
+from vacc_opt.runtime.models import check_output, load_model, write_model
 
 STAGES = (
     "simplify,fuse-rms-norm,fuse-rotary{positions=48},fuse-gqa,fuse-swiglu",
@@ -113,7 +113,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="not a model"):
         load_model(str(tmp_path / "notes.txt"))
-    with pytest.raises(UserError, match="is a file that is no model"):
+    with pytest.raises(UserError, match="no form of a model"):
         write_model(load_model_text(tmp_path), tmp_path / "notes.txt")
 
 
@@ -121,3 +121,15 @@ def load_model_text(directory: Path) -> object:
     path = directory / "one.vacc"
     path.write_text('<ir_version: 10, opset_import: ["" : 24]>\ng (float[2] x) => (float[2] y) {\n  y = Relu (x)\n}\n')
     return load_model(str(path))
+
+
+def test_weights_that_are_not_ours_are_never_overwritten(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"the checkpoint of the user")
+    with pytest.raises(UserError, match=r"its weights would overwrite model\.safetensors"):
+        write_model(load_model(str(exported)), tmp_path / "model.onnx")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"the checkpoint of the user"
+
+
+def test_a_misspelt_suffix_makes_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no form of a model"):
+        check_output(tmp_path / "out.onx")

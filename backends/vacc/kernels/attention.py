@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
-from vacc_opt.backends.vacc.schedule import Affine, Index, Kernel, Param, affine, itemsize
+from vacc_opt.backends.vacc.schedule import ALIGN, Affine, Index, Kernel, Param, affine, itemsize
 from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.ir.errors import UserError
 
 
@@ -47,7 +48,10 @@ def attention(params: AttentionParams, scale: float, target: Target) -> Kernel:
 
 
 def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
-    """Query rows and cache rows of a tile that fit SRAM: queries shared out to the cores, then long cache blocks."""
+    """Query rows and cache rows of a tile that fit SRAM and, as f32 scores and products, the accumulators.
+
+    Queries are shared out to the cores, then come long cache blocks.
+    """
     heads, group, length, width = p.q.shape
     query = min(length, 64) if heads >= target.die.cores else min(64, -(-length // target.die.cores))
     while query:
@@ -56,14 +60,15 @@ def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
             rows = group * query
             cache = 4 * block * width * (itemsize(p.k.dtype) + (itemsize(p.new[0].dtype) if p.new else 0))
             scores = 2 * rows * block * (4 + itemsize(p.q.dtype))
-            if (
-                cache + scores + rows * width * (6 * itemsize(p.q.dtype) + 16) + 16 * width + 4096
-                <= target.core.sram.bytes
-            ):
+            sram = cache + scores + rows * width * (6 * itemsize(p.q.dtype) + 16) + 16 * width + 4096
+            acc = 2 * (round_up(4 * rows * block, ALIGN) + round_up(4 * rows * width, ALIGN))
+            if sram <= target.core.sram.bytes and acc <= target.core.matrix.acc.bytes:
                 return query, block
             block //= 2
         query //= 2
-    raise UserError(f"no tile of an attention with {group} heads a group of {width} channels fits SRAM")
+    raise UserError(
+        f"no tile of an attention with {group} heads a group of {width} channels fits SRAM and accumulators"
+    )
 
 
 class _Attention:

@@ -1,0 +1,153 @@
+"""Checks of KV caches through the calls of a program: rows before `pos` are old, the S rows from `pos` on are new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.backends.vacc.binding import lanes, scalar_range
+from vacc_opt.backends.vacc.expand import Box, Step
+from vacc_opt.backends.vacc.schedule import Argument, Call, Param, Program, Tensor, Violation
+from vacc_opt.backends.vacc.target import Target
+
+Mask = npt.NDArray[np.bool_]
+Boxes = Mapping[str, tuple[Box, ...]]  # parameter -> what a kernel touches of it
+Touches = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Boxes, Boxes]]  # (kernel, scalars) -> reads, writes
+PICKS = 4  # smallest, largest, one above the smallest, middle: the choices of `binding.scalar_samples`
+
+
+def cache_violations(program: Program, target: Target) -> list[Violation]:
+    """What is wrong with the caches [B, H, C, D] of a program of inputs `input_ids` [B, S] and `pos` [B].
+
+    Tried at four values of `pos`, which differ between the rows of a batch. Raises ScheduleError for a kernel that
+    cannot be unrolled. Programs without these inputs and caches of another rank are not judged.
+    """
+    ids, pos = program.tensor.get("input_ids"), program.tensor.get("pos")
+    caches = [one for one in program.of_role("cache") if len(one.shape) == 4]
+    if not caches or ids is None or pos is None or len(ids.shape) != 2:
+        return []
+    batch = ids.shape[0]
+    if pos.shape != (batch,) or any(one.shape[0] != batch for one in caches):
+        return [Violation("shape", program.name, None, f"`pos` or a cache is not of a batch of {batch}")]
+    found: dict[Violation, None] = {}
+    touches: Touches = {}
+    for pick in range(PICKS):
+        found |= dict.fromkeys(_Pass(program, target, pick, touches).run(caches))
+    return list(found)
+
+
+class _Cache:
+    """Elements [B, H, C, D] of one cache: those that hold a value, are to be written, were written, were read."""
+
+    def __init__(self, tensor: Tensor, positions: list[int], tokens: int) -> None:
+        self.tensor = tensor
+        self.valid, self.new, self.written, self.read = (np.zeros(tensor.shape, np.bool_) for _ in range(4))
+        for row, pos in enumerate(positions):
+            self.valid[row, :, :pos] = True
+            self.new[row, :, pos : pos + tokens] = True
+        self.old = self.valid.copy()
+        self.appended: set[str] = set()  # tensors from which the new rows are made
+        self.beside: list[tuple[Call, set[str]]] = []  # readers of old rows alone, with what else they read
+
+
+class _Pass:
+    """One pass over the calls, with one choice of the run-time scalars."""
+
+    def __init__(self, program: Program, target: Target, pick: int, touches: Touches) -> None:
+        self._program, self._target, self._pick, self._touches = program, target, pick, touches
+
+    def run(self, tensors: list[Tensor]) -> Iterator[Violation]:
+        batch, tokens = self._program.tensor["input_ids"].shape
+        positions = [self._value("pos", row) for row in range(batch)]
+        caches = {one.name: _Cache(one, positions, tokens) for one in tensors}
+        for call in self._program.calls:
+            touched = [one for one in call.arguments if one.tensor in caches]
+            if touched:
+                reads, writes = self._unrolled(call)
+                for one in touched:
+                    yield from self._reads(call, one, caches[one.tensor], reads)
+                for one in touched:
+                    yield from self._writes(call, one, caches[one.tensor], writes)
+        for cache in caches.values():
+            yield from self._end(cache)
+
+    def _value(self, tensor: str, place: int) -> int:
+        low, high = scalar_range(self._program, tensor)
+        return (low, high, min(low + 1, high), (low + high) // 2)[(self._pick + place) % PICKS]
+
+    def _unrolled(self, call: Call) -> tuple[Boxes, Boxes]:
+        """What the kernel of a call reads and writes of each parameter."""
+        values = {one.name: self._value(one.tensor, one.offset) for one in call.scalars}
+        key = call.kernel, tuple(sorted(values.items()))
+        if key not in self._touches:
+            kernel = self._program.kernel[call.kernel]
+            sides: tuple[dict[str, dict[Box, None]], ...] = ({}, {})
+            for events in lanes(kernel, self._target.die.cores, values).values():
+                for step in events:
+                    if isinstance(step, Step):
+                        for boxes, side in ((step.ins, sides[0]), (step.outs, sides[1])):
+                            for box in boxes:
+                                if box.ref in kernel.param and not box.empty:
+                                    side.setdefault(box.ref, {})[box] = None
+            reads, writes = ({name: tuple(boxes) for name, boxes in side.items()} for side in sides)
+            self._touches[key] = reads, writes
+        return self._touches[key]
+
+    def _moving(self, call: Call) -> set[str]:
+        """Tensors that a call reads, other than weights and caches."""
+        params = self._program.kernel[call.kernel].param
+        given = {one.tensor for one in call.arguments if params[one.name].mode == "in"}
+        return {name for name in given if self._program.tensor[name].role in {"input", "temp"}}
+
+    def _reads(self, call: Call, one: Argument, cache: _Cache, reads: Boxes) -> Iterator[Violation]:
+        mask = self._mask(call, one, cache, reads)
+        missing = int((mask & ~cache.valid).sum())
+        if missing:
+            message = f"{one.name} reads elements of cache `{one.tensor}` that are not written yet"
+            yield Violation("RAW", call.kernel, call.index, message)
+        cache.read |= mask
+        if mask.any() and not (mask & cache.new).any():
+            cache.beside.append((call, self._moving(call)))
+
+    def _writes(self, call: Call, one: Argument, cache: _Cache, writes: Boxes) -> Iterator[Violation]:
+        mask = self._mask(call, one, cache, writes)
+        if (mask & ~cache.new).any():
+            message = f"{one.name} writes cache `{one.tensor}` outside of the rows from `pos` to `pos` + S"
+            yield Violation("WAW", call.kernel, call.index, message)
+        if (mask & cache.written).any():
+            message = f"{one.name} writes elements of cache `{one.tensor}` a second time"
+            yield Violation("WAW", call.kernel, call.index, message)
+        cache.written |= mask
+        cache.valid |= mask
+        if mask.any():
+            cache.appended |= self._moving(call)
+
+    def _end(self, cache: _Cache) -> Iterator[Violation]:
+        """New rows are all written, old rows all read, and who reads only old rows is given what the new ones hold."""
+        name = f"cache `{cache.tensor.name}`"
+        if (cache.new & ~cache.written).any():
+            message = f"new rows of {name} are not all written"
+            yield Violation("uncovered", self._program.name, None, message)
+        if (cache.old & ~cache.read).any():
+            yield Violation("uncovered", self._program.name, None, f"rows of {name} are never read")
+        for call, given in cache.beside:
+            if not given & cache.appended:
+                message = f"reads the old rows of {name} and nothing that is appended to it"
+                yield Violation("coverage", call.kernel, call.index, message)
+
+    def _mask(self, call: Call, one: Argument, cache: _Cache, boxes: Boxes) -> Mask:
+        """The elements of the cache in the boxes of one parameter."""
+        mask = np.zeros(cache.tensor.shape, np.bool_)
+        param = self._program.kernel[call.kernel].param[one.name]
+        window = _window(mask.reshape(-1), one.offset, param)
+        for box in boxes.get(one.name, ()):
+            window[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))] = True
+        return mask
+
+
+def _window(mask: Mask, offset: int, param: Param) -> npt.NDArray[Any]:
+    strides = tuple(stride * mask.itemsize for stride in param.strides)
+    return np.lib.stride_tricks.as_strided(mask[offset:], param.shape, strides)
