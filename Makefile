@@ -39,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/vacc-opt generate vacc_deploy/$(NAME) --prompt "What is the capital of France?" --engine schedule --summary
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules -m "not full" tests $(PACKAGES)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules tests $(PACKAGES)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
@@ -59,7 +59,7 @@ lint: $(STAMP) build/vacc_opt
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
-	$(BIN)/python -m pytest -q --doctest-modules $(PACKAGES)
+	$(BIN)/python -m pytest -q tests/docs -k doctest
 	$(BIN)/vacc-opt passes --markdown > docs/passes.md.tmp
 	mv docs/passes.md.tmp docs/passes.md
 
