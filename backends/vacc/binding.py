@@ -36,7 +36,7 @@ def is_parallel(body: tuple[Statement, ...]) -> bool:
 def scalar_range(program: Program, tensor: str) -> tuple[int, int]:
     """Smallest and largest value of a run-time scalar read from input `tensor` (`pos` or `valid`).
 
-    SEMANTICS: `pos` tokens are cached before the S tokens of the call, the cache holds C: 0 <= pos <= C - S; of the S
+    `pos` tokens are cached before the S tokens of the call, the cache holds C: 0 <= pos <= C - S; of the S
     tokens 1 to S are valid. Raises ScheduleError for another tensor, whose values nobody bounds.
     """
     tokens = program.tensor["input_ids"].shape[-1] if "input_ids" in program.tensor else 1

@@ -245,6 +245,7 @@ def program_kinds(program: Program, target: Target) -> set[str]:
 
 def test_a_valid_program_passes(reference: Target) -> None:
     verify(chain(reference), reference)
+    assert check(chain(reference), reference) == []
 
 
 def test_a_program_for_another_target_is_refused(reference: Target) -> None:

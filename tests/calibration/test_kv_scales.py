@@ -23,7 +23,7 @@ finite = st.floats(-1e4, 1e4, width=32)
 
 
 def codes(x: Floats, found: ScaleZero) -> Floats:
-    """The quantizer of SEMANTICS 4."""
+    """The quantizer by its definition: clip(rint((x - zero) / scale), -127, 127)."""
     return np.clip(np.rint((x - found.zero) / found.scale), -127, 127).astype(np.float32)
 
 

@@ -125,8 +125,8 @@ def test_the_message_names_the_pass_and_counts_what_it_does_not_show() -> None:
 
 
 def test_a_foreign_operator_keeps_its_declared_type() -> None:
-    verify(
-        from_text("""
+    graph = from_text("""
         <ir_version: 10, opset_import: ["" : 24, "other" : 1]>
         g (float[2,4] x) => (float[2,7] y) { y = other.Mystery (x) }""")
-    )
+    verify(graph)
+    assert str(graph.outputs["y"].type) == "float[2,7]"

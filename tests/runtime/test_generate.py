@@ -56,7 +56,7 @@ def test_schedule_and_onnxruntime_agree_on_two_ranks_with_int8(artifact: Artifac
     for rank in range(2):
         for name, codes in schedule.caches[rank].items():
             assert codes.dtype == np.int8
-            # SEMANTICS 5: a value on the edge between two codes may fall either way, no further
+            # a value on the edge between two codes may fall either way, no further
             assert np.abs(codes.astype(int) - runtime.caches[rank][name]).max() <= 1
             assert np.count_nonzero(codes) > 0
 

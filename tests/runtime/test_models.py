@@ -64,7 +64,7 @@ def test_every_unquantized_stage_runs_on_stock_onnxruntime(
     graph = load_model(str(exported))
     run_pipeline(graph, pipeline(stages, artifact))
     write_model(graph, tmp_path / "out.onnx")
-    # reassociated fp32 sums, relative to the largest logit (SEMANTICS 2)
+    # reassociated fp32 sums, relative to the largest logit
     assert np.abs(last_logits(tmp_path / "out.onnx") - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
