@@ -71,9 +71,9 @@ class Assembler:
         build: Callable[[], Kernel],
         operands: Sequence[Operand],
         scalars: Mapping[str, tuple[str, int]],
-        origin: str,
+        nodes: tuple[str, ...],
     ) -> None:
-        """Call the kernel for the operands' parameters and `key`, building it at its first use."""
+        """Call the kernel for the operands' parameters and `key`, built at its first use, on behalf of `nodes`."""
         signature = (key, tuple(one.param for one in operands))
         kernel = self._kernels.get(signature)
         if kernel is None:
@@ -85,7 +85,7 @@ class Assembler:
             self._lives[one.ref.tensor] = first, index
         arguments = tuple(Argument(one.name, one.ref.tensor, one.ref.offset) for one in operands)
         bound = tuple(Argument(name, tensor, element) for name, (tensor, element) in scalars.items())
-        self._calls.append(Call(index, kernel.name, arguments, bound, origin))
+        self._calls.append(Call(index, kernel.name, arguments, bound, nodes))
 
     def program(self, name: str, phase: str, ranks: int, outputs: Mapping[str, Ref]) -> Program:
         """Plan DDR and return the program."""

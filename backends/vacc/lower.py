@@ -40,9 +40,9 @@ def lower(graph: Graph, target: Target, *, phase: str) -> Program:
         rule = RULES.get(node.op)
         if rule is None:
             raise UserError(f"no kernel for {node.op} (`{node.name}`)", "is the graph legalized?")
+        low.begin(node)
         found = rule(low, node)
-        made = found if isinstance(found, tuple) else (found,)
-        low.known.update(zip(node.outputs, made, strict=False))
+        low.end(node, found if isinstance(found, tuple) else (found,))
     outputs = {name: low.ref(value) for name, value in graph.outputs.items()}
     for name, ref in outputs.items():
         if name.startswith("present.") and not is_cache(ref.tensor):
@@ -65,15 +65,15 @@ def _embedding_shard(low: Lowering, node: Node) -> Ref:
 
 def _embed(low: Lowering, node: Node, first: list[Operand]) -> Ref:
     table, ids = low.ref(node.inputs[0]), low.ref(node.inputs[1])
-    flat = low.view(ids, (prod(ids.shape),), node.name)
+    flat = low.view(ids, (prod(ids.shape),))
     y = low.out.temp(table.dtype, (*flat.shape, table.shape[1]))
     operands = [Operand("T", "in", table), Operand("IDS", "in", flat), *first, Operand("Y", "out", y)]
 
     def build(t: Param, rows: Param, *rest: Param) -> Kernel:
         return embedding(t, rows, rest[0] if first else None, rest[-1], low.target)
 
-    low.emit("embedding", build, operands, node.name)
-    return low.view(y, (*ids.shape, table.shape[1]), node.name)
+    low.emit("embedding", build, operands)
+    return low.view(y, (*ids.shape, table.shape[1]))
 
 
 def _gather_nd(low: Lowering, node: Node) -> Ref:
@@ -89,19 +89,19 @@ def _select(low: Lowering, node: Node, index: Value) -> Ref:
     y = low.out.temp(x.dtype, (x.shape[0], x.shape[2]))
     for row in range(x.shape[0]):
         operands = [Operand("X", "in", x.at(row)), Operand("Y", "out", y.sliced(0, row, row + 1))]
-        low.emit("select", lambda a, b: select_row(a, b, low.target), operands, node.name, valid=("valid", row))
-    return low.view(y, low.type(node.outputs[0])[1], node.name)
+        low.emit("select", lambda a, b: select_row(a, b, low.target), operands, valid=("valid", row))
+    return low.view(y, low.type(node.outputs[0])[1])
 
 
 def _rms_norm(low: Lowering, node: Node) -> Ref:
     source = low.ref(node.inputs[0])
     if int(node.attributes.get("axis", -1)) not in (-1, len(source.shape) - 1):
         raise UserError(f"no kernel for a norm over several axes (`{node.name}`)")
-    x, eps = low.rows(source, node.name), float(node.attributes.get("epsilon", 1e-5))
+    x, eps = low.rows(source), float(node.attributes.get("epsilon", 1e-5))
     y = low.out.temp(x.dtype, x.shape)
     operands = [Operand("X", "in", x), Operand("W", "in", low.ref(node.inputs[1])), Operand("Y", "out", y)]
-    low.emit(("norm", eps), lambda a, w, b: rms_norm(a, w, b, eps, low.target), operands, node.name)
-    return low.view(y, source.shape, node.name)
+    low.emit(("norm", eps), lambda a, w, b: rms_norm(a, w, b, eps, low.target), operands)
+    return low.view(y, source.shape)
 
 
 def _matmul(low: Lowering, node: Node) -> Ref:
@@ -117,15 +117,15 @@ def _quantized_linear(low: Lowering, node: Node) -> Ref:
 
 def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref:
     source = low.ref(node.inputs[0])
-    x = low.rows(source, node.name)
+    x = low.rows(source)
     y = low.out.temp(x.dtype, (x.shape[0], weight.shape[0]))
     operands = [Operand("X", "in", x), Operand("W", "in", weight), *scale, Operand("Y", "out", y)]
 
     def build(a: Param, w: Param, *rest: Param) -> Kernel:
         return fastest_linear(a, w, rest[0] if scale else None, rest[-1], low.target)
 
-    low.emit("linear", build, operands, node.name)
-    return low.view(y, (*source.shape[:-1], weight.shape[0]), node.name)
+    low.emit("linear", build, operands)
+    return low.view(y, (*source.shape[:-1], weight.shape[0]))
 
 
 def _row(b: Ref, size: int) -> Ref | None:
@@ -144,35 +144,35 @@ def _elementwise(low: Lowering, node: Node) -> Ref:
     row = _row(b, shape[-1]) if shape and b.shape != shape else None
     if not shape or a.shape != shape or (row is None and b.shape != shape):
         raise UserError(f"no kernel for {node.op} of {list(a.shape)} and {list(b.shape)} (`{node.name}`)")
-    left = low.rows(a, node.name)
-    right = low.rows(b, node.name) if row is None else row
+    left = low.rows(a)
+    right = low.rows(b) if row is None else row
     y = low.out.temp(left.dtype, left.shape)
     operands = [Operand("A", "in", left), Operand("B", "in", right), Operand("Y", "out", y)]
-    low.emit(kind, lambda p, q, r: elementwise(kind, p, q, r, low.target), operands, node.name)
-    return low.view(y, shape, node.name)
+    low.emit(kind, lambda p, q, r: elementwise(kind, p, q, r, low.target), operands)
+    return low.view(y, shape)
 
 
 def _all_reduce(low: Lowering, node: Node) -> Ref:
     source = low.ref(node.inputs[0])
-    x = low.view(source, (prod(source.shape),), node.name)
+    x = low.view(source, (prod(source.shape),))
     y = low.out.temp(x.dtype, x.shape)
-    low.emit("all_reduce", all_reduce, [Operand("X", "in", x), Operand("Y", "out", y)], node.name)
-    return low.view(y, source.shape, node.name)
+    low.emit("all_reduce", all_reduce, [Operand("X", "in", x), Operand("Y", "out", y)])
+    return low.view(y, source.shape)
 
 
 def _all_gather(low: Lowering, node: Node) -> Ref:
     source = low.ref(node.inputs[0])
     if int(node.attributes["axis"]) not in (-1, len(source.shape) - 1):
         raise UserError(f"no kernel for an AllGather along axis {node.attributes['axis']} (`{node.name}`)")
-    x = low.rows(source, node.name)
+    x = low.rows(source)
     ranks = low.graph.ranks
     y = low.out.temp(x.dtype, (x.shape[0], ranks, x.shape[1]))
-    low.emit("all_gather", all_gather, [Operand("X", "in", x), Operand("Y", "out", y)], node.name)
-    return low.view(y, (*source.shape[:-1], ranks * source.shape[-1]), node.name)
+    low.emit("all_gather", all_gather, [Operand("X", "in", x), Operand("Y", "out", y)])
+    return low.view(y, (*source.shape[:-1], ranks * source.shape[-1]))
 
 
 def _reshape(low: Lowering, node: Node) -> Ref:
-    return low.view(low.ref(node.inputs[0]), low.type(node.outputs[0])[1], node.name)
+    return low.view(low.ref(node.inputs[0]), low.type(node.outputs[0])[1])
 
 
 def _transpose(low: Lowering, node: Node) -> Ref:

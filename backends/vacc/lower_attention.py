@@ -32,7 +32,7 @@ def lower_rotary(low: Lowering, node: Node) -> Ref:
         def build(a: Param, c: Param, s: Param, b: Param) -> Kernel:
             return rotary(a, c, s, b, interleaved, low.target)
 
-        low.emit(("rotary", interleaved), build, operands, node.name, pos=("pos", row))
+        low.emit(("rotary", interleaved), build, operands, pos=("pos", row))
     return y
 
 
@@ -67,7 +67,7 @@ def lower_scatter(low: Lowering, node: Node) -> Known:
             scale, zero = rest or (None, None)
             return kv_append(a, c, scale, zero, low.target)
 
-        low.emit("kv_append", build, operands, node.name, pos=("pos", row))
+        low.emit("kv_append", build, operands, pos=("pos", row))
     return into
 
 
@@ -102,7 +102,7 @@ def lower_attention(low: Lowering, node: Node) -> Ref:
             new = (p["KN"], p["VN"]) if "KN" in p else None
             return attention(AttentionParams(p["Q"], p["K"], p["V"], p["Y"], folded, new), scale, low.target)
 
-        low.emit(("attention", scale), build, listed, node.name, pos=("pos", row))
+        low.emit(("attention", scale), build, listed, pos=("pos", row))
     return y
 
 

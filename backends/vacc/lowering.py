@@ -17,6 +17,7 @@ from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Node, Value
+from vacc_opt.ir.onnx_proto import export_names
 from vacc_opt.ir.types import DType
 
 _DTYPES = {DType.FLOAT: "f32", DType.FLOAT16: "f16", DType.INT8: "i8", DType.INT32: "i32", DType.INT64: "i64"}
@@ -54,9 +55,25 @@ class Lowering:
     def __init__(self, graph: Graph, target: Target) -> None:
         self.graph, self.target, self.out = graph, target, Assembler(target)
         self.known: dict[Value, Known] = {}
+        self._names = export_names(graph)
+        self._waiting: dict[Value, tuple[str, ...]] = {}  # nodes behind a value that no call implements yet
+        self._nodes: tuple[str, ...] = ()  # what calls implement at present
+        self._called = False
         for value in graph.inputs:
             role = "cache" if is_cache(value.name) else "input"
             self.known[value] = self.out.tensor(value.name, *self.type(value), role)
+
+    def begin(self, node: Node) -> None:
+        """Calls from now on implement `node`, and the nodes before it that are strides or wait for it."""
+        waiting = (name for value in node.inputs if value is not None for name in self._waiting.get(value, ()))
+        self._nodes = tuple(dict.fromkeys((self._names[node.output], *waiting)))
+        self._called = False
+
+    def end(self, node: Node, found: tuple[Known, ...]) -> None:
+        """The outputs of `node` lie in `found`; without a call of its own it waits for whoever reads them."""
+        self.known.update(zip(node.outputs, found, strict=False))
+        if not self._called:
+            self._waiting.update(dict.fromkeys(node.outputs, self._nodes))
 
     def type(self, value: Value) -> tuple[str, tuple[int, ...]]:
         """Tile dtype and static shape; UserError for a type that the machine has not, or a symbolic shape."""
@@ -76,7 +93,7 @@ class Lowering:
             raise UserError(f"`{value.name}`: (de)quantized KV is read outside of attention and cache writes")
         return found
 
-    def view(self, ref: Ref, shape: tuple[int, ...], origin: str) -> Ref:
+    def view(self, ref: Ref, shape: tuple[int, ...]) -> Ref:
         """`ref` with another shape: by strides, else through a copy."""
         found = ref.reshaped(shape)
         if found is not None:
@@ -84,26 +101,26 @@ class Lowering:
         source = ref.reshaped((-1, *ref.shape[2:])) or ref if len(ref.shape) > 2 else ref
         whole = self.out.temp(ref.dtype, source.shape)
         operands = [Operand("X", "in", source), Operand("Y", "out", whole)]
-        self.emit("copy", lambda x, y: copy(x, y, self.target), operands, origin)
+        self.emit("copy", lambda x, y: copy(x, y, self.target), operands)
         found = whole.reshaped(shape)
         assert found is not None
         return found
 
-    def rows(self, ref: Ref, origin: str) -> Ref:
+    def rows(self, ref: Ref) -> Ref:
         """`ref` as a matrix of its last axis."""
-        return self.view(ref, (prod(ref.shape[:-1]), ref.shape[-1]), origin)
+        return self.view(ref, (prod(ref.shape[:-1]), ref.shape[-1]))
 
     def emit(
         self,
         key: object,
         build: Callable[..., Kernel],
         operands: list[Operand],
-        origin: str,
         **scalars: tuple[str, int],
     ) -> None:
         """Call the kernel that `build` makes of the operands' parameters."""
         params = [one.param for one in operands]
-        self.out.call(repr(key), lambda: build(*params), operands, scalars, re.sub(r"[\s,=()\[\]{}]", "_", origin))
+        self.out.call(repr(key), lambda: build(*params), operands, scalars, self._nodes)
+        self._called = True
 
     def expect(self, node: Node, value: Value | None, name: str, offset: object, what: str) -> None:
         """Raise UserError unless `value` is runtime input `name` plus `offset`."""

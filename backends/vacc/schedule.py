@@ -302,13 +302,17 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One run of a kernel; `scalars` are int64 elements read before it starts; `origin` names the graph node."""
+    """One run of a kernel; `scalars` are int64 elements read before it starts.
+
+    `nodes` names what it implements of the graph, a node by its first output: the node that it computes, then those
+    that became strides of its operands or are done inside it.
+    """
 
     index: int
     kernel: str
     arguments: tuple[Argument, ...]
     scalars: tuple[Argument, ...]
-    origin: str
+    nodes: tuple[str, ...] = ()
 
     def argument(self, name: str) -> Argument:
         """The argument for parameter `name`; raises KeyError."""

@@ -39,7 +39,6 @@ def single(kernel: Kernel, target: Target, ranks: int = 1) -> Program:
         kernel.name,
         tuple(Argument(one.name, one.name) for one in kernel.params),
         tuple(Argument(name, name) for name in kernel.scalars),
-        "",
     )
     outputs = tuple(Output(p.name, p.name, 0, p.shape, p.strides) for p in kernel.params if p.mode == "out")
     where = (target.die.cores, target.name, target.sha)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from urllib.parse import quote, unquote
 
 from vacc_opt.backends.vacc.schedule import (
     DTYPES,
@@ -52,7 +53,7 @@ def print_program(program: Program) -> str:
     lines += [
         f"call {c.index} {c.kernel}({', '.join(map(_argument, c.arguments))})"
         + (f" with {', '.join(map(_argument, c.scalars))}" if c.scalars else "")
-        + (f" from {c.origin}" if c.origin else "")
+        + (f" from {', '.join(map(_quoted, c.nodes))}" if c.nodes else "")
         for c in p.calls
     ]
     return "\n".join(lines) + "\n"
@@ -111,10 +112,16 @@ def _argument(argument: Argument) -> str:
     return f"{argument.name}={argument.tensor}{offset}"
 
 
+def _quoted(node: str) -> str:
+    """The name of a graph node, which may hold any character, as one word."""
+    return _UNSAFE.sub(lambda found: quote(found[0], safe=""), node)
+
+
 def _number(value: Affine | float) -> str:
     return str(value) if isinstance(value, Affine) else repr(float(value))
 
 
+_UNSAFE = re.compile(r"[%\s,=()\[\]{}]")
 _N = r"[^\s,=()\[\]{}]+"
 _DIMS = r"\[([\d, ]*)\]"
 _PROGRAM = re.compile(
@@ -128,7 +135,7 @@ _BUFFER = re.compile(rf"(ring|scratch) (\w+) (\w+){_DIMS} x(\d+) @(\d+) (\w+)(?:
 _LOOP = re.compile(r"(for|par) (\w+) in ([^:]+):([^:]+):(\d+) \{")
 _SCOPE = re.compile(r"(fill|use) ([\w, ]+) \{")
 _OP = re.compile(r"(\S.*?) <- (\w+)\((.*)\)")
-_CALL = re.compile(rf"call (\d+) ({_N})\(([^()]*)\)(?: with (.+?))?(?: from ({_N}))?")
+_CALL = re.compile(rf"call (\d+) ({_N})\(([^()]*)\)(?: with (.+?))?(?: from ({_N}(?:, {_N})*))?")
 _ARGUMENT = re.compile(rf"({_N})=({_N})(?:\[(\d+)\])?(?:, |$)")
 _ITEM = re.compile(r"\s*(?:(\w+)=([^,\[\]]+)|(\w+)\[([^\]]*)\])\s*(?:,|$)")
 _TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(?:(\d+)|(\w+|\|\w+\|))")
@@ -186,7 +193,8 @@ def parse_program(text: str) -> Program:
         kernels.append(_parse_kernel(lines))
     while found := lines.match(_CALL):
         arguments, scalars = _arguments(found[3], lines), _arguments(found[4] or "", lines)
-        calls.append(Call(int(found[1]), found[2], arguments, scalars, found[5] or ""))
+        nodes = tuple(unquote(one) for one in found[5].split(", ")) if found[5] else ()
+        calls.append(Call(int(found[1]), found[2], arguments, scalars, nodes))
     if lines:
         raise lines.fail("not understood")
     _check_names(tensors, kernels, calls)

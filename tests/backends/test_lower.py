@@ -12,6 +12,7 @@ from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, 
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.ir import DType, Graph, TensorType, UserError
 from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.onnx_proto import export_names
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import stored_tensors
 from vacc_opt.tests.backends.llama import Llama, inputs
@@ -134,6 +135,29 @@ def test_lowered_programs_pass_the_verifier_and_round_trip(name: str) -> None:
     program = lower(MODELS[name].graph(), TARGET, phase="prefill")
     verify(program, TARGET)
     assert Program.from_text(program.to_text()) == program
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_call_names_the_nodes_that_it_implements(name: str) -> None:
+    graph = MODELS[name].graph()
+    program = lower(graph, TARGET, phase="prefill")
+    names = export_names(graph)
+    nodes = {names[node.output]: node for node in graph.nodes()}
+    assert all(call.nodes and set(call.nodes) <= nodes.keys() for call in program.calls)
+    left = nodes.keys() - {one for call in program.calls for one in call.nodes}
+    # arithmetic on positions becomes scalars of the calls; the logits leave the program as a window of a tensor
+    assert {nodes[one].op for one in left if nodes[one].output.type.dtype is not DType.INT64} <= {"Slice"}
+
+
+def test_a_call_names_first_what_it_computes_then_what_it_does_inside() -> None:
+    graph = MODELS["int8 KV, new tokens as floats"].graph()
+    names = export_names(graph)
+    nodes = {names[node.output]: node.op for node in graph.nodes()}
+    calls = lower(graph, TARGET, phase="prefill").calls
+    found = {call.kernel.partition("_i8")[0]: [nodes[one] for one in call.nodes] for call in calls}
+    keys = ["TensorScatter", "Vastai::DequantizeKV"]
+    assert found["attention"] == ["Attention", *keys, *keys, "Transpose", "Reshape"]
+    assert found["kv_append"] == ["TensorScatter", "Vastai::QuantizeKV", "Transpose", "Reshape"]
 
 
 def test_equal_layers_share_kernels() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +56,14 @@ def test_any_affine_bound_and_any_float_reads_back(terms: list[tuple[str, int]],
     kernel = b.build()
     assert x.shape == (9,)
     assert parse_kernel(print_kernel(kernel)) == kernel
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=3))
+def test_any_name_of_a_graph_node_reads_back(nodes: list[str]) -> None:
+    whole = program()
+    named = replace(whole, calls=(replace(whole.calls[0], nodes=tuple(nodes)),))
+    assert Program.from_text(named.to_text()) == named
+    assert named.to_text().count("\n") == whole.to_text().count("\n")  # a call stays one line
 
 
 def test_terms_print_in_one_order_however_they_were_added() -> None:

@@ -221,7 +221,7 @@ def chain(target: Target) -> Program:
     plan = plan_ddr([("x", 160), ("w", 256)], temps, ALIGN, 3)
     tensors = tuple(Tensor(n, "f32", shape, roles.get(n, "temp"), plan.region(n).offset) for n, shape in sizes.items())
     calls = tuple(
-        Call(i, "matmul", (Argument("X", a), Argument("W", "w"), Argument("Y", b)), (), "")
+        Call(i, "matmul", (Argument("X", a), Argument("W", "w"), Argument("Y", b)), ())
         for i, (a, b) in enumerate([("x", "h"), ("h", "g"), ("g", "y")])
     )
     out = (Output("y", "y", 0, (5, 8), (8, 1)),)
