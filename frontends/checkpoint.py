@@ -176,7 +176,7 @@ def _safetensor(
 ) -> tuple[str, TensorExpr]:
     if dtype not in _SAFETENSORS_TYPES:
         raise UserError(f"{path}: {name} has type {dtype}", did_you_mean(dtype, _SAFETENSORS_TYPES))
-    source = Source(str(path), start + offsets[0], _SAFETENSORS_TYPES[dtype], tuple(shape))
+    source = Source(str(path), start + offsets[0], _SAFETENSORS_TYPES[dtype], tuple(shape), name)
     if offsets[1] - offsets[0] != source.nbytes:
         raise UserError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, its shape needs {source.nbytes}")
     if start + offsets[1] > size:

@@ -126,8 +126,8 @@ def _parameter_name(header: GgufHeader, name: str) -> str:
 
 def _expression(header: GgufHeader, tensor: GgufTensor) -> TensorExpr:
     if tensor.kind in _PLAIN:
-        return Source(str(header.path), tensor.offset, _PLAIN[tensor.kind], tensor.shape)
-    return Gguf(str(header.path), tensor.offset, tensor.kind, tensor.shape)
+        return Source(str(header.path), tensor.offset, _PLAIN[tensor.kind], tensor.shape, tensor.name)
+    return Gguf(str(header.path), tensor.offset, tensor.kind, tensor.shape, tensor.name)
 
 
 @cache

@@ -119,7 +119,8 @@ def read_safetensors_header(path: Path) -> dict[str, Source]:
             raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + high}, the file has {size}")
         if entry["dtype"] not in _TYPES:
             raise UserError(f"{path}: {name} has element type {entry['dtype']}, which is not supported")
-        sources[name] = Source(str(path), 8 + length + low, _TYPES[entry["dtype"]].value, tuple(entry["shape"]))
+        dtype, shape = _TYPES[entry["dtype"]].value, tuple(entry["shape"])
+        sources[name] = Source(str(path), 8 + length + low, dtype, shape, name)
     return sources
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -69,21 +69,30 @@ class TensorExpr(ABC):
     @cached_property
     def key(self) -> str:
         """SHA-256 over what the value depends on, without reading weight data."""
-        return hashlib.sha256(str(self).encode()).hexdigest()
+        return hashlib.sha256(self._text(named=False).encode()).hexdigest()
 
     def __str__(self) -> str:
-        parts = ", ".join(_print(getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return self._text(named=True)
+
+    def _text(self, named: bool) -> str:
+        """The expression as text; ``named``: with the names that tensors have in their files."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        parts = ", ".join(_print(v, named) for name, v in values if name != "name" or (named and v))
         return f"{type(self).__name__}({parts})"
 
 
 @dataclass(frozen=True)
 class Source(TensorExpr):
-    """A row-major tensor inside a file: ``offset`` bytes from its start, stored as ``stored``."""
+    """A row-major tensor inside a file: ``offset`` bytes from its start, stored as ``stored``.
+
+    ``name`` is what the file calls it, for people; it takes no part in comparisons.
+    """
 
     file: str
     offset: int
     stored: str
     dims: tuple[int, ...]
+    name: str = field(default="", compare=False)
 
     @property
     def dtype(self) -> DType:
@@ -115,7 +124,7 @@ class Source(TensorExpr):
 
 @dataclass(frozen=True)
 class Gguf(TensorExpr):
-    """A GGUF tensor of a (block-)quantized type, dequantized to float32 by rows.
+    """A GGUF tensor of a (block-)quantized type, dequantized to float32 by rows; ``name`` as in :class:`Source`.
 
     Source of the block formats: the ``gguf`` package, whose dequantizer this calls.
     """
@@ -124,6 +133,7 @@ class Gguf(TensorExpr):
     offset: int
     quantization: str
     dims: tuple[int, ...]
+    name: str = field(default="", compare=False)
 
     @property
     def dtype(self) -> DType:
@@ -170,7 +180,7 @@ class Literal(TensorExpr):
     def _read(self, index: Index) -> Array:
         return self.array[index]
 
-    def __str__(self) -> str:
+    def _text(self, named: bool) -> str:
         data = base64.b64encode(np.ascontiguousarray(self.array).tobytes()).decode()
         return f"Literal({self.dtype.value!r}, {self.shape!r}, {data!r})"
 
@@ -434,11 +444,11 @@ def transposed(expr: TensorExpr, perm: Sequence[int]) -> TensorExpr:
     return expr if order == tuple(range(len(order))) else Transposed(expr, order)
 
 
-def _print(item: object) -> str:
+def _print(item: object, named: bool) -> str:
     if isinstance(item, tuple):
-        inner = ", ".join(_print(i) for i in item)
+        inner = ", ".join(_print(i, named) for i in item)
         return f"({inner},)" if len(item) == 1 else f"({inner})"
-    return str(item) if isinstance(item, TensorExpr) else repr(item)
+    return item._text(named) if isinstance(item, TensorExpr) else repr(item)
 
 
 _CLASSES: dict[str, type[TensorExpr]] = {
