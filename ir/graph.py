@@ -2,11 +2,16 @@
 
 Only this file knows how a graph is stored. Everything outside reads it through the methods below and changes it through
 :class:`vacc_opt.ir.rewriter.Rewriter`; the methods that begin with an underscore keep the three structures in step.
+
+Values, nodes and uses carry the number of the change that made them, and every dictionary is in the order of these
+numbers: that is how a change that is taken back leaves no trace in any order. Nodes also carry a *place*, a number that
+is larger than that of every node they read: that is how a new operand is known to close no cycle without a search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import networkx as nx
@@ -16,16 +21,19 @@ from vacc_opt.ir.tensor import TensorExpr
 from vacc_opt.ir.types import Dim, TensorType
 
 Attribute = Any  # int | float | str | bytes | tuple of these | numpy array
+_UNKNOWN = Provenance()
+GAP = 1 << 20  # between the places of an imported node and of its users: what a rewrite puts there seldom moves others
 
 
 class Value:
     """A tensor in the graph: a graph input, a constant, or one output of a node.
 
     ``elements`` holds the entries of a small integer tensor as numbers or symbolic dimensions, where they are known:
-    it is how ``Shape``/``Concat``/``Reshape`` chains are understood without running anything.
+    it is how ``Shape``/``Concat``/``Reshape`` chains are understood without running anything. ``provenance`` is that of
+    a constant; a computed value has its node's.
     """
 
-    __slots__ = ("const", "elements", "index", "name", "producer", "type", "uses")
+    __slots__ = ("const", "elements", "index", "name", "producer", "provenance", "serial", "type", "uses")
 
     def __init__(self, name: str, type: TensorType, const: TensorExpr | None = None) -> None:
         self.name = name
@@ -34,7 +42,9 @@ class Value:
         self.producer: Node | None = None
         self.index = 0
         self.elements: tuple[Dim, ...] | None = None
-        self.uses: dict[tuple[Node, int], None] = {}
+        self.provenance = _UNKNOWN
+        self.uses: dict[tuple[Node, int], int] = {}  # to the number of the change that made the use
+        self.serial = 0
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.type}>"
@@ -59,10 +69,16 @@ class Value:
         return list(dict.fromkeys(node for node, _ in self.uses))
 
 
+class Absent(Value):
+    """An output that its node is not asked for: it keeps the place, nothing reads it, and ONNX has no name for it."""
+
+    __slots__ = ()
+
+
 class Node:
     """One operation: ``outputs = domain::op_type<attributes>(inputs)``. Compared by identity."""
 
-    __slots__ = ("attributes", "domain", "inputs", "name", "op_type", "outputs", "provenance")
+    __slots__ = ("attributes", "domain", "inputs", "name", "op_type", "outputs", "place", "provenance", "serial")
 
     def __init__(
         self,
@@ -81,6 +97,8 @@ class Node:
         self.name = name
         self.outputs: tuple[Value, ...] = ()
         self.provenance = provenance or Provenance()
+        self.place = 0
+        self.serial = 0
 
     @property
     def op(self) -> str:
@@ -101,7 +119,7 @@ class Node:
 
 
 class Graph:
-    """A single-assignment dataflow graph with a fixed, named interface.
+    """A single-assignment dataflow graph with a fixed, named interface; ``version`` grows with every change.
 
     >>> graph = Graph("empty")
     >>> len(graph)
@@ -111,28 +129,42 @@ class Graph:
     def __init__(self, name: str, *, opset: int = 24) -> None:
         self.name = name
         self.opset = opset
+        self.version = 0
         self.ranks = 1
         self.metadata: dict[str, str] = {}
+        self.domains: dict[str, int] = {}  # versions of the operators of other domains than the standard one
+        self.functions: dict[str, Graph] = {}  # bodies of local functions, by the operator that calls them
+        self.phases: dict[str, Graph] = {}  # this graph at the sizes of each entry point
         self.inputs: list[Value] = []
         self.outputs: dict[str, Value] = {}
         self.values: dict[str, Value] = {}
         self._structure: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
+        # the multigraph's own dictionaries: its methods for one edge cost several times what the dictionaries do
+        structure: Any = self._structure
+        self._node: dict[Node, dict[str, Any]] = structure._node
+        self._succ: dict[Node, dict[Node, dict[int, dict[str, Any]]]] = structure._adj
+        self._pred: dict[Node, dict[Node, dict[int, dict[str, Any]]]] = structure._pred
         self._by_op: dict[tuple[str, str], dict[Node, None]] = {}
         self._output_names: dict[Value, dict[str, None]] = {}
         self._order: list[Node] | None = None
         self._counter = 0
+        self._clock = 0
+        self._restored = _Restored()
 
     # reading
 
     def __len__(self) -> int:
-        return len(self._structure)
+        return len(self._node)
 
     def __contains__(self, node: object) -> bool:
-        return node in self._structure
+        return node in self._node
 
     @property
     def networkx(self) -> nx.MultiDiGraph[Node]:
-        """A read-only networkx view: nodes are :class:`Node`, edge keys are input positions of the consumer."""
+        """A read-only networkx view: nodes are :class:`Node`, edge keys are input positions of the consumer.
+
+        Nodes are in the order of their making; the order of edges carries no meaning.
+        """
         view: nx.MultiDiGraph[Node] = nx.subgraph_view(self._structure)  # type: ignore[type-var,unused-ignore]
         return view
 
@@ -210,69 +242,198 @@ class Graph:
 
     # writing: for Rewriter and the importers only
 
+    def _tick(self) -> int:
+        """The number of a new change."""
+        self.version += 1
+        self._clock += 1
+        return self._clock
+
     def _add_value(self, value: Value) -> None:
         if value.name in self.values:
             raise ValueError(f"two values are called {value.name!r}")
+        value.serial = self._tick()
         self.values[value.name] = value
 
     def _remove_value(self, value: Value) -> None:
+        self.version += 1
         del self.values[value.name]
 
-    def _add_input(self, value: Value, position: int | None = None) -> None:
-        self._add_value(value)
-        self.inputs.insert(len(self.inputs) if position is None else position, value)
+    def _restore_value(self, value: Value) -> None:
+        self.values[value.name] = value
+        self._restored.values = True
 
-    def _remove_input(self, value: Value) -> None:
-        self.inputs.remove(value)
+    def _add_input(self, value: Value) -> None:
+        self._add_value(value)
+        self.inputs.append(value)
+
+    def _remove_input(self, value: Value) -> int:
+        """Give the position that the input had."""
+        position = self.inputs.index(value)
+        del self.inputs[position]
         self._remove_value(value)
+        return position
+
+    def _restore_input(self, value: Value, position: int) -> None:
+        self._restore_value(value)
+        self.inputs.insert(position, value)
 
     def _set_output(self, name: str, value: Value | None) -> None:
+        self.version += 1
+        self._order = None
         old = self.outputs.get(name)
         if old is not None:
             self._output_names[old].pop(name)
         if value is None:
             self.outputs.pop(name, None)
-        else:
-            self.outputs[name] = value
-            self._output_names.setdefault(value, {})[name] = None
-        self._order = None
+            return
+        self.outputs[name] = value
+        names = self._output_names.setdefault(value, {})
+        names[name] = None
+        if len(names) > 1:
+            self._output_names[value] = {n: None for n in self.outputs if n in names}
 
-    def _add_node(self, node: Node, outputs: Iterable[Value]) -> None:
+    def _restore_output(self, name: str, value: Value, order: Iterable[str]) -> None:
+        self._set_output(name, value)
+        self.outputs = {n: self.outputs[n] for n in order}
+        self._output_names[value] = {n: None for n in self.outputs if n in self._output_names[value]}
+
+    def _add_node(self, node: Node, outputs: Iterable[Value], gap: int = GAP) -> None:
+        """Append a node; its place is ``gap`` behind the last of the nodes that it reads."""
         node.outputs = tuple(outputs)
         for index, value in enumerate(node.outputs):
             value.producer, value.index = node, index
             self._add_value(value)
-        self._structure.add_node(node)
-        self._by_op.setdefault((node.domain, node.op_type), {})[node] = None
+        node.serial = self._tick()
+        self._file(node)
+        place = 0
         for position, used in enumerate(node.inputs):
-            self._connect(node, position, used)
-        self._order = None
+            if used is not None:
+                self._link(node, position, used, self._tick())
+                if used.producer is not None and used.producer.place > place:
+                    place = used.producer.place
+        node.place = place + gap
 
-    def _remove_node(self, node: Node) -> None:
-        for position, value in enumerate(node.inputs):
-            self._disconnect(node, position, value)
-        self._structure.remove_node(node)
+    def _remove_node(self, node: Node) -> tuple[int, ...]:
+        """Take a node out and give the numbers of its uses, for :meth:`_restore_node`."""
+        self.version += 1
+        self._order = None
+        stamps = tuple([0 if v is None else v.uses.pop((node, i)) for i, v in enumerate(node.inputs)])
+        for producer in self._pred.pop(node):
+            del self._succ[producer][node]
+        for user in self._succ.pop(node):
+            del self._pred[user][node]
+        del self._node[node]
         del self._by_op[(node.domain, node.op_type)][node]
         for value in node.outputs:
-            self._remove_value(value)
-        self._order = None
+            del self.values[value.name]
+        return stamps
 
-    def _set_input(self, node: Node, position: int, value: Value | None) -> None:
-        self._disconnect(node, position, node.inputs[position])
+    def _restore_node(self, node: Node, stamps: Sequence[int]) -> None:
+        for value in node.outputs:
+            self._restore_value(value)
+        self._file(node)
+        self._restored.nodes[(node.domain, node.op_type)] = None
+        for position, (used, stamp) in enumerate(zip(node.inputs, stamps, strict=True)):
+            if used is not None:
+                self._link(node, position, used, stamp)
+                self._restored.uses[used] = None
+
+    def _file(self, node: Node) -> None:
+        self._order = None
+        self._node[node] = {}
+        self._succ[node] = {}
+        self._pred[node] = {}
+        self._by_op.setdefault((node.domain, node.op_type), {})[node] = None
+
+    def _set_input(self, node: Node, position: int, value: Value | None) -> int:
+        """Let an operand be another value, and give the number of the use that ends, for :meth:`_restore_use`."""
+        self._order = None
+        before = node.inputs[position]
+        stamp = 0 if before is None else self._unlink(node, position, before)
         node.inputs = (*node.inputs[:position], value, *node.inputs[position + 1 :])
-        self._connect(node, position, value)
-        self._order = None
+        if value is not None:
+            self._link(node, position, value, self._tick())
+        return stamp
 
-    def _connect(self, node: Node, position: int, value: Value | None) -> None:
-        if value is None:
-            return
-        value.uses[(node, position)] = None
-        if value.producer is not None:
-            self._structure.add_edge(value.producer, node, key=position)
+    def _restore_use(self, node: Node, position: int, value: Value | None, stamp: int) -> None:
+        self._set_input(node, position, None)
+        if value is not None:
+            node.inputs = (*node.inputs[:position], value, *node.inputs[position + 1 :])
+            self._link(node, position, value, stamp)
+            self._restored.uses[value] = None
 
-    def _disconnect(self, node: Node, position: int, value: Value | None) -> None:
-        if value is None:
-            return
-        value.uses.pop((node, position), None)
-        if value.producer is not None and self._structure.has_edge(value.producer, node, position):
-            self._structure.remove_edge(value.producer, node, position)
+    def _link(self, node: Node, position: int, value: Value, stamp: int) -> None:
+        value.uses[(node, position)] = stamp
+        producer = value.producer
+        if producer is not None:
+            users = self._succ[producer]
+            if node in users:
+                users[node][position] = {}
+            else:
+                users[node] = self._pred[node][producer] = {position: {}}
+
+    def _unlink(self, node: Node, position: int, value: Value) -> int:
+        producer = value.producer
+        if producer is not None:
+            edges = self._succ[producer][node]
+            del edges[position]
+            if not edges:
+                del self._succ[producer][node]
+                del self._pred[node][producer]
+        return value.uses.pop((node, position))
+
+    def _lift(self, nodes: Iterable[Node], after: Node) -> list[tuple[Node, int]] | None:
+        """Place ``nodes`` and their users behind ``after``; give the old places, or None when ``after`` reads one."""
+        wanted = dict.fromkeys(nodes, after.place + 1)
+        # by old places, so that a node is reached after everything that moves it
+        pending = [(node.place, node.serial, node) for node in wanted]
+        pending.sort()
+        moved: list[tuple[Node, int]] = []
+        while pending:
+            place, _, node = heappop(pending)
+            if node is after:
+                return None
+            moved.append((node, place))
+            for user in self._succ[node]:
+                if user.place <= wanted[node]:
+                    if user not in wanted:
+                        heappush(pending, (user.place, user.serial, user))
+                    wanted[user] = max(wanted.get(user, 0), wanted[node] + 1)
+        for node, _ in moved:
+            node.place = wanted[node]
+        return moved
+
+    def _restore_places(self, moved: Iterable[tuple[Node, int]]) -> None:
+        for node, place in moved:
+            node.place = place
+
+    def _settle(self) -> None:
+        """Bring the dictionaries that had something restored back into the order of their numbers."""
+        restored, self._restored = self._restored, _Restored()
+        self.version += 1
+        for value in restored.uses:
+            value.uses = dict(sorted(value.uses.items(), key=lambda item: item[1]))
+        if restored.values:
+            _sort_by_serial(self.values, of_value=True)
+        for op in restored.nodes:
+            _sort_by_serial(self._by_op[op])
+        if restored.nodes:
+            for table in (self._node, self._succ, self._pred):
+                _sort_by_serial(table)
+
+
+def _sort_by_serial(table: dict[Any, Any], *, of_value: bool = False) -> None:
+    items = sorted(table.items(), key=lambda item: item[of_value].serial)
+    table.clear()
+    table.update(items)
+
+
+class _Restored:
+    """What has been put back out of order since the last :meth:`Graph._settle`."""
+
+    __slots__ = ("nodes", "uses", "values")
+
+    def __init__(self) -> None:
+        self.nodes: dict[tuple[str, str], None] = {}
+        self.uses: dict[Value, None] = {}
+        self.values = False

@@ -1,28 +1,44 @@
-"""The only way to change a graph: every step is checked, recorded as provenance, and undone if a rewrite raises."""
+"""The only way to change a graph: every step is checked, recorded as provenance, and can be taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 import vacc_opt.ir.infer_rules  # noqa: F401 - registers the type rules
 from vacc_opt.ir import ops
-from vacc_opt.ir.errors import CheckError, did_you_mean
 from vacc_opt.ir.graph import Graph, Node, Value
-from vacc_opt.ir.infer import Result, infer, shape_text
+from vacc_opt.ir.infer import Elements, Result, infer
 from vacc_opt.ir.provenance import Provenance, merge
+from vacc_opt.ir.schema import RewriteError, check_schema
 from vacc_opt.ir.tensor import Literal, TensorExpr
 from vacc_opt.ir.types import Dim, Shape, TensorType
+from vacc_opt.ir.verify import type_problem
+
+__all__ = ["Application", "ApplicationLimit", "OpBuilder", "RewriteError", "Rewriter"]
 
 
-class RewriteError(CheckError):
-    """A rewrite asked for something that would make the graph invalid."""
+class Application(NamedTuple):
+    """One application of a rule in a run: the ``index``-th (from 1), by ``rule``, to the node that makes ``root``."""
+
+    index: int  # type: ignore[assignment]  # the method of tuples is of no use here
+    rule: str
+    root: str
+    provenance: Provenance
+
+    @property
+    def where(self) -> str:
+        """Module and source line of the root."""
+        return self.provenance.where()
+
+
+class ApplicationLimit(Exception):
+    """Raised instead of an application that the limit of the run does not allow; no error, so no VaccError."""
 
 
 class OpBuilder:
@@ -39,52 +55,130 @@ class OpBuilder:
         return build
 
 
+class _Applying:
+    """The context manager of one application; an object, because a generator costs as much as a small rewrite."""
+
+    __slots__ = ("_rule", "_rw", "_sources")
+
+    def __init__(self, rw: Rewriter, sources: Sequence[Node], rule: str) -> None:
+        self._rw, self._sources, self._rule = rw, sources, rule
+
+    def __enter__(self) -> None:
+        self._rw._begin(self._sources, self._rule)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._rw._commit()
+        else:
+            self._rw._abort()
+
+
+# how to take a step back, and with which arguments behind the graph
+Undo = tuple[Callable[..., object], *tuple[Any, ...]]
+
+
 class Rewriter:
     """Checked mutation of one graph on behalf of one pass.
 
-    ``modified`` counts the changes; ``changed`` holds the nodes made or rewired since the last :meth:`take_changed`,
-    which is what a worklist driver visits next.
+    Args:
+        graph: the graph to change.
+        by: the pass, for provenance and messages.
+        limit: the largest number of applications; the next one raises ApplicationLimit.
+
+    ``modified`` counts the changes; ``made`` lists the nodes that the present application made, or the last one when
+    there is none; :meth:`take_changed` gives the nodes made or rewired since its last call, which is what a worklist
+    driver visits next.
     """
 
-    def __init__(self, graph: Graph, by: str = "") -> None:
+    def __init__(self, graph: Graph, by: str = "", *, limit: int | None = None) -> None:
         self.graph = graph
         self.by = by
-        self.modified = 0
+        self.limit = limit
+        self.applications: list[Application] = []
+        self.made: list[Node] = []
         self.op = OpBuilder(self)
         self.vastai = OpBuilder(self, ops.DOMAIN)
-        self._journal: list[Callable[[], None]] | None = None
-        self._sources: tuple[Node, ...] = ()
+        self._journal: list[Undo] = []
+        self._names = graph._counter
+        self._sources: Sequence[Node] = ()
+        self._provenance: Provenance | None = None  # of the nodes that the present application makes
         self._changed: dict[Node, None] = {}
-        self._made: dict[Node, None] = {}  # by the present application
+        self._unchecked: dict[Node, None] = {}  # nodes whose operands or attributes may not fit any more
+        self._begun: tuple[int, int, int] | None = None  # sizes of the journal and _changed, and the counter of names
+
+    @property
+    def modified(self) -> int:
+        """Number of changes since the rewriter was made, those taken back not counted."""
+        return len(self._journal)
 
     # transactions and provenance
 
-    @contextmanager
-    def applying(self, sources: Sequence[Node] = ()) -> Iterator[None]:
-        """One application of a rule: new nodes inherit ``sources``' provenance, an exception undoes everything."""
-        if self._journal is not None:
+    def applying(self, sources: Sequence[Node] = (), rule: str = "") -> _Applying:
+        """One application of ``rule`` (default: the pass): new nodes inherit ``sources``' provenance.
+
+        An exception inside undoes everything. At the end, nodes whose operands or attributes were changed must still
+        have the types that their operator gives.
+
+        Raises:
+            RewriteError: applications nest, or a changed node does not fit; the graph is as it was.
+            ApplicationLimit: ``limit`` applications have been made.
+        """
+        return _Applying(self, sources, rule)
+
+    def _begin(self, sources: Sequence[Node], rule: str) -> None:
+        if self._begun is not None:
             raise RewriteError(f"{self.by}: a rewrite is already being applied")
-        self._journal, self._sources, self._made = [], tuple(sources), {}
-        before = self.modified
-        try:
-            yield
-        except BaseException:
-            for undo in reversed(self._journal):
-                undo()
-            self.modified = before
-            self._changed.clear()
-            raise
-        finally:
-            self._journal, self._sources = None, ()
+        index = len(self.applications)
+        if index == self.limit:
+            raise ApplicationLimit(f"{self.by}: {index} applications are made")
+        root = sources[0] if sources else None
+        name, provenance = (root.outputs[0].name, root.provenance) if root is not None else ("", _NOWHERE)
+        self.applications.append(Application(index + 1, rule or self.by, name, provenance))
+        self._begun = len(self._journal), len(self._changed), self.graph._counter
+        self._sources, self._provenance, self.made = sources, None, []
+        self._unchecked.clear()
+
+    def _commit(self) -> None:
+        assert self._begun is not None
+        for node in self._unchecked:
+            problem = type_problem(self.graph, node) if node in self.graph else None
+            if problem is not None:
+                self._abort()
+                raise RewriteError(f"{self.by}: {problem}")
+        if len(self._journal) == self._begun[0]:
+            self.applications.pop()
+        self._begun, self._sources, self._provenance = None, (), None
+
+    def _abort(self) -> None:
+        assert self._begun is not None
+        journal, changed, self.graph._counter = self._begun
+        self._undo_to(journal)
+        self._changed = dict.fromkeys(list(self._changed)[:changed])
+        self.applications.pop()
+        self._begun, self._sources, self._provenance, self.made = None, (), None, []
+
+    def rollback(self) -> None:
+        """Undo everything since the rewriter was made: the graph has the same text, order and names again."""
+        self._undo_to(0)
+        self.graph._counter = self._names
+        self.applications.clear()
+        self._changed.clear()
+        self.made = []
+
+    def _undo_to(self, mark: int) -> None:
+        while len(self._journal) > mark:
+            undo, *arguments = self._journal.pop()
+            undo(self.graph, *arguments)
+        self.graph._settle()
 
     @contextmanager
     def on_behalf_of(self, *sources: Node) -> Iterator[None]:
         """Within an application, let new nodes inherit the provenance of these nodes only."""
-        before, self._sources = self._sources, sources
+        before, self._sources, self._provenance = self._sources, sources, None
         try:
             yield
         finally:
-            self._sources = before
+            self._sources, self._provenance = before, None
 
     def take_changed(self) -> list[Node]:
         """Nodes that were made or rewired since the last call and are still in the graph."""
@@ -92,10 +186,9 @@ class Rewriter:
         self._changed = {}
         return nodes
 
-    def _log(self, undo: Callable[[], None]) -> None:
-        self.modified += 1
-        if self._journal is not None:
-            self._journal.append(undo)
+    def _log(self, *undo: Any) -> None:
+        self.graph.version += 1
+        self._journal.append(undo)
 
     # building
 
@@ -123,16 +216,19 @@ class Rewriter:
         for value in given:
             if value is not None:
                 self._check_own(value, node.op)
-        _check_schema(node, outputs, self.graph.opset, self.by)
+        check_schema(node, outputs, self.graph.opset, self.by)
         stem = name or self._stem(node)
         label = self.graph.fresh_name(stem)
         results = infer(node.op, given, kept, outputs, opset=self.graph.opset, label=label)
         values = [self._value(label if i == 0 else f"{label}_{i}", r) for i, r in enumerate(results)]
         node.name = label
-        node.provenance = merge((s.provenance for s in self._sources), self.by)
-        self.graph._add_node(node, values)
-        self._changed[node] = self._made[node] = None
-        self._log(lambda: self.graph._remove_node(node))
+        if self._provenance is None:
+            self._provenance = merge([s.provenance for s in self._sources], self.by)
+        node.provenance = self._provenance
+        self.graph._add_node(node, values, gap=1)
+        self._changed[node] = None
+        self.made.append(node)
+        self._log(Graph._remove_node, node)
         return node
 
     def _check_own(self, value: Value, user: str) -> None:
@@ -152,7 +248,7 @@ class Rewriter:
         expr = data if isinstance(data, TensorExpr) else Literal(np.array(data, dtype=dtype))
         value = Value(self.graph.fresh_name(name), expr.type, expr)
         self.graph._add_value(value)
-        self._log(lambda: self.graph._remove_value(value))
+        self._log(Graph._remove_value, value)
         return value
 
     def shared_const(self, data: npt.NDArray[Any], name: str) -> Value:
@@ -182,27 +278,27 @@ class Rewriter:
             return
         self._check_own(new, "a replacement")
         self._check_types(old, new)
-        self._check_order(old, new)
+        self._check_order([node for node, _ in old.uses], new, f"{old.name!r} and cannot replace it")
         for name in self.graph.output_names(old):
             self.set_output(name, new)
         for node, position in list(old.uses):
-            self.set_input(node, position, new)
+            self._rewire(node, position, old, new)
         if old.producer is not None:
             self.erase_dead(old.producer)
         elif old.const is not None and not self.graph.use_count(old):
             self._erase_const(old)
 
-    def _check_order(self, old: Value, new: Value) -> None:
-        # nodes older than the application are left to the verifier: a search through all of them costs the graph
-        pending, seen = [new], {new}
-        while pending:
-            value = pending.pop()
-            if value is old:
-                raise RewriteError(f"{self.by}: {new.name!r} is computed from {old.name!r} and cannot replace it")
-            if value.producer in self._made:
-                fresh = [v for v in value.producer.inputs if v is not None and v not in seen]
-                seen.update(fresh)
-                pending += fresh
+    def _check_order(self, users: Iterable[Node], value: Value, what: str) -> None:
+        """Let ``value`` be computed before ``users``; refused when it is computed from one of them."""
+        producer = value.producer
+        if producer is None:
+            return
+        late = [user for user in users if user.place <= producer.place]
+        if late:
+            moved = self.graph._lift(late, producer)
+            if moved is None:
+                raise RewriteError(f"{self.by}: {value.name!r} is computed from {what}")
+            self._log(Graph._restore_places, moved)
 
     def _check_types(self, old: Value, new: Value) -> None:
         if old.type.dtype is not new.type.dtype or not _fits(old.type.shape, new.type.shape):
@@ -212,33 +308,43 @@ class Rewriter:
 
     def set_type(self, value: Value, type: TensorType) -> None:
         """Refine the type of a value."""
-        before = value.type
+        self._log(_restore_type, value, value.type, value.elements)
         value.type = type
-        self._log(lambda: setattr(value, "type", before))
+        self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_input(self, node: Node, position: int, value: Value) -> None:
-        """Let one operand of ``node`` be ``value``."""
+        """Let one operand of ``node`` be ``value``.
+
+        Raises:
+            RewriteError: ``value`` is not in the graph, or is computed from ``node``.
+        """
         self._check_own(value, node.op)
+        self._check_order((node,), value, f"{node.output.name!r} and cannot be its operand")
         before = node.inputs[position]
-        self.graph._set_input(node, position, value)
+        self._rewire(node, position, before, value)
+        if before is None or before.type != value.type:
+            self._unchecked[node] = None
+
+    def _rewire(self, node: Node, position: int, before: Value | None, value: Value) -> None:
+        stamp = self.graph._set_input(node, position, value)
         self._changed[node] = None
         if before is not None and before.producer is not None:
             self._changed[before.producer] = None
-        self._log(lambda: self.graph._set_input(node, position, before))
+        self._journal.append((Graph._restore_use, node, position, before, stamp))
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
-        """Change one attribute of a node; the operator's rule sees it at the next inference."""
-        before = node.attributes
-        node.attributes = {**before, name: _plain(value)}
-        self._log(lambda: setattr(node, "attributes", before))
-        _check_schema(node, len(node.outputs), self.graph.opset, self.by)
+        """Change one attribute of ``node``, whose types must still hold at the end of the application."""
+        self._log(_restore_slot, node, "attributes", node.attributes)
+        node.attributes = {**node.attributes, name: _plain(value)}
+        self._changed[node] = self._unchecked[node] = None
+        check_schema(node, len(node.outputs), self.graph.opset, self.by)
 
     def set_output(self, name: str, value: Value) -> None:
         """Let the interface output ``name`` be ``value``; a new name is appended."""
         self._check_own(value, f"the output {name!r}")
         before = self.graph.outputs.get(name)
         self.graph._set_output(name, value)
-        self._log(lambda: self.graph._set_output(name, before))
+        self._log(Graph._set_output, name, before)
 
     def erase_dead(self, *nodes: Node) -> int:
         """Remove those nodes that nothing reads, and what only they kept alive; gives the number removed."""
@@ -258,14 +364,11 @@ class Rewriter:
         return removed
 
     def _erase(self, node: Node) -> None:
-        outputs = node.outputs
-        self.graph._remove_node(node)
-        self._changed.pop(node, None)
-        self._log(lambda: self.graph._add_node(node, outputs))
+        self._journal.append((Graph._restore_node, node, self.graph._remove_node(node)))
 
     def _erase_const(self, value: Value) -> None:
         self.graph._remove_value(value)
-        self._log(lambda: self.graph._add_value(value))
+        self._log(Graph._restore_value, value)
 
     def erase_unused_constants(self) -> None:
         """Remove constants that nothing reads."""
@@ -291,28 +394,22 @@ class Rewriter:
             raise RewriteError(f"{self.by}: the name {name!r} of a new input is taken")
         value = Value(name, type)
         self.graph._add_input(value)
-        self._log(lambda: self.graph._remove_input(value))
+        self._log(Graph._remove_input, value)
         return value
 
     def drop_output(self, name: str) -> None:
         """Remove an output from the interface."""
         before, order = self.graph.outputs[name], list(self.graph.outputs)
         self.graph._set_output(name, None)
-
-        def undo() -> None:
-            self.graph._set_output(name, before)
-            self.graph.outputs = {n: self.graph.outputs[n] for n in order}
-
-        self._log(undo)
+        self._log(Graph._restore_output, name, before, order)
 
     def remove_input(self, value: Value) -> None:
         """Remove an input that nothing reads any more."""
         if self.graph.use_count(value):
             readers = ", ".join(n.op for n in value.users()[:3])
             raise RewriteError(f"{self.by}: input {value.name!r} is still read by {readers or 'an output'}")
-        position = self.graph.inputs.index(value)
-        self.graph._remove_input(value)
-        self._log(lambda: self.graph._add_input(value, position))
+        position = self.graph._remove_input(value)
+        self._log(Graph._restore_input, value, position)
 
     def infer_again(self) -> None:
         """Infer all types anew, after a change of an input's type or a weight; raises InferenceError on a misfit."""
@@ -323,45 +420,43 @@ class Rewriter:
             found = infer(node.op, node.inputs, node.attributes, len(node.outputs), opset=self.graph.opset, label=label)
             for value, result in zip(node.outputs, found, strict=True):
                 if value.type != result.type or value.elements != result.elements:
-                    self._retype(value, result)
-
-    def _retype(self, value: Value, result: Result) -> None:
-        before = Result(value.type, value.elements)
-        value.type, value.elements = result.type, result.elements
-
-        def undo() -> None:
-            value.type, value.elements = before.type, before.elements
-
-        self._log(undo)
+                    self._log(_restore_type, value, value.type, value.elements)
+                    value.type, value.elements = result.type, result.elements
+        self._unchecked.clear()
 
     def set_const(self, value: Value, expr: TensorExpr) -> None:
         """Let a constant hold another expression, of another type too; :meth:`infer_again` follows."""
-        before, type_before = value.const, value.type
+        self._log(_restore_type, value, value.type, value.elements)
+        self._log(_restore_slot, value, "const", value.const)
         value.const, value.type, value.elements = expr, expr.type, None
-
-        def undo() -> None:
-            value.const, value.type = before, type_before
-
-        self._log(undo)
+        self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_ranks(self, ranks: int) -> None:
         """Make the graph one for so many ranks."""
-        before = self.graph.ranks
+        self._log(setattr, "ranks", self.graph.ranks)
         self.graph.ranks = ranks
-        self._log(lambda: setattr(self.graph, "ranks", before))
 
     def raise_opset(self, opset: int) -> None:
         """Import at least this version of the standard operators (23 to 24 only adds types and inputs)."""
-        before = self.graph.opset
-        if before < opset:
+        if self.graph.opset < opset:
+            self._log(setattr, "opset", self.graph.opset)
             self.graph.opset = opset
-            self._log(lambda: setattr(self.graph, "opset", before))
 
     def touch(self, node: Node, provenance: Provenance | None = None) -> None:
         """Record that this pass changed ``node`` in place."""
-        before = node.provenance
-        node.provenance = provenance or merge([before], self.by)
-        self._log(lambda: setattr(node, "provenance", before))
+        self._log(_restore_slot, node, "provenance", node.provenance)
+        node.provenance = provenance or merge([node.provenance], self.by)
+
+
+_NOWHERE = Provenance()
+
+
+def _restore_type(graph: Graph, value: Value, type: TensorType, elements: Elements | None) -> None:
+    value.type, value.elements = type, elements
+
+
+def _restore_slot(graph: Graph, target: Node | Value, slot: str, before: object) -> None:
+    setattr(target, slot, before)
 
 
 def _plain(value: Any) -> Any:
@@ -387,72 +482,3 @@ def _more_known(old: Shape | None, new: Shape | None) -> bool:
     if new is None:
         return old is not None
     return old is not None and any("." in str(n) and "." not in str(o) for o, n in zip(old, new, strict=True))
-
-
-@cache
-def _standard_schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
-    try:
-        return onnx.defs.get_schema(op_type, opset)
-    except onnx.defs.SchemaError:
-        names = {s.name for s in onnx.defs.get_all_schemas()}
-        if op_type in names:
-            newest = onnx.defs.get_schema(op_type).since_version
-            raise RewriteError(
-                f"{op_type} is an operator of opset {newest}, the graph imports {opset}",
-                f"call rw.raise_opset({newest}) first",
-            ) from None
-        raise RewriteError(f"ONNX has no operator {op_type!r} at opset {opset}", did_you_mean(op_type, names)) from None
-
-
-def _check_schema(node: Node, outputs: int, opset: int, by: str) -> None:
-    """Arity and attribute names against the declaration of the operator."""
-    count = len(node.inputs)
-    if node.domain == ops.DOMAIN:
-        op = ops.get(node.op_type)
-        if op is None:
-            raise RewriteError(f"{by}: no operator Vastai::{node.op_type}", did_you_mean(node.op_type, ops.OPS))
-        low = high = len(op.inputs)
-        allowed, most = {a for a, _ in op.attributes}, len(op.outputs)
-    else:
-        schema = _standard_schema(node.op_type, opset)
-        _check_attributes(node, schema, by)
-        low, high, most = schema.min_input, schema.max_input, schema.max_output
-        allowed = set(schema.attributes)
-    if not low <= count <= high:
-        wanted = str(low) if low == high else f"{low} to {high}"
-        raise RewriteError(f"{by}: {node.op} takes {wanted} inputs, got {count}")
-    if outputs > most:
-        raise RewriteError(f"{by}: {node.op} has at most {most} outputs, {outputs} were asked for")
-    for name in node.attributes:
-        if name not in allowed:
-            raise RewriteError(f"{by}: {node.op} has no attribute {name!r}", did_you_mean(name, allowed or {"(none)"}))
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "INT": (int,),
-    "FLOAT": (float,),
-    "STRING": (str, bytes),
-    "TENSOR": (np.ndarray,),
-    "INTS": (int,),
-    "FLOATS": (float,),
-    "STRINGS": (str, bytes),
-}
-
-
-def _check_attributes(node: Node, schema: onnx.defs.OpSchema, by: str) -> None:
-    """Required attributes are there, and each has the declared type."""
-    for name, declared in schema.attributes.items():
-        if name not in node.attributes:
-            if declared.required:
-                raise RewriteError(f"{by}: {node.op} needs the attribute {name!r}")
-            continue
-        kind, value = declared.type.name, node.attributes[name]
-        items = value if kind.endswith("S") and isinstance(value, tuple) else (value,)
-        listed = kind.endswith("S") == isinstance(value, tuple)
-        if kind in _KINDS and not (listed and all(isinstance(i, _KINDS[kind]) for i in items)):
-            raise RewriteError(f"{by}: attribute {name!r} of {node.op} is {value!r}, {kind.lower()} is expected")
-
-
-def describe(value: Value) -> str:
-    """``name float[batch,4]`` for messages."""
-    return f"{value.name} {value.type.dtype.value}{shape_text(value.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import networkx as nx
 
 from vacc_opt.ir.errors import CheckError
-from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.graph import Graph, Node
 from vacc_opt.ir.infer import InferenceError, infer, shape_text
 from vacc_opt.ir.tensor import PerRank
 
@@ -63,21 +63,26 @@ def _uses(graph: Graph) -> Iterator[str]:
                 yield f"{name!r} lists a use by {user!r} that does not exist"
 
 
+def type_problem(graph: Graph, node: Node) -> str | None:
+    """What the operator's type rule says against the types of a node, if anything; foreign operators have no rule."""
+    label = node.output.name
+    try:
+        found = infer(node.op, node.inputs, node.attributes, len(node.outputs), opset=graph.opset, label=label)
+    except InferenceError as error:
+        return error.message if _has_rule(node.op) else None
+    for value, result in zip(node.outputs, found, strict=True):
+        if value.type.dtype is not result.type.dtype:
+            return f"{value.name!r} is {value.type.dtype.value}, {node.op} gives {result.type.dtype.value}"
+        if not _agree(value.type.shape, result.type.shape):
+            return f"{value.name!r} is {shape_text(value.shape)}, {node.op} gives {shape_text(result.type.shape)}"
+    return None
+
+
 def _types(graph: Graph) -> Iterator[str]:
     for node in graph.nodes():
-        try:
-            found = infer(
-                node.op, node.inputs, node.attributes, len(node.outputs), opset=graph.opset, label=node.output.name
-            )
-        except InferenceError as error:
-            if _has_rule(node.op):
-                yield error.message
-            continue
-        for value, result in zip(node.outputs, found, strict=True):
-            if value.type.dtype is not result.type.dtype:
-                yield f"{value.name!r} is {value.type.dtype.value}, {node.op} gives {result.type.dtype.value}"
-            elif not _agree(value.type.shape, result.type.shape):
-                yield f"{value.name!r} is {shape_text(value.shape)}, {node.op} gives {shape_text(result.type.shape)}"
+        problem = type_problem(graph, node)
+        if problem is not None:
+            yield problem
     for value in graph.constants():
         if value.const is not None and value.const.type != value.type:
             yield f"constant {value.name!r} is {value.type}, its expression {value.const.type}"
