@@ -61,6 +61,7 @@ def export_checkpoint(
     """
     from vacc_opt.frontends.skeleton import export_skeleton
     from vacc_opt.ir.onnx_proto import from_onnx
+    from vacc_opt.ir.origins import name_origins
     from vacc_opt.ir.provenance import Provenance
 
     report = progress or (lambda stage: None)
@@ -79,6 +80,7 @@ def export_checkpoint(
             "parameters": str(checkpoint.parameters),
         },
     )
+    name_origins(graph)
     graph.name = str(checkpoint.config["model_type"])
     return graph
 

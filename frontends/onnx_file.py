@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.onnx_proto import from_onnx
+from vacc_opt.ir.onnx_proto import FORMULA_KEY, from_onnx, stored_provenance
 from vacc_opt.ir.ops import DOMAIN
+from vacc_opt.ir.origins import name_origins
 from vacc_opt.ir.tensor import Source, TensorExpr
 from vacc_opt.ir.types import DType
 
@@ -26,19 +27,23 @@ _INLINE_BYTES = 4096  # initializers up to this size become values
 def load_onnx(path: str | os.PathLike[str]) -> Graph:
     """The graph of an .onnx file; external data and large initializers become file references and are not read.
 
-    Functions of other domains than ``Vastai`` are inlined, opsets below 18 raised. Raises UserError for a missing,
-    damaged or truncated file, and for external data that is missing, too short, or outside the model's directory.
+    Functions of other domains than ``Vastai`` are inlined, opsets below 18 raised. Where the file does not say where
+    a node or weight comes from, its name does. Raises UserError for a missing, damaged or truncated file, and for
+    external data that is missing, too short, or outside the model's directory.
     """
     file = _existing(Path(path))
     model = _parse(file)
     constants = _constants(model, file)
+    origins = {t.name: stored_provenance(t) for t in model.graph.initializer if t.name in constants}
     for tensor in [t for t in model.graph.initializer if t.name in constants]:
         model.graph.initializer.remove(tensor)
     declared = {info.name for info in model.graph.input}
     for name, expr in constants.items():
         if name not in declared:
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, expr.dtype.onnx, expr.shape))
-    return from_onnx(_raise_opset(_inline(model), file), constants)
+    graph = from_onnx(_raise_opset(_inline(model), file), constants, origins)
+    name_origins(graph)
+    return graph
 
 
 def _existing(path: Path) -> Path:
@@ -74,8 +79,14 @@ def _constants(model: onnx.ModelProto, file: Path) -> dict[str, TensorExpr]:
                 found[tensor.name] = _external(tensor, file)
             elif len(tensor.raw_data) > _INLINE_BYTES:
                 # equal bytes are an equal weight, so the first place that holds them is as good as the tensor's own
-                found[tensor.name] = Source(str(file), content.find(tensor.raw_data), *_type(tensor, file))
+                at = content.find(tensor.raw_data)
+                found[tensor.name] = Source(str(file), at, *_type(tensor, file), _formula(tensor))
     return found
+
+
+def _formula(tensor: onnx.TensorProto) -> str:
+    """What a tensor is called: what we once wrote that it was made of, else its name."""
+    return next((str(p.value) for p in tensor.metadata_props if p.key == FORMULA_KEY), str(tensor.name))
 
 
 def _type(tensor: onnx.TensorProto, file: Path) -> tuple[str, tuple[int, ...]]:
@@ -111,7 +122,7 @@ def _external(tensor: onnx.TensorProto, file: Path) -> Source:
             f"{data}: truncated: weight {tensor.name} ends at byte {offset + length}, the file has {size}",
             "write or download the file again",
         )
-    return Source(str(data), offset, dtype, dims)
+    return Source(str(data), offset, dtype, dims, _formula(tensor))
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -24,7 +24,7 @@ def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
     for value in graph.values.values():
         if value.const is not None:
             made[value] = Value(value.name, value.type, value.const)
-            made[value].elements = value.elements
+            made[value].elements, made[value].provenance = value.elements, value.provenance
             result._add_value(made[value])
     for node in graph.nodes():
         _copy_node(node, result, made, sizes)
@@ -65,7 +65,7 @@ def extract(graph: Graph, nodes: Iterable[Node], name: str, keep: Iterable[Value
             if value is None or value in made or value.producer in inside:
                 continue
             made[value] = Value(value.name, value.type, value.const)
-            made[value].elements = value.elements
+            made[value].elements, made[value].provenance = value.elements, value.provenance
             (result._add_input if value.const is None else result._add_value)(made[value])
         _copy_node(node, result, made, None)
     for node in ordered:

@@ -18,10 +18,11 @@ from vacc_opt.ir.infer import InferenceError, Result, infer, make_attribute, typ
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.tensor import Literal, TensorExpr
 from vacc_opt.ir.types import Dim, DType, TensorType
+from vacc_opt.ir.weights import formula
 
 IR_VERSION = 10
 INLINE_ELEMENTS = 16  # literals up to this size stand inside the model, larger constants go by reference
-PROVENANCE_KEY = "vacc_opt.provenance"
+PROVENANCE_KEY, FORMULA_KEY = "vacc_opt.provenance", "vacc_opt.formula"  # in metadata_props of nodes and weights
 OUTPUT_PREFIX = "output/"  # names of Identity nodes that stand for a second name of a value
 External = Callable[[Value], tuple[str, int, int]]
 
@@ -40,7 +41,7 @@ def from_onnx(
     Args:
         model: the model; initializers with data inside become literals.
         constants: expression of each weight, by the name of the input or initializer that stands for it.
-        provenance: where nodes come from, by the name of a value that the node makes.
+        provenance: where nodes and constants come from, by the name of the constant or of a value that the node makes.
         metadata: facts that travel with the graph.
 
     Raises:
@@ -52,16 +53,17 @@ def from_onnx(
     graph.metadata = {p.key: p.value for p in model.metadata_props if not p.key.startswith("onnxsim.")}
     graph.metadata.update(metadata or {})
     graph.ranks = int(graph.metadata.pop("ranks", "1"))
+    sources = dict(provenance or {})
     for tensor in model.graph.initializer:
         if tensor.name not in constants:
             constants[tensor.name] = _literal(tensor)
+            sources.setdefault(tensor.name, stored_provenance(tensor))
     for info in model.graph.input:
         if info.name not in constants:
             graph._add_input(Value(info.name, type_from_proto(info.type, info.name)))
     for name, expr in constants.items():
-        graph._add_value(Value(name, expr.type, expr))
+        _add_constant(graph, name, expr, sources.get(name))
     known = {i.name: i.type for i in (*model.graph.value_info, *model.graph.output) if i.type.tensor_type.elem_type}
-    sources = dict(provenance or {})
     read = {name for proto in model.graph.node for name in proto.input}
     renamed: dict[str, str] = {}  # outputs that to_onnx named by an Identity
     for proto in model.graph.node:
@@ -80,6 +82,12 @@ def from_onnx(
     return graph
 
 
+def _add_constant(graph: Graph, name: str, expr: TensorExpr, provenance: Provenance | None) -> None:
+    value = Value(name, expr.type, expr)
+    value.provenance = provenance or Provenance()
+    graph._add_value(value)
+
+
 def _literal(tensor: onnx.TensorProto) -> Literal:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise UserError(f"weight {tensor.name!r} is stored outside the model, and no file was given for it")
@@ -95,8 +103,8 @@ def _import_node(
     label = proto.output[0] if proto.output else proto.name
     attributes = {a.name: _attribute(a, label) for a in proto.attribute}
     if proto.op_type == "Constant" and not proto.domain:
-        expr = _constant(attributes, label)
-        graph._add_value(Value(proto.output[0], expr.type, expr))
+        found = sources.get(proto.output[0]) or stored_provenance(proto)
+        _add_constant(graph, proto.output[0], _constant(attributes, label), found)
         return
     inputs: list[Value | None] = []
     for name in proto.input:
@@ -105,7 +113,7 @@ def _import_node(
         inputs.append(graph.values[name] if name else None)
     while inputs and inputs[-1] is None:
         inputs.pop()
-    origin = next((sources[o] for o in proto.output if o in sources), None) or _stored_provenance(proto)
+    origin = next((sources[o] for o in proto.output if o in sources), None) or stored_provenance(proto)
     node = Node(proto.op_type, inputs, attributes, domain=_domain(proto.domain), name=proto.name, provenance=origin)
     names = list(proto.output)
     while len(names) > 1 and not names[-1]:
@@ -169,7 +177,8 @@ def _constant(attributes: Mapping[str, Any], label: str) -> Literal:
     raise UserError(f"constant {label!r} has none of the supported forms")
 
 
-def _stored_provenance(proto: onnx.NodeProto) -> Provenance:
+def stored_provenance(proto: onnx.NodeProto | onnx.TensorProto) -> Provenance:
+    """What :func:`to_onnx` wrote of a node or an initializer; empty when a model is not ours."""
     for prop in proto.metadata_props:
         if prop.key == PROVENANCE_KEY:
             return provenance_from_json(prop.value)
@@ -190,14 +199,17 @@ def provenance_from_json(text: str) -> Provenance:
 # Graph -> ONNX
 
 
-def to_onnx(graph: Graph, external: External | None = None, *, provenance: bool = True) -> onnx.ModelProto:
+def to_onnx(
+    graph: Graph, external: External | None = None, *, provenance: bool = True, rank: int = 0
+) -> onnx.ModelProto:
     """The graph as a model; output values take their interface names.
 
     Args:
         graph: any graph; collectives are written as bare ``Vastai`` nodes.
         external: where a large constant lies, as (location, offset, length); without it such constants appear only
             as typed names (a skeleton).
-        provenance: write each node's provenance into its ``metadata_props``.
+        provenance: write the provenance of nodes and constants, and the formulas of weights, as ``metadata_props``.
+        rank: whose weights ``external`` places.
     """
     names = export_names(graph)
     nodes = [_export_node(node, names, provenance) for node in graph.nodes()]
@@ -215,6 +227,9 @@ def to_onnx(graph: Graph, external: External | None = None, *, provenance: bool 
             initializers.append(_external_tensor(names[value], value.type, external(value)))
         else:
             infos.append(_info(names[value], value.type))
+            continue
+        if provenance:
+            _describe(initializers[-1], value, rank)
     outputs = [_info(name, value.type) for name, value in graph.outputs.items()]
     proto = helper.make_graph(
         nodes,
@@ -265,10 +280,17 @@ def _export_node(node: Node, names: Mapping[Value, str], provenance: bool) -> on
         domain=node.domain or None,
     )
     proto.attribute.extend(make_attribute(k, v) for k, v in sorted(node.attributes.items()))
-    if provenance and (node.provenance.origins or node.provenance.passes):
-        prop = proto.metadata_props.add()
-        prop.key, prop.value = PROVENANCE_KEY, provenance_to_json(node.provenance)
+    if provenance and node.provenance != Provenance():
+        proto.metadata_props.add(key=PROVENANCE_KEY, value=provenance_to_json(node.provenance))
     return proto
+
+
+def _describe(tensor: onnx.TensorProto, value: Value, rank: int) -> None:
+    assert value.const is not None
+    if value.provenance != Provenance():
+        tensor.metadata_props.add(key=PROVENANCE_KEY, value=provenance_to_json(value.provenance))
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        tensor.metadata_props.add(key=FORMULA_KEY, value=formula(value.const.rank(rank)))
 
 
 def _info(name: str, type: TensorType) -> onnx.ValueInfoProto:

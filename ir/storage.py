@@ -142,7 +142,7 @@ def save_onnx(
     try:
         written = write_safetensors(weights_part, tensors) if offsets is None and tensors else None
         places = dict(offsets or written or {})
-        model = to_onnx(graph, lambda v: (location, places[v.name], tensors[v.name].nbytes))
+        model = to_onnx(graph, lambda v: (location, places[v.name], tensors[v.name].nbytes), rank=rank)
         model_part.write_bytes(model.SerializeToString(deterministic=True))
         if written is not None:
             weights_part.replace(path.with_name(location))

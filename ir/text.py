@@ -48,10 +48,12 @@ def to_text(graph: Graph) -> str:
         if not _inline(value.const):
             lines.append(f'# const "{names[value]}" = {value.const}')
             _drop_initializer(model, names[value])
+    sources = [(node.output, node.provenance) for node in graph.nodes()]
+    sources += [(value, value.provenance) for value in graph.constants()]
     lines += [
-        f'# from "{names[node.output]}" = {provenance_to_json(node.provenance)}'
-        for node in graph.nodes()
-        if node.provenance != Provenance()
+        f'# from "{names[value]}" = {provenance_to_json(provenance)}'
+        for value, provenance in sources
+        if provenance != Provenance()
     ]
     body: str = onnx.printer.to_text(model)
     return body.rstrip() + "\n" + "".join(line + "\n" for line in lines)
