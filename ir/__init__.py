@@ -4,6 +4,7 @@ from vacc_opt.ir.errors import CheckError, UserError, VaccError
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.onnx_proto import from_onnx, to_onnx
 from vacc_opt.ir.provenance import Origin, Provenance
+from vacc_opt.ir.seeded import Seeded
 from vacc_opt.ir.tensor import Literal, PerRank, Source, TensorExpr
 from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
 
@@ -17,6 +18,7 @@ __all__ = [
     "Origin",
     "PerRank",
     "Provenance",
+    "Seeded",
     "Shape",
     "Source",
     "SymbolicDim",

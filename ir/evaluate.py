@@ -25,11 +25,18 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 
-def open_session(model: bytes, weights: Mapping[str, Array] | None = None, *, threads: int = 1) -> Any:
-    """An onnxruntime InferenceSession on the CPU, with large initializers taken from ``weights`` without a copy."""
+def open_session(
+    model: bytes, weights: Mapping[str, Array] | None = None, *, threads: int = 1, optimize: bool = True
+) -> Any:
+    """An onnxruntime InferenceSession on the CPU, with large initializers taken from ``weights`` without a copy.
+
+    Without ``optimize`` every node is computed as it stands, so that equal nodes give equal bits in any graph.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -49,7 +56,7 @@ def open_session(model: bytes, weights: Mapping[str, Array] | None = None, *, th
 class _Part:
     """One stage of one rank: the nodes between two rows of collectives."""
 
-    def __init__(self, graph: Graph, rank: int, weights: Mapping[str, Array], threads: int) -> None:
+    def __init__(self, graph: Graph, rank: int, weights: Mapping[str, Array], threads: int, optimize: bool) -> None:
         self.inputs = [v.name for v in graph.inputs]
         self.outputs = list(graph.outputs)
         used = {n: weights[n] for n in stored_tensors(graph, rank)}
@@ -57,7 +64,7 @@ class _Part:
         self._session = None
         if len(graph):
             model = to_onnx(graph, lambda v: ("in-memory", 0, weights[v.name].nbytes), provenance=False)
-            self._session = open_session(model.SerializeToString(), used, threads=threads)
+            self._session = open_session(model.SerializeToString(), used, threads=threads, optimize=optimize)
 
     def run(self, values: MutableMapping[str, Array], in_place: Mapping[str, str]) -> None:
         """Compute the outputs into ``values``; an output in ``in_place`` is written into its input's buffer."""
@@ -92,6 +99,7 @@ class Executable:
         threads: threads of each session (1: default sessions open one pool each, 369 threads for 3 ranks of a model).
         in_place: graph output -> graph input whose buffer receives it (the KV cache).
         weights: already read weights of each rank by value name, else they are read from the expressions.
+        optimize: let onnxruntime rewrite the graph; without, every node is computed as it stands.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Executable:
         threads: int = 1,
         in_place: Mapping[str, str] | None = None,
         weights: Sequence[Mapping[str, Array]] | None = None,
+        optimize: bool = True,
     ) -> None:
         self.graph = graph
         # a stage knows its outputs by the names of values
@@ -109,7 +118,8 @@ class Executable:
         self._stages = _split(graph)
         loaded = weights if weights is not None else read_weights(graph)
         self._parts = [
-            [_Part(stage, rank, loaded[rank], threads) for rank in range(graph.ranks)] for stage, _ in self._stages
+            [_Part(stage, rank, loaded[rank], threads, optimize) for rank in range(graph.ranks)]
+            for stage, _ in self._stages
         ]
 
     def run(self, feeds: Feeds, per_rank: Sequence[Feeds] | None = None) -> list[dict[str, Array]]:

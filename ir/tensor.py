@@ -28,8 +28,14 @@ Index = tuple[slice, ...]
 ROWS_PER_TILE = 1024  # rows of a weight held at once while its scales are computed
 
 
+_CLASSES: dict[str, type[TensorExpr]] = {}
+
+
 class TensorExpr(ABC):
     """A constant tensor that has not been read yet."""
+
+    def __init_subclass__(cls) -> None:
+        _CLASSES[cls.__name__] = cls  # text knows every kind of expression
 
     @property
     @abstractmethod
@@ -449,12 +455,6 @@ def _print(item: object, named: bool) -> str:
         inner = ", ".join(_print(i, named) for i in item)
         return f"({inner},)" if len(item) == 1 else f"({inner})"
     return item._text(named) if isinstance(item, TensorExpr) else repr(item)
-
-
-_CLASSES: dict[str, type[TensorExpr]] = {
-    c.__name__: c
-    for c in (Source, Gguf, Sliced, Concatenated, Transposed, Taken, Padded, Casted, Scales, Codes, PerRank)
-}
 
 
 def parse_expr(text: str) -> TensorExpr:
