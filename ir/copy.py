@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.infer import InferenceError, infer
-from vacc_opt.ir.types import SymbolicDim, TensorType, bind_shape
+from vacc_opt.ir.types import SymbolicDim
 
 
 def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
@@ -15,11 +16,13 @@ def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
     >>> copy(Graph("g"), {"seq": 4}).name
     'g'
     """
-    result = Graph(graph.name, opset=graph.opset)
-    result.ranks, result.metadata = graph.ranks, dict(graph.metadata)
+    result = _empty(graph, graph.name)
+    result.metadata = dict(graph.metadata)
+    result.functions = {op: copy(body, sizes) for op, body in graph.functions.items()}
+    result.phases = {name: copy(phase, sizes) for name, phase in graph.phases.items()}
     made: dict[Value, Value] = {}
     for value in graph.inputs:
-        made[value] = Value(value.name, _bound(value.type, sizes))
+        made[value] = Value(value.name, value.type.bind(sizes or {}))
         result._add_input(made[value])
     for value in graph.values.values():
         if value.const is not None:
@@ -56,8 +59,7 @@ def extract(graph: Graph, nodes: Iterable[Node], name: str, keep: Iterable[Value
     """
     inside = dict.fromkeys(nodes)
     kept = set(keep)
-    result = Graph(name, opset=graph.opset)
-    result.ranks = graph.ranks
+    result = _empty(graph, name)
     made: dict[Value, Value] = {}
     ordered = [n for n in graph.nodes() if n in inside]
     for node in ordered:
@@ -72,11 +74,16 @@ def extract(graph: Graph, nodes: Iterable[Node], name: str, keep: Iterable[Value
         for value in node.outputs:
             if value in kept or graph.is_output(value) or any(u not in inside for u, _ in value.uses):
                 result._set_output(value.name, made[value])
+    result.functions = graph.functions
+    result.functions = {op: copy(body) for op, body in called_functions(result).items()}
     return result
 
 
-def _bound(type: TensorType, sizes: Mapping[str, int] | None) -> TensorType:
-    return TensorType(type.dtype, bind_shape(type.shape, sizes)) if sizes else type
+def _empty(graph: Graph, name: str) -> Graph:
+    """A graph of the same operators and ranks."""
+    result = Graph(name, opset=graph.opset)
+    result.ranks, result.domains = graph.ranks, dict(graph.domains)
+    return result
 
 
 def _copy_node(node: Node, into: Graph, made: dict[Value, Value], sizes: Mapping[str, int] | None) -> None:
@@ -88,7 +95,7 @@ def _copy_node(node: Node, into: Graph, made: dict[Value, Value], sizes: Mapping
         name=node.name,
         provenance=node.provenance,
     )
-    values = [Value(v.name, _bound(v.type, sizes)) for v in node.outputs]
+    values = [type(v)(v.name, v.type.bind(sizes or {})) for v in node.outputs]
     for value, old in zip(values, node.outputs, strict=True):
         value.elements = old.elements
     if sizes:
@@ -103,6 +110,6 @@ def _infer_again(node: Node, values: list[Value], opset: int) -> None:
     except InferenceError:
         if "::" not in node.op or node.domain == "Vastai":
             raise
-        return  # a foreign operator keeps its declared type
+        return  # a foreign operator and a call keep their declared type
     for value, result in zip(values, found, strict=True):
         value.type, value.elements = result.type, result.elements

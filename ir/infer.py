@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import TypeProto, helper, numpy_helper
 
+from vacc_opt.ir.attributes import make_node, subgraphs
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.graph import Value
 from vacc_opt.ir.tensor import Literal
-from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
+from vacc_opt.ir.types import Dim, DType, OpaqueType, Shape, SymbolicDim, TensorType
 
 MAX_ELEMENTS = 64  # integer tensors up to this size have their elements followed
+RULES_OPSET = 18  # the oldest whose operators our rules and passes mean; a graph of an older opset is left to ONNX
 Elements = tuple[Dim, ...]
 
 
@@ -146,10 +147,11 @@ def infer(
 ) -> list[Result]:
     """Types of the outputs of a node that is about to be made; raises InferenceError when its inputs do not fit."""
     ctx = Context(op, inputs, attributes, opset, label)
-    if op in RULES:
+    if op in RULES and (opset >= RULES_OPSET or "::" in op):
         found = RULES[op](ctx)
         results = [found] if isinstance(found, Result) else list(found)
-        return results[:outputs]
+        if len(results) >= outputs:
+            return results[:outputs]
     if "::" in op:
         raise InferenceError(f"{label}: no type rule for {op}")
     return _infer_by_onnx(ctx, outputs)
@@ -157,8 +159,7 @@ def infer(
 
 def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
     names = [f"i{n}" if v is not None else "" for n, v in enumerate(ctx.inputs)]
-    node = helper.make_node(ctx.op, names, [f"o{n}" for n in range(outputs)])
-    node.attribute.extend(make_attribute(k, v) for k, v in ctx.attributes.items())
+    node = make_node(("", ctx.op), names, [f"o{n}" for n in range(outputs)], ctx.attributes, names)
     types: dict[str, TypeProto] = {}
     data: dict[str, onnx.TensorProto] = {}
     for name, value in zip(names, ctx.inputs, strict=True):
@@ -168,43 +169,60 @@ def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
         if isinstance(value.const, Literal) and value.const.array.size <= MAX_ELEMENTS:
             data[name] = numpy_helper.from_array(value.const.array, name)
     try:
-        schema = onnx.defs.get_schema(ctx.op, ctx.opset)
-        found = onnx.shape_inference.infer_node_outputs(
-            schema, node, types, data, opset_imports=[helper.make_opsetid("", ctx.opset)], ir_version=10
-        )
+        found = (_infer_with_subgraphs if subgraphs(ctx.attributes) else _infer_plain)(ctx, node, types, data)
     except (onnx.shape_inference.InferenceError, onnx.defs.SchemaError, RuntimeError) as error:
         raise ctx.error(str(error).splitlines()[0]) from error
     results: list[Result] = []
     for n in range(outputs):
         proto = found.get(f"o{n}")
-        if proto is None or not proto.tensor_type.elem_type:
+        if proto is None or not has_type(proto):
             raise ctx.error(f"the type of output {n} cannot be inferred")
         results.append(Result(type_from_proto(proto, f"{ctx.label}.{n}")))
     return results
 
 
-def make_attribute(name: str, value: Any) -> onnx.AttributeProto:
-    """An ONNX attribute from our plain Python form; arrays become tensors."""
-    if isinstance(value, np.ndarray):
-        return helper.make_attribute(name, numpy_helper.from_array(value))
-    if isinstance(value, tuple):
-        if not value:
-            return helper.make_attribute(name, [], attr_type=onnx.AttributeProto.INTS)
-        return helper.make_attribute(name, list(value))
-    return helper.make_attribute(name, value)
+def _infer_plain(
+    ctx: Context, node: onnx.NodeProto, types: dict[str, TypeProto], data: dict[str, onnx.TensorProto]
+) -> dict[str, TypeProto]:
+    schema = onnx.defs.get_schema(ctx.op, ctx.opset)
+    imports = [helper.make_opsetid("", ctx.opset)]
+    found: dict[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
+        schema, node, types, data, opset_imports=imports, ir_version=10
+    )
+    return found
+
+
+def _infer_with_subgraphs(
+    ctx: Context, node: onnx.NodeProto, types: dict[str, TypeProto], data: dict[str, onnx.TensorProto]
+) -> dict[str, TypeProto]:
+    """As a model of this one node: ONNX knows the types of captured values only there."""
+    inputs = [helper.make_value_info(name, type) for name, type in types.items()]
+    graph = helper.make_graph([node], "node", inputs, [], initializer=data.values())
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", ctx.opset)], ir_version=10)
+    inferred = onnx.shape_inference.infer_shapes(model)
+    return {info.name: info.type for info in inferred.graph.output}
 
 
 def type_proto(type: TensorType) -> TypeProto:
     """ONNX's form of a type; symbolic dimensions become ``dim_param`` text."""
+    if isinstance(type, OpaqueType):
+        return TypeProto.FromString(type.proto)
     shape = None if type.shape is None else [d if isinstance(d, int) else str(d) for d in type.shape]
     return helper.make_tensor_type_proto(type.dtype.onnx, shape)
 
 
+def has_type(proto: TypeProto) -> bool:
+    """False for a declaration that leaves the type, or the element type of a tensor, open."""
+    kind = proto.WhichOneof("value")
+    return kind is not None and (kind != "tensor_type" or bool(proto.tensor_type.elem_type))
+
+
 def type_from_proto(proto: TypeProto, stem: str) -> TensorType:
-    """Our form of an ONNX tensor type; a dimension without value or name becomes an opaque one named from ``stem``."""
+    """Our form of an ONNX type; a dimension without value or name becomes an opaque one named from ``stem``."""
     tensor = proto.tensor_type
     if not proto.HasField("tensor_type"):
-        raise InferenceError(f"{stem}: only tensors are supported, not {proto.WhichOneof('value')}")
+        return OpaqueType.of(proto)
     dtype = DType.from_onnx(tensor.elem_type)
     if not tensor.HasField("shape"):
         return TensorType(dtype)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Value
-from vacc_opt.ir.onnx_proto import INLINE_ELEMENTS, to_onnx
-from vacc_opt.ir.tensor import Literal, Source, TensorExpr
+from vacc_opt.ir.onnx_proto import is_inline, to_onnx
+from vacc_opt.ir.tensor import Source, TensorExpr
 from vacc_opt.ir.types import DType
 
 TILE_BYTES = 16 << 20
@@ -40,8 +40,7 @@ Progress = Callable[[str, int], None]
 
 def is_stored(value: Value) -> bool:
     """True for constants that live in a weight file rather than inside the model."""
-    small = isinstance(value.const, Literal) and value.const.array.size <= INLINE_ELEMENTS
-    return value.const is not None and not small
+    return value.const is not None and not is_inline(value)
 
 
 def write_safetensors(

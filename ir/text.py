@@ -1,90 +1,173 @@
 """Text form: ONNX's own syntax, with what it cannot say in ``#`` lines that its parser skips.
 
-``# dim``, ``# const``, ``# from`` and ``# meta`` lines carry symbolic dimensions, weight expressions, provenance and
-metadata, so that graph -> text -> graph -> text is exact, and the same text is valid for ``onnx.parser``.
+``# dim``, ``# const``, ``# from``, ``# attr`` and ``# meta`` lines carry symbolic dimensions, weight expressions,
+provenance, attributes without an exact text and metadata, so that graph -> text -> graph -> text is exact, and the same
+text is valid for ``onnx.parser``. A line inside a function names it: ``# from "y" in "domain::name" = ..``.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import onnx
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.onnx_proto import (
-    INLINE_ELEMENTS,
+from vacc_opt.ir.functions import called_functions
+from vacc_opt.ir.graph import Absent, Graph, Value
+from vacc_opt.ir.onnx_export import (
     IR_VERSION,
     export_names,
-    from_onnx,
+    function_proto,
+    is_inline,
     provenance_from_json,
     provenance_to_json,
     to_onnx,
 )
+from vacc_opt.ir.onnx_import import Extras, from_onnx
 from vacc_opt.ir.provenance import Provenance
-from vacc_opt.ir.tensor import Literal, TensorExpr, parse_expr
+from vacc_opt.ir.subgraph import plain
+from vacc_opt.ir.tensor import parse_expr
 from vacc_opt.ir.types import DType
 
-_LINE = re.compile(r'^# (dim|const|from|meta) ("[^"]*"|\S+) = (.*)$', re.MULTILINE)
-# ONNX text has no exact form for these element types, so their literals become `# const` lines
-_NOT_INLINE = (DType.FLOAT16, DType.BFLOAT16, DType.BOOL, DType.STRING, DType.UINT64)
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_LINE = re.compile(rf"^# (dim|const|from|attr|meta) ({_QUOTED}|\S+)(?: in ({_QUOTED}))? = (.*)$", re.MULTILINE)
+_Lines = dict[str, dict[str, str]]  # kind -> name -> rest
+# ONNX text has an exact form for literals of these element types only, the others become `# const` lines
+_EXACT = frozenset({DType.FLOAT, DType.DOUBLE, DType.INT8, DType.UINT8, DType.INT16, DType.UINT16, DType.INT32,
+                    DType.UINT32, DType.INT64})  # fmt: skip
+_SAFE = (onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT, onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS)
 
 
 def to_text(graph: Graph) -> str:
     """The graph as text, weights as expressions; the same graph gives the same bytes."""
-    names = export_names(graph)
     model = to_onnx(graph, provenance=False)
     del model.functions[:]
     del model.metadata_props[:]
     model.producer_name = ""
+    bodies = called_functions(graph)
+    functions = [function_proto(op, b, graph, provenance=False, embed=_inline) for op, b in bodies.items()]
     lines = [f"# meta {key} = {value}" for key, value in sorted(graph.metadata.items())]
     if graph.ranks > 1:
         lines.append(f"# meta ranks = {graph.ranks}")
-    lines += [f"# dim {alias} = {name}" for alias, name in _alias_dims(model).items()]
-    for value in graph.constants():
-        assert value.const is not None
-        if not _inline(value.const):
-            lines.append(f'# const "{names[value]}" = {value.const}')
-            _drop_initializer(model, names[value])
-    sources = [(node.output, node.provenance) for node in graph.nodes()]
-    sources += [(value, value.provenance) for value in graph.constants()]
+    _drop_initializers(model, graph)
+    infos = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    infos += [info for function in functions for info in function.value_info]
+    lines += [f"# dim {alias} = {name}" for alias, name in _alias_dims(infos).items()]
+    lines += _scope_lines(graph, "") + _attribute_lines(model.graph.node, "")
+    for (op, body), function in zip(bodies.items(), functions, strict=True):
+        inside = f" in {_quoted(op)}"
+        lines += _scope_lines(body, inside) + _attribute_lines(function.node, inside)
+    texts = [onnx.printer.to_text(model).rstrip(), *map(_function_text, functions)]
+    return "\n".join([*texts, *lines]) + "\n"
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _inline(value: Value) -> bool:
+    return is_inline(value) and value.type.dtype in _EXACT
+
+
+def _drop_initializers(model: onnx.ModelProto, graph: Graph) -> None:
+    """Let constants that become ``# const`` lines be typed names only."""
+    names = export_names(graph)
+    gone = {names[value] for value in graph.constants() if not _inline(value)}
+    kept = [t for t in model.graph.initializer if t.name not in gone]
+    for tensor in model.graph.initializer:
+        if tensor.name in gone:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            model.graph.value_info.append(info)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _scope_lines(graph: Graph, inside: str) -> list[str]:
+    """Weights and provenance of one graph."""
+    names = export_names(graph)
+    constants = graph.constants()
+    lines = [f"# const {_quoted(names[v])}{inside} = {v.const}" for v in constants if not _inline(v)]
+    nodes = [(next(v for v in n.outputs if not isinstance(v, Absent)), n.provenance) for n in graph.nodes()]
+    sources = nodes + [(value, value.provenance) for value in constants]
     lines += [
-        f'# from "{names[value]}" = {provenance_to_json(provenance)}'
+        f"# from {_quoted(names[value])}{inside} = {provenance_to_json(provenance)}"
         for value, provenance in sources
         if provenance != Provenance()
     ]
-    body: str = onnx.printer.to_text(model)
-    return body.rstrip() + "\n" + "".join(line + "\n" for line in lines)
+    return lines
 
 
-def _inline(expr: TensorExpr) -> bool:
-    return isinstance(expr, Literal) and expr.array.size <= INLINE_ELEMENTS and expr.dtype not in _NOT_INLINE
+def _attribute_lines(nodes: Sequence[onnx.NodeProto], inside: str) -> list[str]:
+    """Take attributes that text would not give back as they are out of the nodes, into lines."""
+    lines: list[str] = []
+    for node in nodes:
+        lost = [a for a in node.attribute if a.type not in _SAFE and not _is_exact(a)]
+        for attribute in lost:
+            data = base64.b64encode(attribute.SerializeToString(deterministic=True)).decode()
+            lines.append(f"# attr {_quoted(_label(node))}{inside} = {attribute.name} {data}")
+            node.attribute.remove(attribute)
+    return lines
 
 
-def _drop_initializer(model: onnx.ModelProto, name: str) -> None:
-    for index, tensor in enumerate(model.graph.initializer):
-        if tensor.name == name:
-            del model.graph.initializer[index]
-            model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
-            return
+def _label(node: onnx.NodeProto) -> str:
+    return next((o for o in node.output if o), "")
 
 
-def _alias_dims(model: onnx.ModelProto) -> dict[str, str]:
+def _is_exact(attribute: onnx.AttributeProto) -> bool:
+    node = onnx.helper.make_node("A", [], ["a"])
+    node.attribute.append(attribute)
+    try:
+        again = onnx.parser.parse_node(onnx.printer.to_text(node))
+    except onnx.parser.ParseError:
+        return False
+    return len(again.attribute) == 1 and _message(again) == _message(node)
+
+
+def _message(node: onnx.NodeProto) -> bytes:
+    found: bytes = plain(onnx.GraphProto(node=[node])).SerializeToString(deterministic=True)
+    return found
+
+
+def _function_text(function: onnx.FunctionProto) -> str:
+    """The printer's text with the types of the inputs, which it leaves out and the parser reads."""
+    text: str = onnx.printer.to_text(function)
+    infos: str = onnx.printer.to_text(onnx.helper.make_graph([], "g", [], [], value_info=function.value_info))
+    types = infos.partition("\n")[2].rpartition("\n{")[0]
+    return text.rstrip().replace("\n{\n", f"\n{types}\n{{\n", 1) if types else text.rstrip()
+
+
+def _alias_dims(infos: Sequence[onnx.ValueInfoProto]) -> dict[str, str]:
     """Give dimensions such as ``past + seq`` an identifier; ``alias -> dimension``."""
     aliases: dict[str, str] = {}
-    infos = (*model.graph.input, *model.graph.output, *model.graph.value_info)
-    plain = {dim.dim_param for info in infos for dim in info.type.tensor_type.shape.dim}
+    plain_names = {dim.dim_param for info in infos for dim in _dims(info.type)}
     for info in infos:
-        for dim in info.type.tensor_type.shape.dim:
+        for dim in _dims(info.type):
             name = dim.dim_param
             if name and not name.isidentifier():
                 stem = re.sub(r"\W+", "_", name.replace("+", "plus").replace("-", "minus")).strip("_")
-                alias = next(a for a in _numbered(stem) if a not in plain and aliases.get(a, name) == name)
+                alias = next(a for a in _numbered(stem) if a not in plain_names and aliases.get(a, name) == name)
                 aliases[alias] = name
                 dim.dim_param = alias
     return dict(sorted(aliases.items()))
+
+
+def _dims(type: onnx.TypeProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    """The dimensions of a tensor, or of the tensors inside a sequence, optional or map."""
+    match type.WhichOneof("value"):
+        case "tensor_type":
+            yield from type.tensor_type.shape.dim
+        case "sparse_tensor_type":
+            yield from type.sparse_tensor_type.shape.dim
+        case "sequence_type":
+            yield from _dims(type.sequence_type.elem_type)
+        case "optional_type":
+            yield from _dims(type.optional_type.elem_type)
+        case "map_type":
+            yield from _dims(type.map_type.value_type)
 
 
 def _numbered(stem: str) -> Iterator[str]:
@@ -100,9 +183,12 @@ def from_text(text: str) -> Graph:
     Raises:
         UserError: the text does not parse, with the parser's line and column.
     """
-    extras: dict[str, dict[str, str]] = {"dim": {}, "const": {}, "from": {}, "meta": {}}
-    for kind, name, rest in _LINE.findall(text):
-        extras[kind][name.strip('"')] = rest
+    scopes: dict[str, _Lines] = {}
+    for kind, name, inside, rest in _LINE.findall(text):
+        lines = scopes.setdefault(_unquoted(inside), {})
+        of_kind = lines.setdefault(kind, {})
+        before = of_kind.get(_unquoted(name), "") if kind == "attr" else ""  # a node may have several
+        of_kind[_unquoted(name)] = f"{before} {rest}" if before else rest
     body = (
         text
         if text.lstrip().startswith("<")
@@ -113,10 +199,31 @@ def from_text(text: str) -> Graph:
     except onnx.parser.ParseError as error:
         message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
         raise UserError(f"not a graph in text form: {' '.join(message.split())}") from error
-    for info in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param in extras["dim"]:
-                dim.dim_param = extras["dim"][dim.dim_param]
-    constants = {name: parse_expr(expr) for name, expr in extras["const"].items()}
-    sources = {name: provenance_from_json(line) for name, line in extras["from"].items()}
-    return from_onnx(model, constants, sources, extras["meta"])
+    outer = scopes.pop("", {})
+    infos = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    infos += [info for function in model.functions for info in function.value_info]
+    aliases = outer.get("dim", {})
+    for dim in (dim for info in infos for dim in _dims(info.type) if dim.dim_param in aliases):
+        dim.dim_param = aliases[dim.dim_param]
+    _add_attributes(model.graph.node, outer)
+    for function in model.functions:
+        _add_attributes(function.node, scopes.get(f"{function.domain}::{function.name}", {}))
+    constants, sources = _extras(outer)
+    return from_onnx(model, constants, sources, outer.get("meta"), {op: _extras(lines) for op, lines in scopes.items()})
+
+
+def _unquoted(name: str) -> str:
+    return str(json.loads(name)) if name.startswith('"') else name
+
+
+def _extras(lines: _Lines) -> Extras:
+    constants = {name: parse_expr(expr) for name, expr in lines.get("const", {}).items()}
+    return constants, {name: provenance_from_json(line) for name, line in lines.get("from", {}).items()}
+
+
+def _add_attributes(nodes: Sequence[onnx.NodeProto], lines: _Lines) -> None:
+    if "attr" not in lines:
+        return
+    for node in nodes:
+        for data in lines["attr"].get(_label(node), "").split()[1::2]:
+            node.attribute.append(onnx.AttributeProto.FromString(base64.b64decode(data)))

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
+from onnx import TensorProto, TypeProto, helper
 
 
 class DType(enum.Enum):
@@ -31,6 +31,21 @@ class DType(enum.Enum):
     UINT64 = "uint64"
     BOOL = "bool"
     STRING = "string"
+    INT4 = "int4"
+    UINT4 = "uint4"
+    INT2 = "int2"
+    UINT2 = "uint2"
+    FLOAT8E4M3FN = "float8e4m3fn"
+    FLOAT8E4M3FNUZ = "float8e4m3fnuz"
+    FLOAT8E5M2 = "float8e5m2"
+    FLOAT8E5M2FNUZ = "float8e5m2fnuz"
+    FLOAT8E8M0 = "float8e8m0"
+    FLOAT4E2M1 = "float4e2m1"
+    FLOAT6E2M3 = "float6e2m3"
+    FLOAT6E3M2 = "float6e3m2"
+    COMPLEX64 = "complex64"
+    COMPLEX128 = "complex128"
+    UNDEFINED = "undefined"  # of a value that is no tensor, see OpaqueType
 
     @cached_property
     def onnx(self) -> int:
@@ -39,26 +54,32 @@ class DType(enum.Enum):
 
     @cached_property
     def numpy(self) -> np.dtype[np.generic]:
-        """The numpy type; bfloat16 comes from ml_dtypes, strings are objects."""
-        special = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32), "string": np.dtype(object)}
-        found: np.dtype[np.generic] = special.get(self.value) or np.dtype(self.value)
+        """The numpy type of elements in memory; numpy lacks some and takes them from ml_dtypes, strings are objects."""
+        if self is DType.UNDEFINED:
+            return np.dtype(np.void)
+        found: np.dtype[np.generic] = helper.tensor_dtype_to_np_dtype(self.onnx)
         return found
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element in memory."""
         return self.numpy.itemsize
+
+    @cached_property
+    def bits(self) -> int:
+        """Bits of one element in a file, where ONNX packs those below a byte."""
+        return _PACKED.get(self.value, 8 * self.numpy.itemsize)
 
     @property
     def is_float(self) -> bool:
-        """True for the floating-point types."""
+        """True for the floating-point types that hold activations."""
         return self in (DType.FLOAT, DType.FLOAT16, DType.BFLOAT16, DType.DOUBLE)
 
     @staticmethod
     @cache
     def from_numpy(dtype: npt.DTypeLike) -> DType:
         """The element type of a numpy dtype; raises KeyError for one that ONNX has not."""
-        by_numpy = {d.numpy: d for d in DType}
+        by_numpy = {d.numpy: d for d in DType if d is not DType.UNDEFINED}
         return by_numpy[np.dtype(dtype)]
 
     @staticmethod
@@ -68,6 +89,7 @@ class DType(enum.Enum):
         return DType[TensorProto.DataType.Name(number)]
 
 
+_PACKED = {"int4": 4, "uint4": 4, "float4e2m1": 4, "float6e2m3": 6, "float6e3m2": 6, "int2": 2, "uint2": 2}
 Monomial = tuple[str, ...]
 _TERM = re.compile(r"\s*([+-]?)\s*([A-Za-z_0-9.*]+)")
 
@@ -164,8 +186,8 @@ class SymbolicDim:
         for monomial, _ in self.terms:
             yield from monomial
 
-    def bind(self, sizes: Mapping[str, int]) -> Dim:
-        """Put numbers in place of some names."""
+    def bind(self, sizes: Mapping[str, Dim]) -> Dim:
+        """Put numbers, or other dimensions, in place of some names."""
         result: Dim = 0
         for names, coefficient in self.terms:
             product: Dim = coefficient
@@ -200,8 +222,8 @@ def divide(dim: Dim, by: Dim) -> Dim | None:
     return dim.divided_by(by)
 
 
-def bind_shape(shape: Shape | None, sizes: Mapping[str, int]) -> Shape | None:
-    """The shape with numbers in place of the names in ``sizes``."""
+def bind_shape(shape: Shape | None, sizes: Mapping[str, Dim]) -> Shape | None:
+    """The shape with numbers, or other dimensions, in place of the names in ``sizes``."""
     if shape is None:
         return None
     return tuple(d if isinstance(d, int) else d.bind(sizes) for d in shape)
@@ -231,3 +253,53 @@ class TensorType:
             return None
         numbers = tuple(d for d in self.shape if isinstance(d, int))
         return numbers if len(numbers) == len(self.shape) else None
+
+    def bind(self, sizes: Mapping[str, Dim]) -> TensorType:
+        """The type with numbers, or other dimensions, in place of the names in ``sizes``."""
+        return TensorType(self.dtype, bind_shape(self.shape, sizes)) if sizes else self
+
+
+@dataclass(frozen=True)
+class OpaqueType(TensorType):
+    """The type of a value that is no tensor: a sequence, an optional, a map or a sparse tensor.
+
+    ONNX's own message is carried along; of shape and element type nothing is known, so no pattern matches the value.
+    """
+
+    proto: bytes = b""
+
+    @staticmethod
+    def of(proto: TypeProto) -> OpaqueType:
+        """The type that an ONNX message describes."""
+        return OpaqueType(DType.UNDEFINED, None, proto.SerializeToString(deterministic=True))
+
+    def __str__(self) -> str:
+        return _type_text(TypeProto.FromString(self.proto))
+
+    def bind(self, sizes: Mapping[str, Dim]) -> TensorType:
+        """The same type: dimensions inside it are not followed."""
+        return self
+
+
+def _type_text(proto: TypeProto) -> str:
+    match proto.WhichOneof("value"):
+        case "sequence_type":
+            return f"seq({_type_text(proto.sequence_type.elem_type)})"
+        case "optional_type":
+            return f"optional({_type_text(proto.optional_type.elem_type)})"
+        case "map_type":
+            return f"map({_element(proto.map_type.key_type)},{_type_text(proto.map_type.value_type)})"
+        case "tensor_type":
+            return _tensor_text(proto.tensor_type)
+        case "sparse_tensor_type":
+            return f"sparse_tensor({_tensor_text(proto.sparse_tensor_type)})"
+    return "(no type)"
+
+
+def _tensor_text(tensor: Any) -> str:
+    dims = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim]
+    return f"{_element(tensor.elem_type)}[{','.join(dims) if tensor.HasField('shape') else '?'}]"
+
+
+def _element(number: int) -> str:
+    return str(TensorProto.DataType.Name(number)).lower()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.ir import Dim, Graph, UserError, VaccError
+from vacc_opt.ir import Dim, Graph, VaccError
 from vacc_opt.ir.evaluate import Executable, random_feeds
 from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.text import from_text
@@ -145,7 +145,10 @@ def test_a_reshape_that_cannot_be_told_has_an_opaque_dimension() -> None:
     assert str(shape[1]) == "y.1"
 
 
-def test_a_subgraph_is_refused() -> None:
-    with pytest.raises(UserError, match=r"holds a subgraph \(If, Loop or Scan\)"):
-        from_text("g (bool c) => (y) { y = If (c) <then_branch = t () => (float[1] a) { a = Constant <value_floats = [1.0]> () }, "
-                  "else_branch = e () => (float[1] b) { b = Constant <value_floats = [1.0]> () }> }")  # fmt: skip
+def test_the_result_of_a_subgraph_has_the_type_of_its_branches() -> None:
+    graph = from_text("""
+        g (bool c, float[B,4] x) => (y) {
+            t = Neg (x)
+            y = If (c) <then_branch = a () => (u) { u = Exp (t) }, else_branch = b () => (v) { v = Abs (t) }>
+        }""")
+    assert str(graph.values["y"].type) == "float[B,4]"

@@ -1,0 +1,165 @@
+"""Local functions of a model: what a call makes of a generic ONNX function, so that the body can be fully typed.
+
+ONNX functions have neither types nor attribute values; a body in ``graph.functions`` has both. Each combination of
+input types, attribute values and outputs asked for is a function of its own, whose call takes every input and output
+of the body and no attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx
+from onnx import AttributeProto, FunctionProto, NodeProto
+
+from vacc_opt.ir import ops
+from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.subgraph import inner_graphs, nodes_inside
+from vacc_opt.ir.types import Dim, SymbolicDim, TensorType
+
+Key = tuple[str, str, str]  # domain, name, overload
+_STANDARD = ("", "ai.onnx")
+
+
+def function_table(functions: Iterable[FunctionProto]) -> dict[Key, FunctionProto]:
+    """The functions that become bodies: not those of our own operators, nor redefinitions of standard ones."""
+    return {(f.domain, f.name, f.overload): f for f in functions if f.domain not in (*_STANDARD, ops.DOMAIN)}
+
+
+def key_of(node: NodeProto) -> Key:
+    """Which function a node would call."""
+    return node.domain, node.op_type, node.overload
+
+
+def inline_inside_subgraphs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with those functions inlined that are called from a subgraph, which is carried as a message."""
+    table = function_table(model.functions)
+    if not table:
+        return model
+    outer = (*model.graph.node, *(n for f in table.values() for n in f.node))
+    pending = [n for node in outer for graph in inner_graphs(node) for n in nodes_inside(graph)]
+    found: dict[Key, None] = {}
+    while pending:
+        key = key_of(pending.pop())
+        if key in table and key not in found:
+            found[key] = None
+            pending += table[key].node
+    if not found:
+        return model
+    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, [key[:2] for key in found])
+    return inlined
+
+
+def specialized(
+    function: FunctionProto, attributes: Mapping[str, AttributeProto], absent: Iterable[str]
+) -> list[NodeProto]:
+    """The function's nodes with attributes filled in and the inputs ``absent`` from the call left out."""
+    values = {a.name: a for a in function.attribute_proto} | dict(attributes)
+    gone = set(absent)
+    result: list[NodeProto] = []
+    for node in function.node:
+        made = NodeProto()
+        made.CopyFrom(node)
+        for one in (made, *(n for graph in inner_graphs(made) for n in nodes_inside(graph))):
+            one.input[:] = ["" if name in gone else name for name in one.input]
+            _fill_in(one, values)
+        result.append(made)
+    return result
+
+
+def _fill_in(node: NodeProto, values: Mapping[str, AttributeProto]) -> None:
+    kept: list[AttributeProto] = []
+    for attribute in node.attribute:
+        if not attribute.ref_attr_name:
+            kept.append(attribute)
+        elif attribute.ref_attr_name in values:
+            value = AttributeProto()
+            value.CopyFrom(values[attribute.ref_attr_name])
+            value.name = attribute.name
+            kept.append(value)
+    kept = [AttributeProto.FromString(a.SerializeToString()) for a in kept]
+    node.ClearField("attribute")
+    node.attribute.extend(kept)
+
+
+def local_types(given: Mapping[str, TensorType], declared: Mapping[str, TensorType]) -> dict[str, TensorType]:
+    """The types of a body's inputs: as declared if the call agrees with all of it, else the call's.
+
+    A dimension that is named after a value of the caller is named after the input instead, so that calls which differ
+    in nothing else have the same types.
+    """
+    names: dict[str, Dim] = {}
+    for formal, type in given.items():
+        for axis, dim in enumerate(type.shape or ()):
+            for name in _opaque_names(dim):
+                names.setdefault(name, SymbolicDim((((f"{formal}.{axis}",), 1),)))
+    if all(formal in declared and agrees(type, declared[formal]) for formal, type in given.items()):
+        return {formal: declared[formal] for formal in given}
+    return {formal: type.bind(names) for formal, type in given.items()}
+
+
+def agrees(type: TensorType, declared: TensorType) -> bool:
+    """True when a value of ``type`` may be passed where ``declared`` is written."""
+    if type.shape is None or declared.shape is None:
+        return type.dtype is declared.dtype and (declared.shape is None or type == declared)
+    if type.dtype is not declared.dtype or len(type.shape) != len(declared.shape):
+        return False
+    pairs = zip(type.shape, declared.shape, strict=True)
+    return all(a == b or not isinstance(a, int) or not isinstance(b, int) for a, b in pairs)
+
+
+def caller_dims(
+    inner: Iterable[TensorType], outer: Iterable[TensorType], results: Iterable[TensorType], label: str
+) -> dict[str, Dim]:
+    """What the dimensions that only the body has a name for are called outside, by unifying the inputs' types.
+
+    Those that the body made up in ``results`` are named after ``label``: two calls may have different ones.
+    """
+    found: dict[str, Dim] = {}
+    for type, actual in zip(inner, outer, strict=True):
+        for dim, own in zip(type.shape or (), actual.shape or (), strict=False):
+            for name in _opaque_names(dim):
+                if dim == SymbolicDim((((name,), 1),)):
+                    found.setdefault(name, own)
+    for type in results:
+        for dim in type.shape or ():
+            for name in _opaque_names(dim):
+                found.setdefault(name, SymbolicDim((((f"{label}.{name}",), 1),)))
+    return found
+
+
+def _opaque_names(dim: Dim) -> Iterator[str]:
+    if not isinstance(dim, int):
+        yield from (name for name in dim.names() if "." in name)
+
+
+def called_functions(graph: Graph) -> dict[str, Graph]:
+    """The bodies that the graph calls, directly or through another body, by operator in order of names."""
+    found: dict[str, Graph] = {}
+    pending: list[Graph] = [graph]
+    while pending:
+        for op in pending.pop().op_counts():
+            if op in graph.functions and op not in found:
+                found[op] = graph.functions[op]
+                pending.append(found[op])
+    return dict(sorted(found.items()))
+
+
+def split_op(op: str) -> tuple[str, str]:
+    """Domain and name of an operator: ``other::Twice``."""
+    domain, _, name = op.rpartition("::")
+    return domain, name
+
+
+def free_name(op: str, taken: Sequence[str]) -> str:
+    """``op`` itself, or with the first number from 2 that is free.
+
+    >>> free_name("other::Twice", ["other::Twice", "other::Twice_2"])
+    'other::Twice_3'
+    """
+    number = 1
+    name = op
+    while name in taken:
+        number += 1
+        name = f"{op}_{number}"
+    return name
