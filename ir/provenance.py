@@ -31,13 +31,30 @@ class Provenance:
 
 
 def merge(provenances: Iterable[Provenance], by: str = "") -> Provenance:
-    """The union of several nodes' provenance, with ``by`` as the pass that merged them."""
+    """The union of several nodes' provenance, passes in the order that each knows, then ``by``, which merged them.
+
+    >>> one, other = Provenance((), ("simplify", "fuse-gqa")), Provenance((), ("fuse-rotary", "simplify"))
+    >>> merge([one, other], "kv-cache").passes
+    ('fuse-rotary', 'simplify', 'fuse-gqa', 'kv-cache')
+    """
     origins: dict[Origin, None] = {}
-    passes: dict[str, None] = {}
+    passes: list[str] = []
     for provenance in provenances:
         origins.update(dict.fromkeys(provenance.origins))
-        passes.update(dict.fromkeys(provenance.passes))
+        if passes:
+            _weave(passes, provenance.passes)
+        else:
+            passes += provenance.passes
     if by:
-        passes.pop(by, None)
-        passes[by] = None
+        passes = [name for name in passes if name != by] + [by]
     return Provenance(tuple(origins), tuple(passes))
+
+
+def _weave(passes: list[str], others: tuple[str, ...]) -> None:
+    """Put each of the ``others`` that is new before the one that it precedes; where orders differ, the first holds."""
+    at = len(passes)
+    for name in reversed(others):
+        if name in passes:
+            at = min(at, passes.index(name))
+        else:
+            passes.insert(at, name)

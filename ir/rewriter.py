@@ -222,14 +222,18 @@ class Rewriter:
         results = infer(node.op, given, kept, outputs, opset=self.graph.opset, label=label)
         values = [self._value(label if i == 0 else f"{label}_{i}", r) for i, r in enumerate(results)]
         node.name = label
-        if self._provenance is None:
-            self._provenance = merge([s.provenance for s in self._sources], self.by)
-        node.provenance = self._provenance
+        node.provenance = self._heritage()
         self.graph._add_node(node, values, gap=1)
         self._changed[node] = None
         self.made.append(node)
         self._log(Graph._remove_node, node)
         return node
+
+    def _heritage(self) -> Provenance:
+        """What the present application hands down to what it makes."""
+        if self._provenance is None:
+            self._provenance = merge([s.provenance for s in self._sources], self.by)
+        return self._provenance
 
     def _check_own(self, value: Value, user: str) -> None:
         if self.graph.values.get(value.name) is not value:
@@ -243,10 +247,21 @@ class Rewriter:
         value.elements = result.elements
         return value
 
-    def const(self, data: npt.ArrayLike | TensorExpr, name: str = "const", dtype: npt.DTypeLike | None = None) -> Value:
-        """Add a constant: an array becomes a literal, an expression stays lazy."""
+    def const(
+        self,
+        data: npt.ArrayLike | TensorExpr,
+        name: str = "const",
+        dtype: npt.DTypeLike | None = None,
+        *,
+        of: Provenance | None = None,
+    ) -> Value:
+        """Add a constant: an array becomes a literal, an expression stays lazy.
+
+        ``of`` is the provenance of what it is made of, by default that of the sources of the application.
+        """
         expr = data if isinstance(data, TensorExpr) else Literal(np.array(data, dtype=dtype))
         value = Value(self.graph.fresh_name(name), expr.type, expr)
+        value.provenance = self._heritage() if of is None else merge([of], self.by)
         self.graph._add_value(value)
         self._log(Graph._remove_value, value)
         return value
@@ -313,7 +328,7 @@ class Rewriter:
         self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_input(self, node: Node, position: int, value: Value) -> None:
-        """Let one operand of ``node`` be ``value``.
+        """Let one operand of ``node`` be ``value``; the pass is recorded as one that changed ``node``.
 
         Raises:
             RewriteError: ``value`` is not in the graph, or is computed from ``node``.
@@ -322,6 +337,7 @@ class Rewriter:
         self._check_order((node,), value, f"{node.output.name!r} and cannot be its operand")
         before = node.inputs[position]
         self._rewire(node, position, before, value)
+        self.touch(node)
         if before is None or before.type != value.type:
             self._unchecked[node] = None
 
@@ -335,6 +351,7 @@ class Rewriter:
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
         """Change one attribute of ``node``, whose types must still hold at the end of the application."""
         self._log(_restore_slot, node, "attributes", node.attributes)
+        self.touch(node)
         node.attributes = {**node.attributes, name: _plain(value)}
         self._changed[node] = self._unchecked[node] = None
         check_schema(node, len(node.outputs), self.graph.opset, self.by)
@@ -383,7 +400,10 @@ class Rewriter:
         for name in names:
             self.set_output(name, new)
         for node, position in users:
-            self.set_input(node, position, new)
+            self._check_order((node,), new, f"{node.output.name!r} and cannot be its operand")
+            self._rewire(node, position, value, new)
+            if new.type != value.type:
+                self._unchecked[node] = None
         return new
 
     # interface: only passes of kind INTERFACE call these
@@ -412,23 +432,33 @@ class Rewriter:
         self._log(Graph._restore_input, value, position)
 
     def infer_again(self) -> None:
-        """Infer all types anew, after a change of an input's type or a weight; raises InferenceError on a misfit."""
+        """Infer all types anew, after a change of an input's type or a weight; raises InferenceError on a misfit.
+
+        The pass is recorded as one that changed the nodes whose types are new.
+        """
         for node in self.graph.nodes():
             if node.domain not in ("", ops.DOMAIN):
                 continue
             label = node.output.name
             found = infer(node.op, node.inputs, node.attributes, len(node.outputs), opset=self.graph.opset, label=label)
             for value, result in zip(node.outputs, found, strict=True):
+                if value.type != result.type:
+                    self.touch(node)
                 if value.type != result.type or value.elements != result.elements:
                     self._log(_restore_type, value, value.type, value.elements)
                     value.type, value.elements = result.type, result.elements
         self._unchecked.clear()
 
     def set_const(self, value: Value, expr: TensorExpr) -> None:
-        """Let a constant hold another expression, of another type too; :meth:`infer_again` follows."""
+        """Let a constant hold another expression, of another type too; :meth:`infer_again` follows.
+
+        The pass is recorded as one that changed the constant and the nodes that read it.
+        """
         self._log(_restore_type, value, value.type, value.elements)
         self._log(_restore_slot, value, "const", value.const)
         value.const, value.type, value.elements = expr, expr.type, None
+        for one in (value, *value.users()):
+            self.touch(one)
         self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_ranks(self, ranks: int) -> None:
@@ -442,10 +472,12 @@ class Rewriter:
             self._log(setattr, "opset", self.graph.opset)
             self.graph.opset = opset
 
-    def touch(self, node: Node, provenance: Provenance | None = None) -> None:
-        """Record that this pass changed ``node`` in place."""
-        self._log(_restore_slot, node, "provenance", node.provenance)
-        node.provenance = provenance or merge([node.provenance], self.by)
+    def touch(self, one: Node | Value, *others: Node) -> None:
+        """Record that this pass changed a node or constant in place, or let it stand for ``others`` too."""
+        found = merge([one.provenance, *(other.provenance for other in others)], self.by)
+        if found != one.provenance:
+            self._log(_restore_slot, one, "provenance", one.provenance)
+            one.provenance = found
 
 
 _NOWHERE = Provenance()

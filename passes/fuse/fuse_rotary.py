@@ -71,7 +71,10 @@ class FuseRotary(PatternPass):
         """Gather from the shared tables by position."""
         rw.raise_opset(23)
         cos, sin = (self._tables(m, name) for name in ("cos", "sin"))
-        constants = [rw.shared_const(t.table, f"rotary_{n}") for n, t in (("cos", cos), ("sin", sin))]
+        constants = []
+        for name, tables in (("cos", cos), ("sin", sin)):
+            with rw.on_behalf_of(*ancestors(m.graph, m.captures[name])):
+                constants.append(rw.shared_const(tables.table, f"rotary_{name}"))
         return rw.op.RotaryEmbedding(m.x, *constants, cos.positions)
 
     def done(self, node: Node) -> bool:

@@ -74,8 +74,9 @@ class KvCache(Pass):
         pos = rw.add_input(POS, batch)
         if graph.input_named(VALID) is None:
             rw.add_input(VALID, batch)
-        length = rw.op.Shape(ids, start=1, end=2)
-        end = rw.op.Add(pos, length)
+        with rw.on_behalf_of(*(_masks(layers) or [layers[0].attention])):  # `end` takes the place of the masks
+            length = rw.op.Shape(ids, start=1, end=2)
+            end = rw.op.Add(pos, length)
         buffers = [v for layer in layers for v in (layer.key.inputs[0], layer.value.inputs[0]) if v is not None]
         for layer in layers:
             keys, values = self._append(rw, layer.key, pos), self._append(rw, layer.value, pos)
@@ -114,9 +115,15 @@ class KvCache(Pass):
         positions = graph.input_named("position_ids")
         if positions is None or not positions.uses:
             return
-        zero, one = rw.const(0, "zero", "int64"), rw.const(1, "one", "int64")
-        steps = rw.op.Range(zero, rw.op.Squeeze(length), one)
-        rw.replace(positions, rw.op.Add(rw.op.Unsqueeze(pos, rw.ints(1)), steps))
+        with rw.on_behalf_of(positions.users()[0]):  # all layers read the same positions
+            zero, one = rw.const(0, "zero", "int64"), rw.const(1, "one", "int64")
+            steps = rw.op.Range(zero, rw.op.Squeeze(length), one)
+            rw.replace(positions, rw.op.Add(rw.op.Unsqueeze(pos, rw.ints(1)), steps))
+
+
+def _masks(layers: list[_Layer]) -> list[Node]:
+    masks = [layer.attention.input(3) for layer in layers]
+    return list(dict.fromkeys(m.producer for m in masks if m is not None and m.producer is not None))
 
 
 def _layer(graph: Graph, attention: Node) -> _Layer:

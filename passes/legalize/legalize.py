@@ -84,7 +84,7 @@ class Legalize(Pass):
                 continue
             with rw.applying([node]):
                 stored = linear.weight.name if not isinstance(linear.rows, Transposed) else f"{linear.weight.name}.rows"
-                weight = rw.const(linear.rows, stored)
+                weight = rw.const(linear.rows, stored, of=linear.weight.provenance)
                 rw.replace(node.output, rw.op.MatMul(linear.x, rw.op.Transpose(weight, perm=(1, 0))))
             flipped += 1
         return flipped

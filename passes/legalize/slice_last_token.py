@@ -42,7 +42,6 @@ class SliceLastToken(Pass):
             row = rw.op.Unsqueeze(rw.op.Sub(valid, rw.const(1, "one", "int64")), rw.ints(1))
             last = rw.op.Unsqueeze(rw.op.GatherND(x, row, batch_dims=1), rw.ints(1))
             rw.set_input(head, 0, last)
-            rw.touch(head)
             rw.infer_again()
             found = graph.outputs[self.logits].type
             if found.shape is not None and found.shape[1] != 1:

@@ -11,9 +11,11 @@ import numpy as np
 
 from vacc_opt.ir import DType, Graph, Literal, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
+from vacc_opt.ir.provenance import Provenance
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
+from vacc_opt.ir.weights import weight_origins
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.registry import register
 
@@ -100,4 +102,5 @@ class Kv8(Pass):
             raise UserError(
                 f"{self.scales}: {name} holds a number that is {'not above 0' if what == 'scale' else 'not finite'}"
             )
-        return rw.const(Literal(numbers), f"{cache.name}.{what}")
+        label = f"{cache.name}.{what}"
+        return rw.const(Literal(numbers), label, of=Provenance(weight_origins(label, source)))

@@ -81,6 +81,7 @@ class W8A16(Pass):
     def _rewrite(self, linear: Linear, rw: Rewriter) -> None:
         with rw.applying([linear.node]):
             stem = linear.weight.name.removesuffix(".weight")
-            codes = rw.const(Codes(linear.rows), f"{stem}.qweight")
-            scales = rw.const(Scales(linear.rows), f"{stem}.scale")
+            history = linear.weight.provenance
+            codes = rw.const(Codes(linear.rows), f"{stem}.qweight", of=history)
+            scales = rw.const(Scales(linear.rows), f"{stem}.scale", of=history)
             rw.replace(linear.node.output, rw.vastai.QuantizedLinearPerChannel(linear.x, codes, scales))

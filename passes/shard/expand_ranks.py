@@ -46,12 +46,15 @@ class ExpandRanks(Pass):
             ]
         for value in graph.constants():
             if isinstance(value.const, PerRank):
-                copies[value] = [rw.const(value.const.rank(r), f"{value.name}.rank{r}") for r in range(ranks)]
+                copies[value] = [
+                    rw.const(value.const.rank(r), f"{value.name}.rank{r}", of=value.provenance) for r in range(ranks)
+                ]
             else:
                 copies[value] = [value] * ranks
         rw.set_ranks(1)
         for node in nodes:
-            self._copy(node, rw, copies, ranks)
+            with rw.on_behalf_of(node):
+                self._copy(node, rw, copies, ranks)
         outputs = dict(graph.outputs)
         for name, value in outputs.items():
             twins = copies[value]
@@ -85,7 +88,6 @@ class ExpandRanks(Pass):
             twin = rw.add(
                 node.op_type, inputs, node.attributes, domain=node.domain, outputs=len(node.outputs), name=name
             )
-            rw.touch(twin, node.provenance)
             made.append(twin)
         for index, value in enumerate(node.outputs):
             copies[value] = [(made[r] if distinct else made[0]).outputs[index] for r in range(ranks)]

@@ -164,9 +164,9 @@ class SplitTp(Pass):
                 split.set(table, ("rows", shares), rows_per_rank(table.const, shares))
             width = len(shares[0])
             firsts = PerRank(tuple(Literal(np.array(r * width, np.int64)) for r in range(self.tp)))
-            rank_first = rw.const(firsts, f"{table.name}.first")
             remarks.append(Remark("passed", self.name, f"{width} rows of the embedding a rank", where(node)))
             with rw.on_behalf_of(node):
+                rank_first = rw.const(firsts, f"{table.name}.first")
                 part = rw.vastai.EmbeddingShard(table, ids, rank_first)
                 rw.replace(node.output, rw.vastai.AllReduce(part, ranks=self.tp))
         return remarks

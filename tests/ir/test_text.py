@@ -52,7 +52,7 @@ def graphs(draw: st.DrawFn) -> Graph:
             attributes: dict[str, dict[str, Any]] = {"LeakyRelu": {"alpha": draw(FLOATS)}, "Softmax": {"axis": -1}}
             node = rw.add(kind, [x], attributes.get(kind), name=name)
         if draw(st.booleans()):
-            rw.touch(node, Provenance((Origin(draw(names), "f.py:1", "op"),), ("p",)))
+            node.provenance = Provenance((Origin(draw(names), "f.py:1", "op"),), ("p",))
         values.append(node.output)
     for index in range(draw(st.integers(1, 3))):
         rw.set_output(f"out.{index}", draw(st.sampled_from(values)))
