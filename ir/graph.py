@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
+from operator import itemgetter
 from typing import Any
 
 import networkx as nx
+import numpy as np
 
 from vacc_opt.ir.provenance import Provenance
 from vacc_opt.ir.tensor import TensorExpr
@@ -23,6 +25,21 @@ from vacc_opt.ir.types import Dim, TensorType
 Attribute = Any  # int | float | str | bytes | tuple of these | numpy array
 _UNKNOWN = Provenance()
 GAP = 1 << 20  # between the places of an imported node and of its users: what a rewrite puts there seldom moves others
+
+
+def attribute_key(attributes: Mapping[str, Attribute]) -> tuple[object, ...]:
+    """A form of attributes that is equal and hashes equal when they are, element types included."""
+    if not attributes:
+        return ()
+    return tuple(sorted([(name, *_hashable(value)) for name, value in attributes.items()], key=itemgetter(0)))
+
+
+def _hashable(value: Attribute) -> tuple[object, ...]:
+    if isinstance(value, np.ndarray):
+        return "array", value.dtype.name, value.shape, value.tobytes()
+    if isinstance(value, tuple):
+        return "tuple", *((type(v).__name__, v) for v in value)
+    return type(value).__name__, value
 
 
 class Value:

@@ -86,8 +86,7 @@ class Rewriter:
         limit: the largest number of applications; the next one raises ApplicationLimit.
 
     ``modified`` counts the changes; ``made`` lists the nodes that the present application made, or the last one when
-    there is none; :meth:`take_changed` gives the nodes made or rewired since its last call, which is what a worklist
-    driver visits next.
+    there is none; :meth:`take_changed` gives what a worklist driver visits next.
     """
 
     def __init__(self, graph: Graph, by: str = "", *, limit: int | None = None) -> None:
@@ -96,14 +95,16 @@ class Rewriter:
         self.limit = limit
         self.applications: list[Application] = []
         self.made: list[Node] = []
+        self.timed = False  # asks passes to measure each of their rules
         self.op = OpBuilder(self)
         self.vastai = OpBuilder(self, ops.DOMAIN)
         self._journal: list[Undo] = []
         self._names = graph._counter
         self._sources: Sequence[Node] = ()
         self._provenance: Provenance | None = None  # of the nodes that the present application makes
-        self._changed: dict[Node, None] = {}
+        self._changed: dict[Node, bool] = {}  # True: made or rewired
         self._unchecked: dict[Node, None] = {}  # nodes whose operands or attributes may not fit any more
+        self._stems: dict[Node, str] = {}  # of the nodes made, the name of what they stand for
         self._begun: tuple[int, int, int] | None = None  # sizes of the journal and _changed, and the counter of names
 
     @property
@@ -153,7 +154,7 @@ class Rewriter:
         assert self._begun is not None
         journal, changed, self.graph._counter = self._begun
         self._undo_to(journal)
-        self._changed = dict.fromkeys(list(self._changed)[:changed])
+        self._changed = dict(list(self._changed.items())[:changed])
         self.applications.pop()
         self._begun, self._sources, self._provenance, self.made = None, (), None, []
 
@@ -180,11 +181,11 @@ class Rewriter:
         finally:
             self._sources, self._provenance = before, None
 
-    def take_changed(self) -> list[Node]:
-        """Nodes that were made or rewired since the last call and are still in the graph."""
-        nodes = [n for n in self._changed if n in self.graph]
-        self._changed = {}
-        return nodes
+    def take_changed(self) -> dict[Node, bool]:
+        """The nodes that changed since the last call and are still there: True if made or rewired, False if they only
+        lost a use."""
+        changed, self._changed = self._changed, {}
+        return {node: rewired for node, rewired in changed.items() if node in self.graph}
 
     def _log(self, *undo: Any) -> None:
         self.graph.version += 1
@@ -224,7 +225,7 @@ class Rewriter:
         node.name = label
         node.provenance = self._heritage()
         self.graph._add_node(node, values, gap=1)
-        self._changed[node] = None
+        self._changed[node] = True
         self.made.append(node)
         self._log(Graph._remove_node, node)
         return node
@@ -240,7 +241,12 @@ class Rewriter:
             raise RewriteError(f"{self.by}: {user} uses {value.name!r}, which is not in the graph")
 
     def _stem(self, node: Node) -> str:
-        return f"{self._sources[0].output.name}_{node.op_type}" if self._sources else node.op_type
+        if not self._sources:
+            return node.op_type
+        # a node that stands for a made one is called after what that one stood for: names do not grow from step to step
+        root = self._sources[0]
+        stem = self._stems[node] = self._stems.get(root, root.output.name)
+        return f"{stem}_{node.op_type}"
 
     def _value(self, name: str, result: Result) -> Value:
         value = Value(self.graph.fresh_name(name), result.type)
@@ -343,9 +349,9 @@ class Rewriter:
 
     def _rewire(self, node: Node, position: int, before: Value | None, value: Value) -> None:
         stamp = self.graph._set_input(node, position, value)
-        self._changed[node] = None
+        self._changed[node] = True
         if before is not None and before.producer is not None:
-            self._changed[before.producer] = None
+            self._changed.setdefault(before.producer, False)
         self._journal.append((Graph._restore_use, node, position, before, stamp))
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
@@ -353,7 +359,8 @@ class Rewriter:
         self._log(_restore_slot, node, "attributes", node.attributes)
         self.touch(node)
         node.attributes = {**node.attributes, name: _plain(value)}
-        self._changed[node] = self._unchecked[node] = None
+        self._changed[node] = True
+        self._unchecked[node] = None
         check_schema(node, len(node.outputs), self.graph.opset, self.by)
 
     def set_output(self, name: str, value: Value) -> None:
@@ -375,6 +382,7 @@ class Rewriter:
             removed += 1
             for value in dict.fromkeys(v for v in node.inputs if v is not None):
                 if value.producer is not None:
+                    self._changed.setdefault(value.producer, False)
                     pending.append(value.producer)
                 elif value.const is not None and not self.graph.use_count(value):
                     self._erase_const(value)

@@ -138,7 +138,7 @@ def test_any_sequence_of_steps_can_be_rolled_back(data: st.DataObject, names: li
     rw.rollback()
     assert state(graph) == before
     assert_in_step(graph)
-    assert (rw.modified, rw.applications, rw.take_changed()) == (0, [], [])
+    assert (rw.modified, rw.applications, rw.take_changed()) == (0, [], {})
 
 
 @settings(max_examples=150, deadline=None)
