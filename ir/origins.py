@@ -10,13 +10,10 @@ from vacc_opt.ir.weights import stored_parts, weight_origins
 
 
 def without_origin(graph: Graph) -> Iterator[str]:
-    """The nodes and constants of which nothing says where they come from."""
-    for node in graph.nodes():
-        if not node.provenance.origins:
-            yield f"{node!r} has no origin"
-    for value in graph.constants():
-        if not value.provenance.origins:
-            yield f"constant {value.name!r} has no origin"
+    """The nodes and constants, of the graph and of its functions, of which nothing says where they come from."""
+    for one in (graph, *graph.functions.values()):
+        yield from (f"{node!r} has no origin" for node in one.nodes() if not node.provenance.origins)
+        yield from (f"constant {v.name!r} has no origin" for v in one.constants() if not v.provenance.origins)
 
 
 def name_origins(graph: Graph) -> None:
@@ -25,12 +22,13 @@ def name_origins(graph: Graph) -> None:
     A node gets its scope out of its name (``/model/layers.0/mlp/Mul`` is in ``model.layers.0.mlp``) and its operator, a
     weight its place in its file, any other constant the first origin of its first reader.
     """
-    for node in graph.nodes():
-        if not node.provenance.origins:
-            node.provenance = Provenance((Origin(_scope(node), "", node.op),), node.provenance.passes)
-    for value in graph.constants():
-        if not value.provenance.origins:
-            value.provenance = Provenance(_constant_origins(value), value.provenance.passes)
+    for one in (graph, *graph.functions.values()):
+        for node in one.nodes():
+            if not node.provenance.origins:
+                node.provenance = Provenance((Origin(_scope(node), "", node.op),), node.provenance.passes)
+        for value in one.constants():
+            if not value.provenance.origins:
+                value.provenance = Provenance(_constant_origins(value), value.provenance.passes)
 
 
 def _constant_origins(value: Value) -> tuple[Origin, ...]:

@@ -465,8 +465,9 @@ class Rewriter:
         self._log(_restore_type, value, value.type, value.elements)
         self._log(_restore_slot, value, "const", value.const)
         value.const, value.type, value.elements = expr, expr.type, None
-        for one in (value, *value.users()):
-            self.touch(one)
+        self.touch(value)
+        for user in value.users():
+            self.touch(user)
         self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_ranks(self, ranks: int) -> None:

@@ -9,6 +9,7 @@ import networkx as nx
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.graph import Graph, Node
 from vacc_opt.ir.infer import InferenceError, infer, shape_text
+from vacc_opt.ir.origins import without_origin
 from vacc_opt.ir.tensor import PerRank
 
 
@@ -16,13 +17,21 @@ class InvalidGraph(CheckError):
     """A graph breaks an invariant; the message lists the first few."""
 
 
-def verify(graph: Graph, *, after: str = "") -> None:
-    """Check order, use lists, index, names and types.
+def verify(graph: Graph, *, after: str = "", origins: bool = False) -> None:
+    """Check order, use lists, index, names and types; with ``origins`` also that all nodes and constants have one.
 
     Raises:
         InvalidGraph: with up to five broken invariants, and the pass that broke them when ``after`` is given.
     """
-    problems = list(_problems(graph))
+    _report(graph, list(_problems(graph)) + (list(without_origin(graph)) if origins else []), after)
+
+
+def verify_origins(graph: Graph, *, after: str = "") -> None:
+    """Check only that all nodes and constants have an origin; raises InvalidGraph."""
+    _report(graph, list(without_origin(graph)), after)
+
+
+def _report(graph: Graph, problems: list[str], after: str) -> None:
     if problems:
         where = f"after {after}: " if after else ""
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -16,6 +16,7 @@ from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.storage import save_onnx
 from vacc_opt.ir.tensor import Codes, PerRank, Scales, Sliced, Source
 from vacc_opt.ir.text import from_text, to_text
+from vacc_opt.ir.verify import InvalidGraph, verify, verify_origins
 
 TEXT = """
 g (float[4,8] x) => (float[4,8] y) {
@@ -114,3 +115,13 @@ def test_a_plain_onnx_file_gets_origins_on_import(tmp_path: Path) -> None:
     found = load_onnx(tmp_path / "plain.onnx")
     assert list(without_origin(found)) == []
     assert found.values["w"].provenance.origins == (Origin("w", "w.bin:w", "float[64,48]"),)
+
+
+def test_the_verifier_names_what_has_no_origin_when_asked(graph: Graph) -> None:
+    verify(graph)
+    with pytest.raises(InvalidGraph, match=r"after fuse-x: .* <MatMul h> has no origin; <Add y> has no origin"):
+        verify(graph, after="fuse-x", origins=True)
+    with pytest.raises(InvalidGraph, match="constant 'one' has no origin"):
+        verify_origins(graph)
+    name_origins(graph)
+    verify(graph, origins=True)
