@@ -12,7 +12,7 @@ import pytest
 from vacc_opt.frontends import export_checkpoint
 from vacc_opt.ir import Graph, to_onnx
 from vacc_opt.ir.copy import copy
-from vacc_opt.passes.infra.pipeline import run_pipeline
+from vacc_opt.passes.infra.manager import run_pipeline
 
 PIPELINE = (
     "simplify,fuse-rms-norm,fuse-rotary{positions=256},fuse-gqa,fuse-swiglu,slice-last-token,kv-cache{context=256}"

@@ -6,7 +6,6 @@ What it decides is which rooms run in which order; every transformation is a reg
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 import time
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, target_file, verify
-from vacc_opt.ir.copy import bind, symbols
-from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
-from vacc_opt.passes.infra.base import Remark
-from vacc_opt.passes.infra.pipeline import Report, run_pipeline
+from vacc_opt.passes.infra.instrument import Report
+from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.remarks import Entry, entries, to_yaml
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
@@ -54,7 +53,7 @@ class _Run:
     plan: Plan
     listener: Listener
     steps: list[Step] = field(default_factory=list)
-    remarks: list[Remark] = field(default_factory=list)
+    remarks: list[Entry] = field(default_factory=list)
     fused: dict[str, Fused] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -71,7 +70,7 @@ class _Run:
     def passes(self, graph: Graph, pipeline: str) -> Report:
         """Run passes, keeping their remarks and counts."""
         report = run_pipeline(graph, pipeline)
-        self.remarks += report.remarks()
+        self.remarks += entries(report.records)
         for record in report.records:
             if record.name in COUNTED and record.fused is not None:
                 self.fused[COUNTED[record.name]] = Fused(record.fused, record.candidates or record.fused)
@@ -193,14 +192,9 @@ def _split(run: _Run, graph: Graph) -> None:
 def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
     lowered: list[_Lowered] = []
     with run.step("schedule", target.name) as said:
-        for phase, tokens in run.plan.phases.items():
+        run.passes(graph, run.plan.specialize)
+        for phase, bound in graph.phases.items():
             run.listener.running(f"schedule: {phase}")
-            bound = bind(graph, {"batch": 1, "seq": tokens})
-            unbound = symbols(bound)
-            if unbound:
-                raise CheckError(f"{phase}: the size {min(unbound)} of the interface is not bound")
-            run_pipeline(bound, "simplify")
-            bound.name = phase
             program = lower(bound, target, phase=phase)
             verify(program, target)
             lowered.append(_Lowered(bound, program, simulate_time(program, target)))
@@ -229,7 +223,7 @@ def _write(
             },
             texts={
                 REPORT: report,
-                REMARKS: remarks_yaml(run.remarks),
+                REMARKS: to_yaml(run.remarks),
                 TARGET: target_file(plan.config.backend.target).read_text(encoding="utf-8"),
             },
             files=[scales] if scales is not None else [],
@@ -243,17 +237,6 @@ def _write(
 def _phase_model(one: _Lowered) -> PhaseModel:
     names = tuple(tensor.name for tensor in one.program.of_role("weight"))
     return PhaseModel(one.program.phase, one.graph, one.program.to_text(), names)
-
-
-def remarks_yaml(remarks: Sequence[Remark]) -> str:
-    """Remarks as a YAML list; every text is quoted as JSON, which YAML reads."""
-    lines = ["# what each pass said of each place: passed (rewritten), missed (and why), analysis (a fact)"]
-    for one in remarks:
-        lines.append(f"- kind: {one.kind}\n  pass: {one.pass_name}")
-        lines.append(f"  message: {json.dumps(one.message, ensure_ascii=False)}")
-        if one.where:
-            lines.append(f"  where: {json.dumps(one.where, ensure_ascii=False)}")
-    return "\n".join(lines) + "\n"
 
 
 def _rank_bytes(artifact: Artifact) -> int:

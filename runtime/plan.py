@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 from vacc_opt.frontends import load_config, open_checkpoint
 from vacc_opt.frontends.vamc_config import CompileConfig
 from vacc_opt.ir.errors import UserError
+from vacc_opt.passes.infra import presets
 from vacc_opt.runtime.files import sha256
 
-RECOGNIZE = "simplify,fuse-rms-norm,fuse-rotary{{positions={context}}},fuse-gqa,fuse-swiglu"
 SCALES_FILE = "kv_scales.safetensors"
 
 
@@ -68,12 +68,12 @@ class Plan:
     @property
     def recognize(self) -> str:
         """The pipeline up to where calibration observes the model."""
-        return RECOGNIZE.format(context=self.context)
+        return presets.Recognize(self.context).text()
 
     @property
     def interface(self) -> str:
         """The pipeline that gives the model fixed buffers."""
-        return f"slice-last-token,kv-cache{{context={self.context}}}"
+        return presets.Interface(self.context).text()
 
     def quantize(self, scales: str) -> str:
         """The pipeline that lowers precision; empty for fp32."""
@@ -90,9 +90,17 @@ class Plan:
         return f"split-tp{{tp={self.tp}}},legalize"
 
     @property
+    def specialize(self) -> str:
+        """The pipeline that takes a graph for each entry point."""
+        return ",".join(
+            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}(simplify)"
+            for phase, tokens in self.phases.items()
+        )
+
+    @property
     def pipeline(self) -> str:
         """All of it as one text; the scales are the file of the artifact."""
-        parts = (self.recognize, self.interface, self.quantize(SCALES_FILE), self.split)
+        parts = (self.recognize, self.interface, self.quantize(SCALES_FILE), self.split, self.specialize)
         return ",".join(part for part in parts if part)
 
 

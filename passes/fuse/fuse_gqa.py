@@ -10,7 +10,8 @@ from vacc_opt.ir import Node, Value
 from vacc_opt.ir.infer import elements_of, shape_text
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind
-from vacc_opt.passes.infra.pattern import Match, Pattern, Reason, maybe, op
+from vacc_opt.passes.infra.match import Match, Reason
+from vacc_opt.passes.infra.pattern import Pattern, maybe, op
 from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass, Scalar
 from vacc_opt.passes.infra.registry import register
 

@@ -14,9 +14,11 @@ from vacc_opt.ir.errors import VaccError
 from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, ancestors, option
-from vacc_opt.passes.infra.pattern import Match, Pattern, Reason, attribute, op
+from vacc_opt.passes.infra.match import Match, Reason
+from vacc_opt.passes.infra.pattern import Pattern, op
 from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.values import attribute
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,6 +10,9 @@ from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.options import Named, Option, option
+
+__all__ = ["Kind", "Option", "Outcome", "Pass", "Remark", "RuleStats", "ancestors", "option", "where"]
 
 
 class Kind(enum.Enum):
@@ -20,21 +22,6 @@ class Kind(enum.Enum):
     REASSOCIATING = "reassociating"
     LOSSY = "lossy"
     INTERFACE = "interface"
-
-
-def option(default: Any, help: str, *, metavar: str = "") -> Any:
-    """A pass option: a dataclass field whose ``help`` feeds the CLI, the documentation and the error messages."""
-    return field(default=default, metadata={"help": help, "metavar": metavar})
-
-
-@dataclass(frozen=True)
-class Option:
-    """One declared option of a pass."""
-
-    name: str
-    type: str
-    default: object
-    help: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +38,16 @@ class Remark:
 
 
 @dataclass
+class RuleStats:
+    """How one rule did in a run: roots tried, matched and rewritten, seconds in both (if measured)."""
+
+    tried: int = 0
+    matched: int = 0
+    applied: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class Outcome:
     """What one run of a pass did: remarks, and one sentence for people."""
 
@@ -58,54 +55,31 @@ class Outcome:
     remarks: list[Remark] = field(default_factory=list)
     fused: int | None = None
     candidates: int | None = None
+    rules: dict[str, RuleStats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Pass(ABC):
+class Pass(Named, ABC):
     """A transformation of a whole graph.
 
     Subclasses are frozen dataclasses whose fields are made by :func:`option`; the first line of the docstring is the
-    one-line help.
+    one-line help. ``runs_after`` and ``runs_before`` name passes that must stand on that side where a pipeline holds
+    both; ``preserves`` names the analyses that stay true although the pass changed the graph.
     """
 
-    name: ClassVar[str]
     kind: ClassVar[Kind]
+    runs_after: ClassVar[tuple[str, ...]] = ()
+    runs_before: ClassVar[tuple[str, ...]] = ()
+    preserves: ClassVar[tuple[str, ...]] = ()
+    idempotent: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Transform ``graph`` through ``rw`` and say what was done.
 
         Raises:
-            VaccError: the pass cannot do what it was asked for; the pipeline stops there.
+            VaccError: the pass cannot do what it was asked for; the manager restores the graph, the pipeline stops.
         """
-
-    @classmethod
-    def options(cls) -> list[Option]:
-        """The declared options in order."""
-        return [
-            Option(f.name, str(f.type), f.default, f.metadata["help"])
-            for f in dataclasses.fields(cls)
-            if "help" in f.metadata
-        ]
-
-    @classmethod
-    def help_line(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().splitlines()[0]
-
-    def spec(self) -> str:
-        """The pass as pipeline text, with the options that differ from their defaults."""
-        given = [(o.name, getattr(self, o.name)) for o in self.options() if getattr(self, o.name) != o.default]
-        if not given:
-            return self.name
-        inner = ",".join(f"{name}={_text(value)}" for name, value in given)
-        return f"{self.name}{{{inner}}}"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, str) and (not value or value == "none" or value.strip() != value or set(value) & set(",}{")):
-        return f'"{value}"'
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def where(node: Node) -> str:

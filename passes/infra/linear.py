@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vacc_opt.ir import Node, PerRank, TensorExpr, Value
+from vacc_opt.ir import Graph, Node, PerRank, TensorExpr, Value
 from vacc_opt.ir.tensor import transposed
+from vacc_opt.passes.infra.analysis import Analysis
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ def as_linear(node: Node) -> Linear | None:
         if source is not None and source.const is not None:
             return Linear(node, x, source, source.const)
     return None
+
+
+def _all_linears(graph: Graph) -> list[Linear]:
+    return [linear for node in graph.nodes() if (linear := as_linear(node)) is not None]
+
+
+linears = Analysis("linears", _all_linears)
 
 
 def _gemm(node: Node) -> Linear | None:

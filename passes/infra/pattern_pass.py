@@ -1,29 +1,48 @@
-"""Passes made of one pattern: find the roots through the index, match, check, rewrite, and remark on every decision."""
+"""Passes made of one pattern: the driver visits the roots, the matcher matches, every decision becomes a remark."""
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.base import Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.pattern import Match, Matcher, Pattern, Reason, Var
+from vacc_opt.passes.infra.analysis import Analysis
+from vacc_opt.passes.infra.base import Outcome, Pass, Remark, RuleStats, option, where
+from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
+from vacc_opt.passes.infra.match import Match, NotMatched, Reason
+from vacc_opt.passes.infra.matcher import Matcher
+from vacc_opt.passes.infra.pattern import AttributeVar, Pattern, Rest, Var
 
 Capture = Pattern  # annotation of a pattern parameter that is any value
 Scalar = Pattern  # annotation of a pattern parameter that is a constant number
 Const = Pattern  # annotation of a pattern parameter that is any constant
+Operands = Pattern  # annotation of a pattern parameter that is all further operands of a node
+Attribute = Any  # annotation of a pattern parameter that is an attribute
+
+_CAPTURES = {
+    "Capture": Var,
+    "Scalar": lambda name: Var(name, "scalar"),
+    "Const": lambda name: Var(name, "const"),
+    "Operands": Rest,
+    "Attribute": AttributeVar,
+}
+
+
+positions = Analysis("positions", lambda graph: {node: index for index, node in enumerate(graph.nodes())})
 
 
 @dataclass(frozen=True)
 class PatternPass(Pass):
-    """A pass that rewrites each match of a pattern.
+    """A pass that rewrites each match of a pattern, until none is left.
 
-    ``pattern`` names its captures by its parameters; annotate one ``Scalar`` or ``Const`` to admit constants only.
-    ``check`` yields reasons to decline. ``rewrite`` gives the value that replaces the root, or a tuple for all outputs.
+    ``pattern`` names its captures by its parameters, whose annotations say what each may be: ``Capture``, ``Scalar``,
+    ``Const``, ``Operands`` or ``Attribute``. ``check`` yields reasons to decline. ``rewrite`` gives the value that
+    replaces the root, or a tuple for all outputs of the root, or for all roots of the pattern.
     """
 
     noun: ClassVar[str] = "match"
@@ -33,8 +52,8 @@ class PatternPass(Pass):
     expect: int | None = option(None, "fail unless exactly this many are rewritten")
 
     @abstractmethod
-    def pattern(self, *captures: Any) -> Pattern:
-        """The pattern over its captures."""
+    def pattern(self, *captures: Any) -> Pattern | tuple[Pattern, ...]:
+        """The pattern over its captures; a tuple has several roots."""
 
     def check(self, m: Match) -> Iterable[Reason]:
         """Reasons to decline a structural match; none by default."""
@@ -44,56 +63,36 @@ class PatternPass(Pass):
     def rewrite(self, m: Match, rw: Rewriter) -> Value | Sequence[Value]:
         """Build the replacement of the root's output(s)."""
 
-    def compiled(self) -> Pattern:
+    def done(self, node: Node) -> bool:
+        """True for an anchor that is already in its final form."""
+        return False
+
+    def hint(self, missed: NotMatched) -> str:
+        """What a person can do about a place that was not matched, for ``--why-not``; empty when nothing is known."""
+        return ""
+
+    def compiled(self) -> Pattern | tuple[Pattern, ...]:
         """The pattern with its captures made."""
-        kinds = {"Scalar": "scalar", "Const": "const"}
         parameters = inspect.signature(self.pattern).parameters.values()
-        return self.pattern(*(Var(p.name, kinds.get(str(p.annotation), "any")) for p in parameters))
+        return self.pattern(*(_CAPTURES.get(str(p.annotation), Var)(p.name) for p in parameters))
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Rewrite every match, roots in topological order; declined and partial matches become remarks."""
-        outcome = Outcome(fused=0)
-        matcher = Matcher(self.compiled(), graph)
-        memo: dict[object, Any] = {}
-        order = {node: i for i, node in enumerate(graph.nodes())}
-        declined: list[Remark] = []
-        near: list[Remark] = []
-        for root in sorted(matcher.candidates(), key=order.__getitem__):
-            if root not in graph or (root.op in self.anchors and self.done(root)):
-                continue
-            match = matcher.match(root, memo)
-            if match is None:
-                near += self._near(matcher, root)
-            elif reasons := [str(reason) for reason in self.check(match)]:
-                declined.append(Remark("missed", self.name, "; ".join(reasons), where(root)))
-            else:
-                outcome.remarks.append(self._apply(match, rw))
-                outcome.fused = (outcome.fused or 0) + 1
-        left = self._left(graph)
+        work = Matching(self, graph)
+        run_rules(graph, rw, [Rule(self.name, work.roots or frozenset({ANY}), work.visit)])
+        left = self.left(graph)
+        missed = list(work.not_matched())
+        declined = [m for m in missed if m.miss is None]
         # without an anchor that is left, what came near was something else
-        outcome.remarks += declined + (near if left else [])
-        outcome.candidates = (outcome.fused or 0) + max(len(left), len(declined))
-        plural = self.noun if outcome.candidates == 1 else f"{self.noun}s"
-        outcome.summary = f"fused {outcome.fused} of {outcome.candidates} {plural}"
-        return outcome
+        shown = missed if left else declined
+        size = work.matcher.size()
+        remarks = [Remark("missed", self.name, m.message(size), where(m.place)) for m in shown]
+        candidates = len(work.passed) + max(len(left), len(declined))
+        plural = self.noun if candidates == 1 else f"{self.noun}s"
+        summary = f"fused {len(work.passed)} of {candidates} {plural}"
+        return Outcome(summary, work.passed + remarks, len(work.passed), candidates, {self.name: work.stats})
 
-    def _near(self, matcher: Matcher, root: Node) -> list[Remark]:
-        miss, size = matcher.miss, matcher.pattern.size()
-        if not self.anchors or miss.depth < 2:
-            return []
-        text = f"{miss} after {miss.depth} of {size} nodes"
-        return [Remark("missed", self.name, text, where(miss.node or root))]
-
-    def _apply(self, match: Match, rw: Rewriter) -> Remark:
-        remark = Remark("passed", self.name, f"{match.root.op} rewritten", where(match.root))
-        with rw.applying(match.nodes):
-            made = self.rewrite(match, rw)
-            values = (made,) if isinstance(made, Value) else tuple(made)
-            for old, new in zip(match.root.outputs, values, strict=False):
-                rw.replace(old, new)
-        return remark
-
-    def _left(self, graph: Graph) -> list[Node]:
+    def left(self, graph: Graph) -> list[Node]:
         """Anchors that remain: places where a match was to be expected and did not happen."""
         left: list[Node] = []
         for name in self.anchors:
@@ -101,6 +100,102 @@ class PatternPass(Pass):
             left += [n for n in graph.by_op(kind, domain) if not self.done(n)]
         return left
 
-    def done(self, node: Node) -> bool:
-        """True for an anchor that is already in its final form."""
-        return False
+
+class _Unchanged(Exception):
+    """A rewrite gave back the node that it was to replace."""
+
+
+def _same(old: Node, new: Node | None) -> bool:
+    return new is not None and (old.op, old.inputs, old.attributes) == (new.op, new.inputs, new.attributes)
+
+
+class Matching:
+    """The matcher of one pass at work on one graph."""
+
+    def __init__(self, item: PatternPass, graph: Graph) -> None:
+        self.item = item
+        self.graph = graph
+        self.matcher = Matcher(item.compiled(), graph)
+        self.roots = self.matcher.pattern.roots()
+        self.passed: list[Remark] = []
+        self.stats = RuleStats()
+        self._memo: dict[object, Any] = {}
+        self._positions = positions(graph) if len(self.matcher.patterns) > 1 else {}
+
+    def visit(self, root: Node, rw: Rewriter) -> bool:
+        """Rewrite the match at a root, if there is one that nothing speaks against."""
+        started = perf_counter() if rw.timed else 0.0
+        applied = not self._is_done(root) and self._apply(root, rw)
+        self.stats.tried += 1
+        self.stats.applied += applied
+        self.stats.seconds += perf_counter() - started if rw.timed else 0.0
+        return applied
+
+    def _apply(self, root: Node, rw: Rewriter) -> bool:
+        match = self.matcher.match(root, self._memo)
+        if match is None:
+            return False
+        self.stats.matched += 1
+        if any(True for _ in self._reasons(match)):
+            return False
+        remark = Remark("passed", self.item.name, f"{root.op} rewritten", where(root))
+        try:
+            with rw.applying(match.nodes, rule=self.item.name):
+                self._rewrite(match, rw)
+        except _Unchanged:
+            return False
+        self.passed.append(remark)
+        return True
+
+    def _rewrite(self, match: Match, rw: Rewriter) -> None:
+        made = self.item.rewrite(match, rw)
+        values = (made,) if isinstance(made, Value) else tuple(made)
+        if len(match.nodes) == 1 and _same(match.root, values[0].producer):
+            raise _Unchanged
+        for old, new in zip(match.targets, values, strict=False):
+            if self.graph.values.get(old.name) is old:  # a root before it may have been its only reader
+                rw.replace(old, new)
+
+    def not_matched(self) -> Iterator[NotMatched]:
+        """The roots as they stand that came near the pattern (two nodes or more) or were declined, in order."""
+        for root in sorted(self.matcher.candidates(), key=positions(self.graph).__getitem__):
+            if self._is_done(root):
+                continue
+            match = self.matcher.match(root, self._memo)
+            if match is not None:
+                reasons = tuple(self._reasons(match))
+                if reasons:
+                    yield NotMatched(root, None, reasons)
+            elif self.item.anchors and self.matcher.miss.depth > 1:
+                yield NotMatched(root, self.matcher.miss)
+
+    def _is_done(self, root: Node) -> bool:
+        return root.op in self.item.anchors and self.item.done(root)
+
+    def _reasons(self, match: Match) -> Iterator[Reason]:
+        yield from self.item.check(match)
+        if len(match.values) > 1:
+            between = self._computed_from_a_root(match)
+            if between is not None:
+                yield match.reason("{x} is computed from another root", x=between.name)
+
+    def _computed_from_a_root(self, match: Match) -> Value | None:
+        """A captured value that depends on a matched root, which would make a cycle of the replacement."""
+        roots = {v.producer for v in match.values}
+        first = min(self._positions.get(n, 0) for n in roots if n is not None)
+        inside = set(match.nodes)
+        for value in match.captures.values():
+            if not isinstance(value, Value) or value.producer is None or value.producer in inside:
+                continue
+            pending, seen = [value.producer], {value.producer}
+            while pending:
+                node = pending.pop()
+                if node in roots:
+                    return value
+                # what stands before the first root cannot depend on it
+                if self._positions.get(node, first) < first:
+                    continue
+                fresh = {v.producer for v in node.inputs if v is not None and v.producer is not None} - seen
+                seen |= fresh
+                pending += fresh
+        return None

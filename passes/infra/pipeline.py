@@ -1,189 +1,175 @@
-"""Pipelines: text such as ``simplify,fuse-gqa{expect=30}`` to passes, and the manager that runs and verifies them."""
+"""Pipeline text such as ``simplify,fixpoint(fuse-gqa{expect=30}),prefill{seq=64}(simplify)`` to items, and back."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from vacc_opt.ir import Graph
-from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
-from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.ir.verify import verify
-from vacc_opt.passes.infra.base import Option, Pass, Remark
+from vacc_opt.ir.errors import UserError, did_you_mean
+from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.options import Named, Option
+from vacc_opt.passes.infra.presets import PRESETS, Preset
 from vacc_opt.passes.infra.registry import all_passes
+from vacc_opt.passes.infra.scopes import SCOPES, Phase, Scope
 
-_TOKEN = re.compile(r"\s*([\w.+-]+)\s*")
+Item = Pass | Scope
 
-
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass did in a run."""
-
-    name: str
-    spec: str
-    seconds: float
-    changes: int
-    summary: str
-    remarks: tuple[Remark, ...]
-    fused: int | None = None
-    candidates: int | None = None
+_NAME = re.compile(r"\s*([\w.+-]+)\s*")
+_KEY = re.compile(r"\s*([\w-]+)\s*=\s*")
+_VALUE = re.compile(r'"([^"]*)"|([^,}]*)')
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a pipeline did, pass by pass."""
-
-    records: tuple[PassRecord, ...]
-
-    def remarks(self) -> list[Remark]:
-        """All remarks in order."""
-        return [r for record in self.records for r in record.remarks]
-
-    def record(self, name: str) -> PassRecord | None:
-        """The first record of a pass."""
-        return next((r for r in self.records if r.name == name), None)
-
-
-def parse_pipeline(text: str) -> list[Pass]:
-    """Read pipeline text.
+def parse_pipeline(text: str) -> list[Item]:
+    """Read pipeline text; presets are replaced by what they stand for.
 
     Raises:
         UserError: with a caret under the place, and the nearest valid name.
     """
-    passes: list[Pass] = []
-    at = 0
-    while True:
-        match = _TOKEN.match(text, at)
+    reader = _Reader(text)
+    items = reader.items(closing="")
+    check_order(items, reader)
+    return items
+
+
+class _Reader:
+    """A position in pipeline text, and where each item began."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.places: list[tuple[Named, int]] = []
+
+    def items(self, closing: str) -> list[Item]:
+        found: list[Item] = []
+        while True:
+            found += self._item()
+            self._skip_space()
+            here = self.text[self.at : self.at + 1]
+            if here == closing:
+                self.at += len(closing)
+                return found
+            if here != ",":
+                raise self.error(self.at, f"',' or {repr(closing) if closing else 'the end'} is expected here")
+            self.at += 1
+
+    def _item(self) -> list[Item]:
+        match = _NAME.match(self.text, self.at)
         if match is None:
-            raise _at(text, at, "a pass name is expected here")
+            raise self.error(self.at, "a pass name is expected here")
         name, start = match[1], match.start(1)
-        known = all_passes()
+        known: dict[str, type[Named]] = {**all_passes(), **PRESETS, **SCOPES}
         if name not in known:
-            raise _at(text, start, f"unknown pass {name!r}", did_you_mean(name, known))
-        at = match.end()
-        options: dict[str, Any] = {}
-        if text[at : at + 1] == "{":
-            options, at = _options(text, at + 1, known[name])
-            at += len(text[at:]) - len(text[at:].lstrip())
+            raise self.error(start, f"unknown pass {name!r}", did_you_mean(name, known))
+        self.at = match.end()
+        options = self._options(known[name]) if self._next("{") else {}
+        body: tuple[Item, ...] = ()
+        if name in SCOPES:
+            if not self._next("("):
+                raise self.error(self.at, f"'(' is expected here: {name!r} holds passes, as {name}(simplify)")
+            body = tuple(self.items(closing=")"))
+        return self._made(known[name], options, body, start)
+
+    def _made(self, cls: type[Named], options: dict[str, Any], body: tuple[Item, ...], start: int) -> list[Item]:
         try:
-            passes.append(known[name](**options))
+            made = cls(**options, body=body) if issubclass(cls, Scope) else cls(**options)
         except ValueError as error:
-            raise _at(text, start, str(error)) from error
-        if at >= len(text):
-            return passes
-        if text[at] != ",":
-            raise _at(text, at, "',' or the end is expected here")
-        at += 1
+            raise self.error(start, str(error)) from error
+        if isinstance(made, Preset):
+            inner = _Reader(made.text()).items(closing="")
+            self.places += [(item, start) for item in flat(inner)]
+            return inner
+        assert isinstance(made, Pass | Scope)
+        self.places.append((made, start))
+        return [made]
 
+    def _options(self, cls: type[Named]) -> dict[str, Any]:
+        declared = {o.name: o for o in cls.options()}
+        given: dict[str, Any] = {}
+        while True:
+            match = _KEY.match(self.text, self.at)
+            if match is None:
+                raise self.error(self.at, f"an option of {cls.name!r} is expected here, as name=value")
+            key = match[1].replace("-", "_")
+            if key not in declared:
+                hint = did_you_mean(key, declared) if declared else f"{cls.name!r} takes none"
+                raise self.error(match.start(1), f"{cls.name!r} has no option {match[1]!r}", hint)
+            value = _VALUE.match(self.text, match.end())
+            assert value is not None
+            raw = value[1] if value[1] is not None else (value[2] or "").strip()
+            given[key] = self._convert(raw, declared[key], match.end(), cls.name)
+            self.at = value.end()
+            if self._next("}"):
+                return given
+            if not self._next(","):
+                raise self.error(self.at, "',' or '}' is expected here")
 
-def _options(text: str, at: int, cls: type[Pass]) -> tuple[dict[str, Any], int]:
-    declared = {o.name: o for o in cls.options()}
-    given: dict[str, Any] = {}
-    while True:
-        match = re.compile(r"\s*([\w-]+)\s*=\s*").match(text, at)
-        if match is None:
-            raise _at(text, at, f"an option of {cls.name!r} is expected here, as name=value")
-        key = match[1].replace("-", "_")
-        if key not in declared:
-            raise _at(text, match.start(1), f"{cls.name!r} has no option {match[1]!r}", did_you_mean(key, declared))
-        value = re.compile(r'"([^"]*)"|([^,}]*)').match(text, match.end())
-        assert value is not None
-        raw = value[1] if value[1] is not None else (value[2] or "").strip()
-        given[key] = _convert(raw, declared[key], text, match.end(), cls.name)
-        at = value.end()
-        if text[at : at + 1] == "}":
-            return given, at + 1
-        if text[at : at + 1] != ",":
-            raise _at(text, at, "',' or '}' is expected here")
-        at += 1
-
-
-def _convert(raw: str, option: Option, text: str, at: int, name: str) -> Any:
-    kinds = {k.strip() for k in option.type.split("|")}
-    if raw == "none" and "None" in kinds:
-        return None
-    try:
-        if "bool" in kinds:
-            return {"true": True, "false": False}[raw.lower()]
-        if "int" in kinds:
-            return int(raw)
-        if "float" in kinds:
-            return float(raw)
-    except (ValueError, KeyError):
-        wanted = " or ".join(sorted(kinds))
-        raise _at(text, at, f"option {option.name!r} of {name!r} takes {wanted}, not {raw!r}", option.help) from None
-    return raw
-
-
-def _at(text: str, at: int, message: str, hint: str | None = None) -> UserError:
-    caret = f"{text}\n  {' ' * at}^"
-    return UserError(f"pipeline, column {at + 1}: {message}", caret if hint is None else f"{caret} {hint}")
-
-
-def dump_pipeline(passes: Sequence[Pass]) -> str:
-    """The text that :func:`parse_pipeline` reads back."""
-    return ",".join(p.spec() for p in passes)
-
-
-def run_pipeline(
-    graph: Graph,
-    pipeline: str | Sequence[Pass],
-    *,
-    on_pass: Callable[[PassRecord], None] | None = None,
-    verify_each: bool = True,
-) -> Report:
-    """Run passes over ``graph`` in place, verifying after each.
-
-    Raises:
-        VaccError: a pass declined its task, an expectation is not met, or a pass left an invalid graph.
-    """
-    passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else list(pipeline)
-    records: list[PassRecord] = []
-    for item in passes:
-        started = time.perf_counter()
-        rw = Rewriter(graph, by=item.name)
+    def _convert(self, raw: str, option: Option, at: int, name: str) -> Any:
+        kinds = {k.strip() for k in option.type.split("|")}
+        if raw == "none" and "None" in kinds:
+            return None
         try:
-            outcome = item.run(graph, rw)
-        except VaccError as error:
-            raise _named(error, item) from error
-        except Exception as error:
-            error.add_note(f"in the pass {item.name}")
-            raise
-        if verify_each:
-            verify(graph, after=item.name)
-        record = PassRecord(
-            item.name,
-            item.spec(),
-            time.perf_counter() - started,
-            rw.modified,
-            outcome.summary,
-            tuple(outcome.remarks),
-            outcome.fused,
-            outcome.candidates,
-        )
-        records.append(record)
-        if on_pass is not None:
-            on_pass(record)
-        _check_expectation(item, record)
-    return Report(tuple(records))
+            if "bool" in kinds:
+                return {"true": True, "false": False}[raw.lower()]
+            if "int" in kinds:
+                return int(raw)
+            if "float" in kinds:
+                return float(raw)
+        except (ValueError, KeyError):
+            wanted = " or ".join(sorted(kinds))
+            message = f"option {option.name!r} of {name!r} takes {wanted}, not {raw!r}"
+            raise self.error(at, message, option.help) from None
+        return raw
+
+    def _next(self, char: str) -> bool:
+        self._skip_space()
+        if self.text[self.at : self.at + 1] != char:
+            return False
+        self.at += 1
+        return True
+
+    def _skip_space(self) -> None:
+        while self.text[self.at : self.at + 1].isspace():
+            self.at += 1
+
+    def error(self, at: int, message: str, hint: str | None = None) -> UserError:
+        caret = f"{self.text}\n  {' ' * at}^"
+        return UserError(f"pipeline, column {at + 1}: {message}", caret if hint is None else f"{caret} {hint}")
 
 
-def _named(error: VaccError, item: Pass) -> VaccError:
-    if error.message.startswith(f"{item.name}: "):
-        return error
-    return type(error)(f"{item.name}: {error.message}", error.hint)
+def flat(items: Iterable[Item]) -> Iterator[Item]:
+    """All passes and scopes, outer before inner, in order."""
+    for item in items:
+        yield item
+        if isinstance(item, Scope):
+            yield from flat(item.body)
 
 
-def _check_expectation(item: Pass, record: PassRecord) -> None:
-    fields = {f.name for f in dataclasses.fields(item)}
-    expected = getattr(item, "expect", None) if "expect" in fields else None
-    if expected is None or expected == record.fused:
-        return
-    missed = [str(r) for r in record.remarks if r.kind == "missed"]
-    other = " other" if record.fused else ""
-    hint = "\n  ".join(missed[:5]) if missed else f"no{other} place in the graph came close to the pattern"
-    raise CheckError(f"{item.name}: {record.fused} rewritten, {expected} expected", hint)
+def check_order(items: Sequence[Item], reader: _Reader) -> None:
+    """Refuse a pass on the wrong side of another, and a pass on a graph that a phase was already taken from."""
+    where = {id(item): at for item, at in reader.places}
+    seen: dict[str, Pass] = {}
+    for item in flat(items):
+        if not isinstance(item, Pass):
+            continue
+        at = where.get(id(item), 0)
+        for other in item.runs_before:
+            if other in seen:
+                raise reader.error(at, f"{item.name!r} must come before {other!r}", f"move it before {other}")
+        for earlier in seen.values():
+            if item.name in earlier.runs_after:
+                raise reader.error(at, f"{earlier.name!r} must come after {item.name!r}", f"move {earlier.name} behind")
+        seen[item.name] = item
+    phase: Phase | None = None
+    for item in items:
+        if isinstance(item, Phase):
+            phase = phase or item
+        elif phase is not None:
+            at = where.get(id(item), 0)
+            hint = f"put it before {phase.name}(...), or inside"
+            raise reader.error(at, f"{item.name!r} runs on a graph that {phase.name!r} was already taken from", hint)
+
+
+def dump_pipeline(items: Sequence[Item]) -> str:
+    """The text that :func:`parse_pipeline` reads back; presets appear as what they stand for."""
+    return ",".join(item.spec() for item in items)

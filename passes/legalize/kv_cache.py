@@ -36,6 +36,7 @@ class KvCache(Pass):
 
     name: ClassVar[str] = "kv-cache"
     kind: ClassVar[Kind] = Kind.INTERFACE
+    runs_after: ClassVar[tuple[str, ...]] = ("fuse-gqa",)
 
     context: int = option(2048, "capacity of the buffers, in tokens")
 

@@ -32,6 +32,7 @@ class CastFloat(Pass):
 
     name: ClassVar[str] = "cast-float"
     kind: ClassVar[Kind] = Kind.LOSSY
+    runs_after: ClassVar[tuple[str, ...]] = ("w8a16", "kv8")
 
     to: str = option("float16", "float16, float, or bfloat16 (for which onnxruntime has no CPU kernels)")
 

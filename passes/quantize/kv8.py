@@ -35,8 +35,10 @@ class Kv8(Pass):
 
     name: ClassVar[str] = "kv8"
     kind: ClassVar[Kind] = Kind.LOSSY
+    runs_after: ClassVar[tuple[str, ...]] = ("kv-cache",)
+    runs_before: ClassVar[tuple[str, ...]] = ("split-tp",)
 
-    scales: str = option("", "safetensors file of calibrated scales", metavar="FILE")
+    scales: str = option("", "safetensors file of calibrated scales")
     new_tokens: str = option("float", "how tokens of this call are attended: float or quantized")
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:

@@ -11,7 +11,7 @@ from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Codes, Scales
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.linear import Linear, as_linear
+from vacc_opt.passes.infra.linear import Linear, as_linear, linears
 from vacc_opt.passes.infra.registry import register
 
 
@@ -27,6 +27,7 @@ class W8A16(Pass):
 
     name: ClassVar[str] = "w8a16"
     kind: ClassVar[Kind] = Kind.LOSSY
+    runs_before: ClassVar[tuple[str, ...]] = ("split-tp",)
 
     lm_head: bool = option(False, "quantize the layer that makes the logits too")
     include: str = option("", "regular expression of weight names to quantize; empty: all")
@@ -37,10 +38,10 @@ class W8A16(Pass):
         """Rewrite every admitted linear; raises CheckError after split-tp, since a scale belongs to the full row."""
         if graph.ranks > 1:
             raise CheckError("the graph is split over ranks already", "put w8a16 before split-tp: quantize, then split")
-        linears = [li for n in graph.nodes() if (li := as_linear(n)) is not None and li.scale is None]
+        found = [linear for linear in linears(graph) if linear.scale is None]
         head = None if self.lm_head else self._head(graph)
-        outcome = Outcome(fused=0, candidates=len(linears))
-        for linear in linears:
+        outcome = Outcome(fused=0, candidates=len(found))
+        for linear in found:
             reason = self._kept(linear, head)
             if reason:
                 outcome.remarks.append(Remark("missed", self.name, reason, where(linear.node)))

@@ -25,6 +25,7 @@ class ExpandRanks(Pass):
 
     name: ClassVar[str] = "expand-ranks"
     kind: ClassVar[Kind] = Kind.INTERFACE
+    runs_after: ClassVar[tuple[str, ...]] = ("split-tp",)
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Replace the graph by that of all ranks; one rank stays as it is."""

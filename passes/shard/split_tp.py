@@ -80,6 +80,7 @@ class SplitTp(Pass):
 
     name: ClassVar[str] = "split-tp"
     kind: ClassVar[Kind] = Kind.INTERFACE
+    runs_after: ClassVar[tuple[str, ...]] = ("fuse-gqa", "fuse-swiglu", "kv-cache")
 
     tp: int = option(1, "number of ranks, at most the number of query heads")
     logits: str = option("logits", "name of the output that lm_head makes")

@@ -11,8 +11,8 @@ from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
-from vacc_opt.passes.infra.pattern import scalar
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.values import scalar
 
 Rule = Callable[[Node, Rewriter], Value | None]
 

@@ -18,7 +18,7 @@ from vacc_opt.frontends import export_checkpoint
 from vacc_opt.ir import Graph
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable
-from vacc_opt.passes.infra.pipeline import run_pipeline
+from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.testing import assert_close
 from vacc_opt.runtime.engines import Engine, ScheduleEngine, make_engine
 from vacc_opt.runtime.generate import decode, generate, prefill

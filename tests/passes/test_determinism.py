@@ -10,7 +10,7 @@ PROGRAM = """
 import sys
 from vacc_opt.ir.onnx_proto import to_onnx
 from vacc_opt.ir.text import to_text
-from vacc_opt.passes.infra.pipeline import run_pipeline
+from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.tests.passes.decoder import decoder
 
 graph = decoder()

@@ -15,7 +15,8 @@ from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.storage import write_safetensors
 from vacc_opt.ir.verify import verify
 from vacc_opt.passes.infra.base import Kind
-from vacc_opt.passes.infra.pipeline import parse_pipeline, run_pipeline
+from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.pipeline import parse_pipeline
 from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, assert_same_values, run_stages
 
 RECOGNIZE = (

@@ -1,29 +1,20 @@
-"""Pipeline text and the manager: options, errors with a caret, expectations, and verification after each pass."""
+"""Pipeline text: options, nesting, presets, ordering, and errors with a caret."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vacc_opt.ir import CheckError, DType, Graph, TensorType, UserError
-from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.ir.text import from_text
-from vacc_opt.ir.verify import InvalidGraph
+from vacc_opt.ir import UserError
 from vacc_opt.passes.fuse.fuse_rms_norm import FuseRmsNorm
-from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option
-from vacc_opt.passes.infra.pipeline import PassRecord, dump_pipeline, parse_pipeline, run_pipeline
+from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.pipeline import Item, dump_pipeline, parse_pipeline
+from vacc_opt.passes.infra.presets import PRESETS
+from vacc_opt.passes.infra.scopes import Decode, Fixpoint, Functions, Prefill
 from vacc_opt.passes.quantize.w8a16 import W8A16
 from vacc_opt.passes.shard.split_tp import SplitTp
 from vacc_opt.passes.simplify.simplify import Simplify
-
-
-def small() -> Graph:
-    return from_text("g (float[2,4] x) => (float[2,4] y) { a = Identity (x) y = Neg (a) }")
 
 
 def test_names_and_options_become_passes() -> None:
@@ -43,14 +34,14 @@ def test_none_and_quoted_text_are_values() -> None:
 
 @given(st.booleans(), st.text("ab,{} =|.\\", max_size=8), st.integers(0, 99), st.floats(1e-9, 1))
 def test_a_dump_reads_back_as_the_same_passes(flag: bool, text: str, number: int, eps: float) -> None:
-    passes: list[Pass] = [W8A16(lm_head=flag, include=text, logits="none"), FuseRmsNorm(expect=number, max_eps=eps)]
+    passes: list[Item] = [W8A16(lm_head=flag, include=text, logits="none"), FuseRmsNorm(expect=number, max_eps=eps)]
     assert parse_pipeline(dump_pipeline(passes)) == passes
 
 
 def test_a_dump_leaves_defaults_out() -> None:
     assert (
-        dump_pipeline(parse_pipeline("simplify,split-tp{tp=1},fuse-gqa{expect=2}"))
-        == "simplify,split-tp,fuse-gqa{expect=2}"
+        dump_pipeline(parse_pipeline("simplify,fuse-gqa{expect=2},split-tp{tp=1}"))
+        == "simplify,fuse-gqa{expect=2},split-tp"
     )
 
 
@@ -67,6 +58,15 @@ WRONG = [
     ("split-tp{}", "column 10: an option of 'split-tp' is expected here", "^"),
     ("split-tp{tp=2", "column 14: ',' or '}' is expected here", "^"),
     ("split-tp{tp=2} simplify", "column 16: ',' or the end is expected here", "^"),
+    ("fixpoint", "column 9: '(' is expected here: 'fixpoint' holds passes, as fixpoint(simplify)", "^"),
+    ("fixpoint(simplify", "column 18: ',' or ')' is expected here", "^"),
+    ("fixpont(simplify)", "column 1: unknown pass 'fixpont'", "^ did you mean `fixpoint`?"),
+    ("vacc-defualt", "column 1: unknown pass 'vacc-defualt'", "^ did you mean `vacc-default`?"),
+    ("vacc-default{ctx=2}", "column 14: 'vacc-default' has no option 'ctx'", "^"),
+    ("simplify{x=1}", "column 10: 'simplify' has no option 'x'", "^ 'simplify' takes none"),
+    ("split-tp,w8a16", "column 10: 'w8a16' must come before 'split-tp'", "^ move it before split-tp"),
+    ("kv-cache,fuse-gqa", "column 10: 'kv-cache' must come after 'fuse-gqa'", "^ move kv-cache behind"),
+    ("prefill{seq=8}(simplify),legalize", "column 26: 'legalize' runs on a graph that 'prefill'", "^ put it before"),
 ]  # fmt: skip
 
 
@@ -83,95 +83,36 @@ def test_an_error_has_a_caret_under_its_place(text: str, message: str, hint: str
     assert caret.strip().startswith(hint)
 
 
-@dataclass(frozen=True)
-class Corrupt(Pass):
-    """Break the graph behind the rewriter's back."""
-
-    name: ClassVar[str] = "corrupt"
-    kind: ClassVar[Kind] = Kind.EXACT
-
-    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        graph.values["y"].type = TensorType(DType.INT8, (7,))
-        return Outcome("broke it")
+def test_scopes_nest_passes_and_each_other() -> None:
+    text = "fixpoint{max_rounds=3}(simplify,fixpoint(fuse-rms-norm)),function{match=Layer}(simplify),prefill{seq=64}(simplify)"
+    assert parse_pipeline(text) == [
+        Fixpoint(max_rounds=3, body=(Simplify(), Fixpoint(body=(FuseRmsNorm(),)))),
+        Functions(match="Layer", body=(Simplify(),)),
+        Prefill(seq=64, body=(Simplify(),)),
+    ]
+    assert dump_pipeline(parse_pipeline(text)) == text
 
 
-@dataclass(frozen=True)
-class Count(Pass):
-    """Count two and remark on what was missed."""
-
-    name: ClassVar[str] = "count"
-    kind: ClassVar[Kind] = Kind.EXACT
-    expect: int | None = option(None, "fail unless exactly this many")
-    near: bool = option(True, "say what came close")
-
-    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        remarks = [Remark("missed", self.name, f"reason {i}", f"node{i}") for i in range(2) if self.near]
-        return Outcome("counted", remarks, fused=2, candidates=4)
+def test_both_phases_may_follow_one_graph() -> None:
+    items = parse_pipeline("simplify,prefill{seq=8}(simplify),decode(simplify),prefill(fuse-rms-norm)")
+    assert [type(i) for i in items] == [Simplify, Prefill, Decode, Prefill]
 
 
-@dataclass(frozen=True)
-class Refuse(Pass):
-    """Decline the task."""
-
-    name: ClassVar[str] = "refuse"
-    kind: ClassVar[Kind] = Kind.EXACT
-
-    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        raise UserError("no thanks", "ask another")
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_stands_for_passes(name: str) -> None:
+    items = parse_pipeline(name)
+    assert len(items) > 1
+    assert all(isinstance(item, Pass) for item in items)
+    assert parse_pipeline(dump_pipeline(items)) == items
 
 
-def test_a_pass_that_corrupts_the_graph_is_caught_by_name() -> None:
-    with pytest.raises(InvalidGraph, match="after corrupt: the graph 'g' is not valid: 'y' is int8, Neg gives float"):
-        run_pipeline(small(), [Corrupt()])
+def test_a_preset_hands_its_options_on() -> None:
+    text = dump_pipeline(parse_pipeline("vacc-kv8{scales=kv.safetensors,context=256,tp=3}"))
+    for part in ("fuse-rotary{positions=256}", "kv-cache{context=256}", "kv8{scales=kv.safetensors}", "split-tp{tp=3}"):
+        assert part in text
 
 
-def test_verification_can_be_left_out() -> None:
-    report = run_pipeline(small(), [Corrupt()], verify_each=False)
-    assert report.records[0].summary == "broke it"
-
-
-def test_an_unmet_expectation_fails_with_what_was_missed() -> None:
-    with pytest.raises(CheckError) as error:
-        run_pipeline(small(), [Count(expect=4)])
-    assert error.value.message == "count: 2 rewritten, 4 expected"
-    assert error.value.hint == "missed: count: reason 0 [node0]\n  missed: count: reason 1 [node1]"
-
-
-def test_an_unmet_expectation_without_a_near_miss_says_so() -> None:
-    with pytest.raises(CheckError, match="no other place in the graph came close to the pattern"):
-        run_pipeline(small(), [Count(expect=4, near=False)])
-
-
-def test_an_expectation_that_is_met_passes() -> None:
-    assert run_pipeline(small(), [Count(expect=2)]).records[0].spec == "count{expect=2}"
-
-
-def test_a_refusal_names_the_pass_and_keeps_its_kind_and_hint() -> None:
-    with pytest.raises(UserError) as error:
-        run_pipeline(small(), [Refuse()])
-    assert (error.value.message, error.value.hint) == ("refuse: no thanks", "ask another")
-
-
-def test_the_report_tells_what_each_pass_did() -> None:
-    heard: list[PassRecord] = []
-    report = run_pipeline(small(), "simplify,eliminate-dead-code", on_pass=heard.append)
-    assert list(report.records) == heard
-    first = report.record("simplify")
-    assert first is not None
-    assert first.changes > 0
-    assert first.summary == "2 nodes to 1"
-    assert heard[1].changes == 0
-    assert report.record("legalize") is None
-    assert str(run_pipeline(small(), [Count()]).remarks()[0]) == "missed: count: reason 0 [node0]"
-
-
-def test_passes_run_in_order_until_one_fails() -> None:
-    ran: list[str] = []
-
-    def note(record: PassRecord) -> None:
-        ran.append(record.name)
-
-    passes: Iterator[Pass] = iter([Simplify(), Refuse(), Simplify()])
-    with pytest.raises(UserError):
-        run_pipeline(small(), list(passes), on_pass=note)
-    assert ran == ["simplify"]
+def test_an_order_is_checked_inside_scopes_and_presets_too() -> None:
+    with pytest.raises(UserError, match="column 26: 'split-tp' must come after 'fuse-gqa'") as error:
+        parse_pipeline("fixpoint(split-tp{tp=2}),vacc-default")
+    assert error.value.hint is not None

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.passes.infra.pipeline import run_pipeline
+from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.models import check_output, load_model, write_model
 
