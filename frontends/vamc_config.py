@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -33,7 +33,7 @@ Length = Annotated[int, AfterValidator(_multiple_of_block)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class Shape(_Section):
@@ -172,7 +172,7 @@ class Dataset(_Section):
 class PyEnv(_Section):
     """Versions that upstream installs for one model; read and not used."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
     transformers: str | float | None = None
     huggingface_hub: str | float | None = Field(None, alias="huggingface-hub")

@@ -114,7 +114,7 @@ class Executable:
         self.graph = graph
         # a stage knows its outputs by the names of values
         inner = {name: value.name for name, value in graph.outputs.items()}
-        self.in_place = {inner.get(name, name): source for name, source in (in_place or {}).items()}
+        self.in_place: dict[str, str] = {inner.get(name, name): source for name, source in (in_place or {}).items()}
         self._stages = _split(graph)
         loaded = weights if weights is not None else read_weights(graph)
         self._parts = [

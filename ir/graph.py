@@ -53,15 +53,15 @@ class Value:
     __slots__ = ("const", "elements", "index", "name", "producer", "provenance", "serial", "type", "uses")
 
     def __init__(self, name: str, type: TensorType, const: TensorExpr | None = None) -> None:
-        self.name = name
-        self.type = type
-        self.const = const
+        self.name: str = name
+        self.type: TensorType = type
+        self.const: TensorExpr | None = const
         self.producer: Node | None = None
-        self.index = 0
+        self.index: int = 0
         self.elements: tuple[Dim, ...] | None = None
-        self.provenance = _UNKNOWN
+        self.provenance: Provenance = _UNKNOWN
         self.uses: dict[tuple[Node, int], int] = {}  # to the number of the change that made the use
-        self.serial = 0
+        self.serial: int = 0
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.type}>"
@@ -107,15 +107,15 @@ class Node:
         name: str = "",
         provenance: Provenance | None = None,
     ) -> None:
-        self.op_type = op_type
-        self.domain = domain
+        self.op_type: str = op_type
+        self.domain: str = domain
         self.inputs: tuple[Value | None, ...] = tuple(inputs)
         self.attributes: dict[str, Attribute] = dict(attributes or {})
-        self.name = name
+        self.name: str = name
         self.outputs: tuple[Value, ...] = ()
-        self.provenance = provenance or Provenance()
-        self.place = 0
-        self.serial = 0
+        self.provenance: Provenance = provenance or Provenance()
+        self.place: int = 0
+        self.serial: int = 0
 
     @property
     def op(self) -> str:
@@ -146,7 +146,7 @@ class Graph:
     def __init__(self, name: str, *, opset: int = 24) -> None:
         self.name = name
         self.opset = opset
-        self.version = 0
+        self.version: int = 0
         self.ranks = 1
         self.metadata: dict[str, str] = {}
         self.domains: dict[str, int] = {}  # versions of the operators of other domains than the standard one

@@ -96,8 +96,8 @@ class Rewriter:
         self.applications: list[Application] = []
         self.made: list[Node] = []
         self.timed = False  # asks passes to measure each of their rules
-        self.op = OpBuilder(self)
-        self.vastai = OpBuilder(self, ops.DOMAIN)
+        self.op: OpBuilder = OpBuilder(self)
+        self.vastai: OpBuilder = OpBuilder(self, ops.DOMAIN)
         self._journal: list[Undo] = []
         self._names = graph._counter
         self._sources: Sequence[Node] = ()

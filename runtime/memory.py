@@ -32,7 +32,7 @@ class PeakMemory:
     """Watches the process tree while its block runs; ``bytes`` is the largest sum seen."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes: int = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 

@@ -32,8 +32,8 @@ class Tokenizer:
         """``backend`` is a ``tokenizers.Tokenizer``; ``add_bos`` puts bos_token before texts encoded as they are."""
         self._backend = backend
         self.template = template
-        self.tokens = dict(tokens)
-        self.stop_ids = tuple(sorted(set(stop_ids)))
+        self.tokens: dict[str, str] = dict(tokens)
+        self.stop_ids: tuple[int, ...] = tuple(sorted(set(stop_ids)))
         self.add_bos = add_bos
 
     @property

@@ -53,7 +53,9 @@ class Lowering:
     """The state of one lowering: `known` says where each value lies, `out` collects the calls."""
 
     def __init__(self, graph: Graph, target: Target) -> None:
-        self.graph, self.target, self.out = graph, target, Assembler(target)
+        self.graph = graph
+        self.target = target
+        self.out: Assembler = Assembler(target)
         self.known: dict[Value, Known] = {}
         self._names = export_names(graph)
         self._waiting: dict[Value, tuple[str, ...]] = {}  # nodes behind a value that no call implements yet

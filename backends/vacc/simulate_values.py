@@ -54,8 +54,8 @@ class Plan:
         self._position = {one.name: index for index, one in enumerate(kernel.params)}
         self._slots = {one.name: [_slot(one, slot, sram) for slot in range(one.depth)] for one in kernel.buffers}
         self.actions: list[tuple[Action, Step | None]] = []
-        self.tiles = 0
-        self.collective = False
+        self.tiles: int = 0
+        self.collective: bool = False
         streams: dict[int, dict[str, Iterator[Event]]] = {}
         for (core, engine), events in lanes(kernel, cores, scalars).items():
             streams.setdefault(core, {})[engine] = iter(events)
@@ -193,7 +193,7 @@ class ValueSimulator:
         if len(weights) != program.ranks:
             raise UserError(f"{len(weights)} sets of weights for {program.ranks} ranks")
         self.program = program
-        self.tiles_executed = 0
+        self.tiles_executed: int = 0
         self._order = order
         self._sram = np.zeros(max((k.sram_bytes for k in program.kernels), default=0), np.uint8)
         self._plans: dict[str, dict[tuple[int, ...], Plan]] = {one.name: {} for one in program.kernels}
