@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vacc_opt.cli.console import NAME_WIDTH, Steps
+from vacc_opt.cli.options import GroupedCommand, option, optional_value
 
 if TYPE_CHECKING:
-    from vacc_opt.passes.infra.pipeline import PassRecord
+    from collections.abc import Callable, Sequence
 
+    from vacc_opt.passes.infra.instrument import Instrument, PassRecord
+    from vacc_opt.passes.infra.pipeline import Item
 
-@click.command("opt")
-@click.argument("model", metavar="MODEL")
-@click.option("-p", "--pipeline", default="", metavar="PIPELINE", help="Such as `simplify,fuse-gqa{expect=30}`.")
-@click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    help="OUT.onnx (weights beside it), OUT.vacc (text), or after `split-tp` a directory. Default: text to stdout.",
+PRINTING, MEASURING, REMARKS, CHECKING = "Show the graph", "Show the run", "Remarks", "Checks"
+PIPELINE_HELP = (
+    "Passes, presets and scopes, such as `simplify,fuse-gqa{expect=30}`, `vacc-default{tp=2}`, "
+    "`fixpoint(simplify)`, `prefill{seq=64}(simplify)`."
 )
+OUTPUT_HELP = (
+    "OUT.onnx (weights beside it), OUT.vacc (text), or after `split-tp` or `prefill(...)` a directory. "
+    "Default: text to stdout."
+)
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """What a person asked to see of a run."""
+
+    print_ir_before: tuple[str, ...]
+    print_ir_after: tuple[str, ...]
+    print_ir_after_change: bool
+    print_ir_diff: bool
+    print_ir_dir: Path | None
+    timing: bool
+    stats: bool
+    html: Path | None
+    remarks: bool
+    remarks_filter: tuple[str, ...]
+    remarks_file: Path | None
+
+
+@click.command("opt", cls=GroupedCommand)
+@click.argument("model", metavar="MODEL", required=False)
+@click.option("-p", "--pipeline", default="", metavar="PIPELINE", help=PIPELINE_HELP)
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help=OUTPUT_HELP)
 @click.option(
     "--attention",
     type=click.Choice(["eager", "sdpa"]),
@@ -29,38 +58,158 @@ if TYPE_CHECKING:
     show_default=True,
     help="Attention code to export, for a checkpoint.",
 )
-@click.option("--remarks", is_flag=True, help="Print what each pass says of each place: rewritten, declined and why.")
-def command(model: str, pipeline: str, output: str | None, attention: str, remarks: bool) -> None:
+@click.option("--dump-pipeline", is_flag=True, help="Print the pipeline with presets written out, and run nothing.")
+@optional_value(PRINTING, "--print-ir-before", metavar="PASS", help="Print the graph before PASS, or every pass.")
+@optional_value(PRINTING, "--print-ir-after", metavar="PASS", help="Print the graph after PASS, or every pass.")
+@option(PRINTING, "--print-ir-after-change", is_flag=True, help="Print the graph after each pass that changed it.")
+@option(PRINTING, "--print-ir-diff", is_flag=True, help="Print what each pass changed: + new, - removed, ~ changed.")
+@option(
+    PRINTING,
+    "--print-ir-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the graph after every pass to DIR/NNN-PASS.vacc, which `opt` reads.",
+)
+@option(MEASURING, "--timing", is_flag=True, help="Print where the time went: scopes, passes, rules, verification.")
+@option(MEASURING, "--stats", is_flag=True, help="Print what each pass did to the number of nodes of each operator.")
+@option(
+    MEASURING,
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write one page that shows the run: changes, pictures, remarks, times.",
+)
+@option(REMARKS, "--remarks", is_flag=True, help="Print what each pass says of each place: rewritten, or why not.")
+@option(
+    REMARKS,
+    "--remarks-filter",
+    multiple=True,
+    type=click.Choice(["passed", "missed", "analysis"]),
+    metavar="KIND",
+    help="Print remarks of one kind only: passed, missed or analysis; repeatable.",
+)
+@option(
+    REMARKS,
+    "--remarks-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write all remarks as YAML, for `vacc-opt remarks`.",
+)
+@option(
+    CHECKING, "--verify-each/--no-verify-each", default=True, help="Verify the graph after every pass. Default: yes."
+)
+@option(CHECKING, "--check-analyses", is_flag=True, help="Compute again, and compare, what a pass says it preserves.")
+def command(
+    model: str | None,
+    pipeline: str,
+    output: Path | None,
+    attention: str,
+    dump_pipeline: bool,
+    verify_each: bool,
+    check_analyses: bool,
+    **seeing: Any,
+) -> None:
     """Run a pipeline of passes over MODEL and write the result.
 
     MODEL is an .onnx file, the text form (.vacc), a Hugging Face directory, a .gguf file, or `package:NAME/FILE.gguf`.
-    The graph is verified after every pass; nothing is written when one fails.
+    The graph is verified after every pass; no model is written when one fails.
     """
-    from vacc_opt.passes.infra.pipeline import parse_pipeline, run_pipeline
-    from vacc_opt.runtime.models import check_output, describe, load_model, write_model
+    from vacc_opt.passes.infra.manager import run_pipeline
+    from vacc_opt.passes.infra.pipeline import dump_pipeline as text_of
+    from vacc_opt.passes.infra.pipeline import parse_pipeline
+    from vacc_opt.runtime.models import check_output, describe, load_model, model_text, write_model
 
-    passes = parse_pipeline(pipeline) if pipeline.strip() else []
+    items = parse_pipeline(pipeline) if pipeline.strip() else []
+    if dump_pipeline:
+        click.echo(text_of(items))
+        return
+    if model is None:
+        raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
+    asked = Seeing(**seeing)
     if output is not None:
-        check_output(Path(output))
-    width = max([len(item.name) for item in passes] + [NAME_WIDTH])
-    with Steps(to_stderr=output is None, width=width) as steps:
+        check_output(output)
+    with Steps(to_stderr=output is None, width=_width(items)) as steps:
+        hears = _instruments(asked, items, steps.line, _in_color(output))
         with steps.step("load", model) as said:
             graph = load_model(model, attention=attention, progress=lambda stage: steps.running(f"load: {stage}"))
             said.append(describe(graph))
-
-        def finished(record: PassRecord) -> None:
-            summary = record.summary or f"{record.changes} changes"
-            steps.done(record.name, summary, record.seconds)
-            if remarks:
-                for remark in record.remarks:
-                    steps.line(f"    {remark}")
-
         steps.running(pipeline)
-        run_pipeline(graph, passes, on_pass=finished)
-        if output is not None:
-            with steps.step("write", output) as said:
-                said += [str(item) for item in write_model(graph, Path(output))]
+        try:
+            run_pipeline(
+                graph,
+                items,
+                on_pass=lambda record: _finished(record, asked, steps),
+                instruments=hears,
+                verify_each=verify_each,
+                check_analyses=check_analyses,
+            )
+            if output is not None:
+                with steps.step("write", str(output)) as said:
+                    said += [str(item) for item in write_model(graph, output)]
+        finally:
+            _say(hears, steps.line)
     if output is None:
-        from vacc_opt.ir.text import to_text
+        click.echo(model_text(graph), nl=False)
 
-        click.echo(to_text(graph), nl=False)
+
+def _width(items: Sequence[Item]) -> int:
+    """Columns of the longest name of a pass, with the phase that it runs in."""
+    from vacc_opt.passes.infra.scopes import Phase, Scope
+
+    widths = [NAME_WIDTH]
+    for item in items:
+        phase = len(f"{item.name}: ") if isinstance(item, Phase) else 0
+        widths.append(phase + _width(item.body) if isinstance(item, Scope) else len(item.name))
+    return max(widths)
+
+
+def _in_color(output: Path | None) -> bool:
+    stream = sys.stderr if output is None else sys.stdout
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], None], color: bool) -> list[Instrument]:
+    from vacc_opt.passes.infra.printing import DumpIR, PrintIR, select
+    from vacc_opt.passes.infra.remarks import RemarksFile
+    from vacc_opt.passes.infra.timing import Stats, Timing
+    from vacc_opt.passes.infra.view import HtmlView
+
+    before = select("--print-ir-before", asked.print_ir_before, items)
+    after = select("--print-ir-after", asked.print_ir_after, items)
+    made: list[Instrument] = []
+    if before or after or asked.print_ir_after_change or asked.print_ir_diff:
+        made.append(PrintIR(write, before, after, asked.print_ir_after_change, asked.print_ir_diff, color))
+    if asked.print_ir_dir is not None:
+        made.append(DumpIR(asked.print_ir_dir))
+    if asked.remarks_file is not None:
+        made.append(RemarksFile(asked.remarks_file))
+    if asked.html is not None:
+        made.append(HtmlView(asked.html))
+    if asked.stats:
+        made.append(Stats())
+    if asked.timing:
+        made.append(Timing())
+    return made
+
+
+def _finished(record: PassRecord, asked: Seeing, steps: Steps) -> None:
+    """Print a finished pass, and what it says of each place when that was asked for."""
+    name = f"{record.scope}: {record.name}" if record.scope else record.name
+    steps.done(name, record.summary or f"{record.changes} changes", record.seconds)
+    if asked.remarks or asked.remarks_filter:
+        for remark in record.remarks:
+            if not asked.remarks_filter or remark.kind in asked.remarks_filter:
+                steps.line(f"    {remark}")
+
+
+def _say(hears: Sequence[Instrument], write: Callable[[str], None]) -> None:
+    """Print what the instruments have to say at the end, of a run that failed too."""
+    from vacc_opt.passes.infra.remarks import RemarksFile
+    from vacc_opt.passes.infra.timing import Stats, Timing
+    from vacc_opt.passes.infra.view import HtmlView
+
+    for one in hears:
+        if isinstance(one, Stats | Timing):
+            write(one.text())
+        elif isinstance(one, RemarksFile | HtmlView) and one.written:
+            write(f"  -> {one.path}")
