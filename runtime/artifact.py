@@ -67,7 +67,7 @@ def write_artifact(
     """
     ranks = phases[0].graph.ranks
     with replaced_directory(path, is_artifact) as directory:
-        aliases = _write_weights(directory, phases, ranks, progress)
+        aliases = write_phases(directory, phases, ranks, progress)
         for phase in phases:
             (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
         for name, text in texts.items():
@@ -91,8 +91,8 @@ def write_artifact(
     return open_artifact(path)
 
 
-def _write_weights(
-    directory: Path, phases: Sequence[PhaseModel], ranks: int, progress: Callable[[int, int], None] | None
+def write_phases(
+    directory: Path, phases: Sequence[PhaseModel], ranks: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, dict[str, str]]:
     """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs."""
     aliases: dict[str, dict[str, str]] = {}

@@ -16,6 +16,7 @@ from vacc_opt.ir.storage import save_onnx, stored_tensors
 from vacc_opt.ir.text import from_text, to_text
 
 TEXT_SUFFIX = ".vacc"
+_OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)\.rank\d+\.onnx")
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,27 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: the directory {parent} cannot be written to")
 
 
-def write_model(graph: Graph, out: Path) -> list[Written]:
-    """Write text (.vacc), one ONNX file with its weights beside it, or for a split graph a directory, a file a rank.
+def model_text(graph: Graph) -> str:
+    """The text form; of a graph with phases that of each phase under a comment with its name."""
+    if not graph.phases:
+        return to_text(graph)
+    return "".join(f"# phase {name}\n{to_text(phase)}" for name, phase in graph.phases.items())
 
-    The files appear under their names only when all are complete; a failure leaves what was there before.
+
+def write_model(graph: Graph, out: Path) -> list[Written]:
+    """Write text (.vacc), one ONNX file with its weights beside it, or a directory with a file a rank.
+
+    Of a graph with phases only these are written: into a directory, an ONNX file a phase and rank over weights that
+    are stored once a rank. The files appear under their names only when all are complete; a failure leaves what was
+    there before.
 
     Raises:
         UserError: the form that ``out`` asks for cannot hold this graph.
     """
     check_output(out)
+    if graph.phases and out.suffix in (".onnx", TEXT_SUFFIX):
+        phases = ", ".join(graph.phases)
+        raise UserError(f"{out}: the model has phases ({phases})", "name a directory (a file a phase and rank)")
     if out.suffix == TEXT_SUFFIX:
         return _publish(out.parent, lambda scratch: _write_text(graph, scratch / out.name))
     if out.suffix == ".onnx":
@@ -120,7 +133,7 @@ def write_model(graph: Graph, out: Path) -> list[Written]:
     try:
         written = _publish(out, lambda scratch: _write_ranks(graph, scratch))
         for stale in set(_rank_files(out)) - {one.path for one in written}:
-            stale.unlink()  # ranks of an earlier, larger split
+            stale.unlink()  # of an earlier split or of other phases
         return written
     except BaseException:
         if not existed:
@@ -129,7 +142,7 @@ def write_model(graph: Graph, out: Path) -> list[Written]:
 
 
 def _rank_files(directory: Path) -> list[Path]:
-    return [p for p in directory.iterdir() if re.fullmatch(r"(rank\d+|model)\.(onnx|safetensors)", p.name)]
+    return [p for p in directory.iterdir() if _OURS.fullmatch(p.name)]
 
 
 def _write_text(graph: Graph, path: Path) -> None:
@@ -137,6 +150,12 @@ def _write_text(graph: Graph, path: Path) -> None:
 
 
 def _write_ranks(graph: Graph, directory: Path) -> None:
+    if graph.phases:
+        from vacc_opt.runtime.artifact import PhaseModel, write_phases
+
+        phases = [PhaseModel(name, phase, "", ()) for name, phase in graph.phases.items()]
+        write_phases(directory, phases, phases[0].graph.ranks)
+        return
     for rank in range(graph.ranks):
         name = f"rank{rank}" if graph.ranks > 1 else "model"
         save_onnx(graph, directory / f"{name}.onnx", rank=rank)
