@@ -4,7 +4,7 @@
 #   make test       the tests of every room, without the slow ones
 #   make test-full  all tests
 #   make bench      the benchmarks
-#   make lint       ruff, mypy --strict, import contract
+#   make lint       ruff, mypy --strict, import contract, share of typed symbols
 #   make docs       the documentation's examples are run; docs/passes.md is written from the passes
 
 SHELL := /bin/bash
@@ -57,6 +57,7 @@ lint: $(STAMP) build/vacc_opt
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p vacc_opt.,$(PACKAGES))
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -s tests/types
 
 docs: $(STAMP)
 	$(BIN)/python -m pytest -q tests/docs -k doctest
