@@ -21,6 +21,7 @@ from vacc_opt._version import __version__
 # name -> (the line that --help prints, the module); the line stands here so that --help imports no module
 COMMANDS = {
     "compile": ("Compile a model as a YAML file describes it into a deployable artifact.", "vacc_opt.cli.compile"),
+    "explain": ("Trace a node, call or weight back to passes, source lines and checkpoint.", "vacc_opt.cli.explain"),
     "export": ("Export a checkpoint to ONNX; the weights are copied, never loaded whole.", "vacc_opt.cli.export"),
     "generate": ("Answer a prompt with an artifact, on the tile schedule or onnxruntime.", "vacc_opt.cli.generate"),
     "opt": ("Run a pipeline of passes over a model. `vacc-opt MODEL -p ...` is short for it.", "vacc_opt.cli.opt"),
