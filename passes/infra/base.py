@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.adapters import Adapter
 from vacc_opt.passes.infra.options import Named, Option, option
 
 __all__ = ["Kind", "Option", "Outcome", "Pass", "Remark", "RuleStats", "ancestors", "option", "where"]
@@ -81,10 +82,24 @@ class Pass(Named, ABC):
             VaccError: the pass cannot do what it was asked for; the manager restores the graph, the pipeline stops.
         """
 
+    def adapter(self, before: Graph) -> Adapter | None:
+        """How a call of ``before`` is put to the graph after this pass, and the results compared.
+
+        A pass of kind INTERFACE ships its own; without one its values cannot be checked.
+        """
+        return None if self.kind is Kind.INTERFACE else Adapter()
+
+    def reference(self, before: Graph, roots: Collection[str]) -> Graph | None:
+        """What a LOSSY pass promises: ``before``, which may be changed, made to compute its definition.
+
+        ``roots`` are those of the applications that were made. None: the pass has no definition, only a loss.
+        """
+        return None
+
 
 def where(node: Node) -> str:
-    """A place for a remark: the node's first output and the model's source line."""
-    return f"{node.output.name} ({node.provenance.where()})"
+    """A place for a remark: the node's first output, and the model's source line where it is known."""
+    return f"{node.output.name} ({node.provenance.where()})" if node.provenance.origins else node.output.name
 
 
 def ancestors(graph: Graph, *values: Any) -> Iterator[Node]:
