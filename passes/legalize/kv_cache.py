@@ -8,6 +8,7 @@ from typing import ClassVar
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.adapters import Adapter, FixedBuffers, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.masks import why_not_causal_padding
 from vacc_opt.passes.infra.registry import register
@@ -65,6 +66,10 @@ class KvCache(Pass):
             self._rewrite(graph, rw, layers)
         remarks = [Remark("passed", self.name, "reads a fixed KV buffer", where(n)) for n in graph.by_op("Attention")]
         return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {self.context} tokens", remarks)
+
+    def adapter(self, before: Graph) -> Adapter:
+        """Past tokens move to the front of the buffers, new ones are found behind them."""
+        return FixedBuffers(continued(before))
 
     def _rewrite(self, graph: Graph, rw: Rewriter, layers: list[_Layer]) -> None:
         rw.raise_opset(24)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.adapters import Adapter, LastToken
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import as_linear
 from vacc_opt.passes.infra.registry import register
@@ -48,6 +49,10 @@ class SliceLastToken(Pass):
                 raise CheckError(f"{self.logits!r} is {found} after slicing: something adds all tokens back to it")
         remark = Remark("passed", self.name, f"{head.op} reads row valid - 1", where(head))
         return Outcome("lm_head reads the last valid token", [remark])
+
+    def adapter(self, before: Graph) -> Adapter:
+        """The kept row of the logits is what it was."""
+        return LastToken(self.logits, VALID)
 
     def _head(self, graph: Graph) -> Node:
         value: Value | None = graph.outputs.get(self.logits)

@@ -9,6 +9,7 @@ from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Casted
+from vacc_opt.passes.infra.adapters import Adapter, Casts
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
 from vacc_opt.passes.infra.registry import register
 
@@ -57,6 +58,10 @@ class CastFloat(Pass):
                 raise CheckError("the graph casts to float inside; put cast-float after the recognizers")
             rw.infer_again()
         return Outcome(f"{weights} weights and all activations {self.to}")
+
+    def adapter(self, before: Graph) -> Adapter:
+        """Inputs are rounded as weights are."""
+        return Casts(DType.FLOAT, TYPES.get(self.to, DType.FLOAT))
 
     def _fp32(self, graph: Graph) -> set[Value]:
         kept: set[Value] = set()

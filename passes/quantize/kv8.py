@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from vacc_opt.ir import DType, Graph, Literal, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
@@ -16,6 +18,7 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.ir.weights import weight_origins
+from vacc_opt.passes.infra.adapters import Adapter, Quantized, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.registry import register
 
@@ -54,7 +57,7 @@ class Kv8(Pass):
             raise UserError(f"new_tokens is {self.new_tokens!r}", did_you_mean(self.new_tokens, NEW_TOKENS))
         if graph.ranks > 1:
             raise CheckError("the graph is split over ranks already", "put kv8 before split-tp: quantize, then split")
-        writes = [n for n in graph.by_op("TensorScatter") if n.inputs[0] in graph.inputs]
+        writes = _writes(graph)
         if not writes:
             raise CheckError("the graph has no KV buffers", "run kv-cache before kv8")
         stored = read_safetensors_header(Path(self.scales))
@@ -85,7 +88,41 @@ class Kv8(Pass):
             rw.set_output(name, written)
         rw.replace(write.output, read)
 
+    def adapter(self, before: Graph) -> Adapter:
+        """Buffers hold codes; a code stands for the number it was made of within half a step."""
+        caches = [write.inputs[0] for write in _writes(before)]
+        grids = {cache.name: self._grid(cache) for cache in caches if cache is not None}
+        return Quantized(grids, continued(before))
+
+    def reference(self, before: Graph, roots: Collection[str]) -> Graph:
+        """With ``new_tokens=quantized``, keys and values are rounded before they are written; past ones always are."""
+        rw = Rewriter(before)
+        for write in _writes(before) if self.new_tokens != "float" and roots else ():
+            cache, new = write.inputs[:2]
+            assert cache is not None
+            scale, zero = (rw.const(numbers) for numbers in self._grid(cache))
+            low, high = rw.const(-127, dtype="float32"), rw.const(127, dtype="float32")
+            codes = rw.op.Clip(rw.op.Round(rw.op.Div(rw.op.Sub(new, zero), scale)), low, high)
+            rw.set_input(write, 1, rw.op.Add(rw.op.Mul(codes, scale), zero))
+        return before
+
+    def _grid(self, cache: Value) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(scale, zero) of a buffer, [heads, 1, channels]."""
+        stored = read_safetensors_header(Path(self.scales))
+        scale, zero = (self._stored(cache, stored, what)[1].read()[:, None, :] for what in ("scale", "zero"))
+        return scale, zero
+
     def _constant(self, rw: Rewriter, cache: Value, stored: dict[str, Source], what: str) -> Value:
+        name, source = self._stored(cache, stored, what)
+        numbers = source.read()
+        if not np.isfinite(numbers).all() or (what == "scale" and (numbers <= 0).any()):
+            raise UserError(
+                f"{self.scales}: {name} holds a number that is {'not above 0' if what == 'scale' else 'not finite'}"
+            )
+        label = f"{cache.name}.{what}"
+        return rw.const(Literal(numbers), label, of=Provenance(weight_origins(label, source)))
+
+    def _stored(self, cache: Value, stored: dict[str, Source], what: str) -> tuple[str, Source]:
         match = _LAYER.search(cache.name)
         if match is None:
             raise CheckError(f"the KV buffer {cache.name!r} does not name its layer")
@@ -99,10 +136,8 @@ class Kv8(Pass):
                 f"{self.scales}: {name} is {list(source.shape)}, the model has {cache.shape[1]} KV heads of "
                 f"{cache.shape[3]} channels"
             )
-        numbers = source.read()
-        if not np.isfinite(numbers).all() or (what == "scale" and (numbers <= 0).any()):
-            raise UserError(
-                f"{self.scales}: {name} holds a number that is {'not above 0' if what == 'scale' else 'not finite'}"
-            )
-        label = f"{cache.name}.{what}"
-        return rw.const(Literal(numbers), label, of=Provenance(weight_origins(label, source)))
+        return name, source
+
+
+def _writes(graph: Graph) -> list[Node]:
+    return [n for n in graph.by_op("TensorScatter") if n.inputs[0] in graph.inputs]

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vacc_opt.ir import Graph, PerRank, Value
+import numpy as np
+
+from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.ir.tensor import Codes, Scales
+from vacc_opt.ir.tensor import Array, Codes, Index, Scales
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import Linear, as_linear, linears
 from vacc_opt.passes.infra.registry import register
+
+
+@dataclass(frozen=True)
+class RoundedRows(TensorExpr):
+    """The numbers that W8A16 computes with, from its definition: ``clip(rint(w / scale), -127, 127) * scale``."""
+
+    base: TensorExpr
+
+    @property
+    def dtype(self) -> DType:
+        """Always float."""
+        return DType.FLOAT
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.base.shape
+
+    def _read(self, index: Index) -> Array:
+        rows = self.base.read(index[:1]).astype(np.float32)
+        scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+        scale[scale == 0] = 1
+        return np.asarray((np.rint(rows / scale).clip(-127, 127) * scale)[:, index[1]])
 
 
 @register
@@ -57,6 +83,15 @@ class W8A16(Pass):
             raise UserError(f"no linear layer matches include={self.include!r}", "`opt --remarks` lists the weights")
         outcome.summary = f"{outcome.fused} of {outcome.candidates} linears int8"
         return outcome
+
+    def reference(self, before: Graph, roots: Collection[str]) -> Graph:
+        """The same linears with weights that are rounded to their codes' values in fp32."""
+        rw = Rewriter(before)
+        for linear in [one for one in linears(before) if one.scale is None and one.node.output.name in roots]:
+            rounded = rw.const(RoundedRows(linear.rows))
+            by_rows = linear.node.op == "Gemm" and linear.node.attributes.get("transB", 0)
+            rw.set_input(linear.node, 1, rounded if by_rows else rw.op.Transpose(rounded, perm=(1, 0)))
+        return before
 
     def _head(self, graph: Graph) -> Value | None:
         value = graph.outputs.get(self.logits)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from vacc_opt.ir import Graph, Node, PerRank, Value
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.adapters import Adapter, Expanded
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.registry import register
 
@@ -36,6 +37,10 @@ class ExpandRanks(Pass):
         with rw.applying():
             self._expand(graph, rw, ranks)
         return Outcome(f"{ranks} ranks in one graph, {before} nodes to {len(graph)}")
+
+    def adapter(self, before: Graph) -> Adapter:
+        """Buffers of a rank go to the inputs that bear its number."""
+        return Expanded(before.ranks) if before.ranks > 1 else Adapter()
 
     def _expand(self, graph: Graph, rw: Rewriter, ranks: int) -> None:
         nodes = list(graph.nodes())

@@ -10,6 +10,7 @@ import numpy as np
 from vacc_opt.ir import Graph, Literal, Node, PerRank, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.adapters import Adapter, Ranks, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import Linear, as_linear, flipped
 from vacc_opt.passes.infra.registry import register
@@ -118,6 +119,12 @@ class SplitTp(Pass):
         plan = next(iter(plans.values()))
         remarks.append(Remark("analysis", self.name, f"{len(channels)} feed-forward blocks split by channels"))
         return Outcome(f"tp {self.tp}: {plan}, {reduces} all-reduces", remarks)
+
+    def adapter(self, before: Graph) -> Adapter:
+        """Every rank gets its heads of the KV buffers."""
+        blocks = [attention_block(node) for node in before.by_op("Attention")] if self.tp > 1 else []
+        heads = {cache.name: plan_heads(*block.heads, self.tp).kv for block in blocks for cache in block.caches}
+        return Ranks(heads, continued(before), self.tp) if blocks else Adapter()
 
     def _attention(self, split: _Split, block: Attention, plan: HeadPlan) -> None:
         query = tuple(head_rows(heads, block.width) for heads in plan.query)

@@ -1,0 +1,255 @@
+"""``vacc-opt bisect``: the first pass, and in it the first application, after which a test finds the model bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vacc_opt.ir import Graph
+from vacc_opt.ir.copy import copy
+from vacc_opt.ir.errors import CheckError, UserError, VaccError
+from vacc_opt.ir.rewriter import Application, Rewriter
+from vacc_opt.ir.verify import InvalidGraph, verify
+from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
+from vacc_opt.passes.infra.locate import Verdict, applied, first_bad, shown_change
+from vacc_opt.passes.infra.manager import Until, run_pipeline
+from vacc_opt.passes.infra.numerics import CheckNumerics, NumericMismatch
+
+if TYPE_CHECKING:
+    from vacc_opt.passes.infra.pipeline import Item
+
+Test = Callable[[Graph], Verdict]
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What was found.
+
+    ``application`` is None where the pass makes none, or where the ones that could be blamed cannot be tested apart:
+    then ``suspects`` are the numbers of the first and the last of these. ``graph`` is the one in front of the pass.
+    """
+
+    step: Step
+    graph: Graph
+    total: int
+    application: Application | None = None
+    suspects: tuple[int, int] | None = None
+    change: tuple[str, ...] = ()
+    why: str = ""
+
+    def lines(self) -> list[str]:
+        """The finding for people, its first line the pass."""
+        said = [f"{self.step} is the first bad pass (pass {self.step.index + 1})"]
+        if self.application is not None:
+            one = self.application
+            rule = f"{one.rule}, " if one.rule != self.step.item.name else ""
+            place = f"{one.root} [{one.where}]" if one.root else "the whole graph"
+            said.append(f"application {one.index} of {self.total}: {rule}{place}")
+        elif self.suspects is not None:
+            said.append(f"applications {self.suspects[0]} to {self.suspects[1]} of {self.total} cannot be tested apart")
+        else:
+            said.append("it changes the graph outside of any application, so the whole pass is it")
+        said += [f"because {self.why}"] if self.why else []
+        return said + [f"  {line}" for line in self.change]
+
+
+class _Steps(Instrument):
+    """Counts what ran."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.totals: list[int] = []
+
+    def before(self, step: Step, graph: Graph) -> None:
+        self.steps.append(step)
+
+    def after(self, step: Step, graph: Graph, record: PassRecord, rw: Rewriter) -> None:
+        self.totals.append(len(record.applications))
+
+
+class _Reached(Exception):
+    """The pass that was waited for is about to run."""
+
+
+class _StopBefore(Instrument):
+    """Ends a run in front of one pass."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.graph: Graph | None = None
+
+    def before(self, step: Step, graph: Graph) -> None:
+        if step.index == self.index:
+            self.graph = graph
+            raise _Reached
+
+
+def _until_it_raises(graph: Graph, item: Pass) -> int:
+    """A number of applications by which a pass raises, or all that it makes if it does not."""
+    high = 1
+    while True:
+        with applied(item, graph, high) as rw:
+            if rw.error is not None:
+                return high
+            if len(rw.applications) < high:
+                return len(rw.applications)
+        high *= 2
+
+
+class Bisection:
+    """One search: runs parts of a pipeline on copies of a graph and asks a test about each.
+
+    Args:
+        graph: the model; it is left as it is.
+        items: the pipeline.
+        test: says good, bad or skip of a graph.
+        broken_is_bad: a part of the pipeline that raises is bad too (else it ends the search with its error).
+        say: hears every try as a line.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        items: Sequence[Item],
+        test: Test,
+        *,
+        broken_is_bad: bool = False,
+        verify_each: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.graph, self.items, self.test, self.say = graph, items, test, say
+        self.broken_is_bad, self.verify_each = broken_is_bad, verify_each
+        self.tries = 0
+        self.why = ""
+
+    def run(self) -> Culprit:
+        """Search.
+
+        Raises:
+            UserError: the model is bad before any pass, or good after all of them.
+            VaccError: the pipeline itself fails.
+        """
+        if self._judge(self.graph) is not Verdict.GOOD:
+            raise UserError("the model is bad before any pass: there is nothing to bisect", "run the test on it alone")
+        steps, verdict = self._whole()
+        self.say(f"after all {len(steps.steps)} passes: {verdict.value}")
+        if verdict is not Verdict.BAD:
+            raise UserError(f"the model is {verdict.value} after the whole pipeline: there is nothing to bisect")
+        good, bad = first_bad(-1, len(steps.steps) - 1, lambda step: self._after(Until(step), f"{steps.steps[step]}"))
+        if bad - good > 1:
+            names = ", ".join(str(step) for step in steps.steps[good + 1 : bad + 1])
+            raise CheckError(f"these passes cannot be tested apart: {names}", "every model between them is skipped")
+        return self._within(steps.steps[bad], steps.totals[bad] if bad < len(steps.totals) else None)
+
+    def _whole(self) -> tuple[_Steps, Verdict]:
+        steps, graph = _Steps(), copy(self.graph)
+        try:
+            run_pipeline(graph, self.items, instruments=[steps], verify_each=self.verify_each)
+        except Exception as error:
+            if not self.broken_is_bad:
+                raise
+            self.why = _words(error)
+            return steps, Verdict.BAD
+        return steps, self._judge(_scoped(graph, steps.steps[-1].scope) if steps.steps else graph)
+
+    def _within(self, step: Step, total: int | None) -> Culprit:
+        start, item = self._before(step), step.item
+        if total is None:  # the pass raised: how many applications it makes until then is not known
+            total = _until_it_raises(start, item)
+
+        def after(count: int) -> Verdict:
+            return self._after(Until(step.index, count), f"{item.name}, {count} of {total} applications")
+
+        # the reasons of the last bad try are those of the culprit, so the end is asked about anew
+        if not total or after(total) is not Verdict.BAD:
+            return Culprit(step, start, total, why=self.why)
+        good, bad = first_bad(0, total, after)
+        if bad - good > 1:
+            return Culprit(step, start, total, suspects=(good + 1, bad), why=self.why)
+        with applied(item, start, bad) as rw:
+            found, whole = rw.last, rw.error is None
+        change = tuple(shown_change(item, start, found)) if found is not None and whole else ()
+        return Culprit(step, start, total, found, change=change, why=self.why)
+
+    def _before(self, step: Step) -> Graph:
+        reached = _StopBefore(step.index)
+        with suppress(_Reached):
+            run_pipeline(copy(self.graph), self.items, verify_each=False, instruments=[reached])
+        assert reached.graph is not None
+        return reached.graph
+
+    def _after(self, until: Until, what: str) -> Verdict:
+        steps, graph = _Steps(), copy(self.graph)
+        try:
+            run_pipeline(graph, self.items, instruments=[steps], verify_each=self.verify_each, until=until)
+        except Exception as error:
+            if not self.broken_is_bad:
+                raise
+            self.why, verdict = _words(error), Verdict.BAD
+        else:
+            verdict = self._judge(_scoped(graph, steps.steps[-1].scope))
+        if what:
+            self.say(f"after {what}: {verdict.value}")
+        return verdict
+
+    def _judge(self, graph: Graph) -> Verdict:
+        self.tries += 1
+        return self.test(graph)
+
+
+def _words(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, VaccError) else f"{type(error).__name__}: {text}"
+
+
+def _scoped(graph: Graph, scope: str) -> Graph:
+    for name in filter(None, scope.split(" ")):
+        graph = graph.phases.get(name) or graph.functions.get(name, graph)
+    return graph
+
+
+def bisect_verify(graph: Graph, items: Sequence[Item], say: Callable[[str], None] = lambda line: None) -> Culprit:
+    """The first pass, and application, after which the graph is not valid any more or the pipeline raises."""
+    search = Bisection(graph, items, lambda tried: Verdict.GOOD, broken_is_bad=True, verify_each=False, say=say)
+
+    def valid(tried: Graph) -> Verdict:
+        try:
+            verify(tried)
+        except InvalidGraph as error:
+            search.why = error.message
+            return Verdict.BAD
+        return Verdict.GOOD
+
+    search.test = valid
+    return search.run()
+
+
+def bisect_numerics(graph: Graph, items: Sequence[Item], check: CheckNumerics) -> Culprit:
+    """The first pass, and application, that does not keep its promise about values.
+
+    Raises:
+        UserError: every pass keeps it.
+    """
+    caught = _Caught()
+    try:
+        run_pipeline(copy(graph), items, instruments=[check, caught])
+    except NumericMismatch as error:
+        assert caught.step is not None
+        assert caught.graph is not None
+        application = error.application
+        change = tuple(shown_change(caught.step.item, caught.graph, application)) if application is not None else ()
+        return Culprit(caught.step, caught.graph, error.total, application, change=change, why=str(error.difference))
+    raise UserError("every pass keeps its promise about values: there is nothing to bisect")
+
+
+class _Caught(Instrument):
+    """Keeps where a run failed."""
+
+    step: Step | None = None
+    graph: Graph | None = None
+
+    def failed(self, step: Step, graph: Graph, error: Exception) -> None:
+        self.step, self.graph = step, graph

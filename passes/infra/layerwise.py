@@ -1,0 +1,121 @@
+"""Run a graph on onnxruntime a few layers at a time, so that memory holds the weights of these layers and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from vacc_opt.ir import Graph, Node, Source, TensorType, Value
+from vacc_opt.ir.copy import extract
+from vacc_opt.ir.errors import CheckError, VaccError
+from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.seeded import stand_in, with_leaves
+from vacc_opt.ir.storage import is_stored
+from vacc_opt.ir.weights import stored_parts
+from vacc_opt.passes.infra.calls import Call, Results
+
+Array = npt.NDArray[Any]
+Watch = Callable[[str, list[Array]], None]  # hears the name of a computed value, and what each rank computed
+LAYER_BYTES = 256 << 20
+REAL_BYTES = 1 << 30  # weights of a model up to this size are read; beyond, reading them every time costs too much
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of the tensors of weight files behind the constants, each counted once."""
+    leaves = dict.fromkeys(leaf for v in graph.constants() if v.const is not None for leaf in stored_parts(v.const))
+    return sum(leaf.nbytes for leaf in leaves)
+
+
+def missing_file(graph: Graph) -> str:
+    """The first weight file, by name, that does not hold what the graph refers to; empty when all do."""
+    needed: dict[str, int] = {}
+    for value in graph.constants():
+        for leaf in stored_parts(value.const) if value.const is not None else ():
+            end = leaf.offset + (leaf.nbytes if isinstance(leaf, Source) else 1)
+            needed[leaf.file] = max(needed.get(leaf.file, 0), end)
+    for file, size in sorted(needed.items()):
+        if not Path(file).is_file() or Path(file).stat().st_size < size:
+            return file
+    return ""
+
+
+class Layerwise:
+    """Runs graphs in pieces of consecutive nodes, with the real weights or with seeded ones of the same shapes.
+
+    onnxruntime computes every node as it stands, so that equal nodes give equal bits in whatever graph they are.
+
+    Args:
+        seeded: put seeded numbers in place of what is read from files.
+        layer_bytes: weights that a piece may hold, if it is more than one node.
+    """
+
+    def __init__(self, *, seeded: bool = False, layer_bytes: int = LAYER_BYTES) -> None:
+        self.seeded = seeded
+        self.layer_bytes = layer_bytes
+
+    def run(self, graph: Graph, call: Call, watch: Watch | None = None) -> Results:
+        """Outputs of every rank; ``watch`` hears each computed value, in topological order.
+
+        Raises:
+            CheckError: onnxruntime does not load or run a piece.
+        """
+        values = [call.of(rank) for rank in range(graph.ranks)]
+        missing = [v.name for v in graph.inputs if v.uses and v.name not in values[0]]
+        if missing:
+            raise CheckError(f"nothing is known of the input {missing[0]!r}")
+        pieces = self._pieces(graph)
+        last = {v.name: i for i, nodes in enumerate(pieces) for n in nodes for v in n.inputs if v is not None}
+        kept = {value.name for value in graph.outputs.values()}
+        for index, nodes in enumerate(pieces):
+            made = [v for node in nodes for v in node.outputs]
+            found = self._run(graph, nodes, made if watch is not None else [], values)
+            if watch is not None:
+                for name in (v.name for v in made if v.name in found[0]):
+                    watch(name, [rank[name] for rank in found])
+            for mine, new in zip(values, found, strict=True):
+                mine.update(new)
+                for name in [n for n in mine if last.get(n, -1) <= index and n not in kept]:
+                    del mine[name]
+        return [{name: _read(v, rank, value) for name, value in graph.outputs.items()} for rank, v in enumerate(values)]
+
+    def _pieces(self, graph: Graph) -> list[list[Node]]:
+        pieces: list[list[Node]] = []
+        held: set[Value] = set()
+        size = self.layer_bytes
+        for node in graph.nodes():
+            new = {v for v in node.inputs if v is not None and is_stored(v) and v not in held}
+            more = sum(v.const.rank(r).nbytes for v in new if v.const is not None for r in range(graph.ranks))
+            if size + more > self.layer_bytes and (more or not pieces):
+                pieces.append([])
+                held, size = set(), 0
+            pieces[-1].append(node)
+            held |= new
+            size += more
+        return pieces
+
+    def _run(self, graph: Graph, nodes: list[Node], watched: list[Value], values: list[dict[str, Array]]) -> Results:
+        outputs = [v for node in nodes for v in node.outputs if graph.is_output(v)]
+        region = extract(graph, nodes, graph.name, keep=[*outputs, *watched])
+        region.functions = graph.functions
+        for value in region.values.values():
+            if value.const is not None and self.seeded:
+                value.const = with_leaves(value.const, stand_in)
+            elif value.producer is not None or value.const is None:
+                # shapes as they come: buffers may be shorter than the graph says
+                value.type = TensorType(value.type.dtype)
+        for value in region.inputs:
+            value.type = TensorType(value.type.dtype, values[0][value.name].shape)
+        try:
+            given = [{v.name: rank[v.name] for v in region.inputs} for rank in values]
+            return Executable(region, threads=2, optimize=False).run({}, given)
+        except VaccError:
+            raise
+        except Exception as error:  # of an element type that onnxruntime cannot take
+            raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+
+
+def _read(values: Mapping[str, Array], rank: int, value: Value) -> Array:
+    return values[value.name] if value.const is None else value.const.rank(rank).read()

@@ -1,0 +1,326 @@
+"""``--check-numerics``: runs the graph before and after every pass and holds the pass to what its kind promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vacc_opt.ir import Graph
+from vacc_opt.ir.copy import copy
+from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
+from vacc_opt.ir.rewriter import Application, Rewriter
+from vacc_opt.passes.infra.adapters import Adapter, Pair
+from vacc_opt.passes.infra.base import Kind, Pass
+from vacc_opt.passes.infra.calls import Call, Results, seeded_call
+from vacc_opt.passes.infra.compare import Comparison, Difference, compare, loss, tolerance_of
+from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
+from vacc_opt.passes.infra.layerwise import LAYER_BYTES, REAL_BYTES, Layerwise, missing_file, weight_bytes
+from vacc_opt.passes.infra.locate import Capture, Ranges, Verdict, applied, first_application, shown_change, twins
+
+if TYPE_CHECKING:
+    from vacc_opt.passes.infra.pipeline import Item
+
+WEIGHTS = ("auto", "real", "seeded")
+
+
+class NumericMismatch(CheckError):
+    """A pass broke its promise about values; ``application`` and ``difference`` say where, if it could be found."""
+
+    application: Application | None = None
+    total = 0  # applications that the pass makes
+    difference: Difference | None = None
+    pass_name = ""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check of one pass found, as a sentence; ``compared`` is false where nothing could be held against it."""
+
+    step: Step
+    sentence: str
+    compared: bool = True
+
+
+@dataclass
+class _State:
+    """What is known of a graph as it is now: a call of it, and what it gives."""
+
+    graph: Graph
+    call: Call
+    results: Results = field(default_factory=list)
+    ranges: Ranges = field(default_factory=Ranges)
+    problem: str = ""
+
+
+class CheckNumerics(Instrument):
+    """Stops the pipeline at the first pass that does not keep its promise, and names the first wrong application.
+
+    Args:
+        tolerance: allowed error as a share of an output's scale, for passes that change the order of sums; by default
+            1e-5 (fp32).
+        seed: of the inputs.
+        sizes: numbers for named dimensions of the inputs.
+        weights: ``real`` ones, ``seeded`` ones of the same shapes, or ``auto``: real ones up to 1 GiB if all are there.
+        say: hears each result.
+
+    Raises (through the manager):
+        NumericMismatch: with pass, application, rule, source line and the first value that differs.
+    """
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        *,
+        seed: int = 0,
+        sizes: Mapping[str, int] | None = None,
+        weights: str = "auto",
+        layer_bytes: int = LAYER_BYTES,
+        say: Callable[[Checked], None] | None = None,
+    ) -> None:
+        if weights not in WEIGHTS:
+            raise UserError(f"weights are {weights!r}", did_you_mean(weights, WEIGHTS))
+        if tolerance is not None and not tolerance > 0:
+            raise UserError(f"the tolerance is {tolerance:g}", "it is a share of an output's scale, such as 1e-5")
+        self.tolerance, self.seed, self.sizes, self.weights = tolerance, seed, dict(sizes or {}), weights
+        self.checked: list[Checked] = []
+        self._say = say
+        self._layer_bytes = layer_bytes
+        self._states: dict[str, _State] = {}
+        self._runner = Layerwise(layer_bytes=layer_bytes)
+        self._before: Graph | None = None  # only for a pass with a reference
+        self._adapter: Adapter | None = None
+
+    def started(self, graph: Graph, items: Sequence[Item]) -> None:
+        """Choose the weights."""
+        size, missing = weight_bytes(graph), missing_file(graph)
+        if self.weights == "real" and missing:
+            raise UserError(f"{missing}: the weights are not there", "check with seeded ones instead")
+        seeded = self.weights == "seeded" or (self.weights == "auto" and (size > REAL_BYTES or bool(missing)))
+        self._runner = Layerwise(seeded=seeded, layer_bytes=self._layer_bytes)
+        self._states, self.checked = {}, []
+
+    @property
+    def weights_used(self) -> str:
+        """``real`` or ``seeded``, once a pipeline has started."""
+        return "seeded" if self._runner.seeded else "real"
+
+    def before(self, step: Step, graph: Graph) -> None:
+        """Run the graph if this is the first pass on it."""
+        state = self._states.get(step.scope)
+        if state is None or state.graph is not graph:
+            self._states[step.scope] = self._start(graph)
+        try:
+            self._adapter = step.item.adapter(graph)
+        except VaccError:
+            self._adapter = Adapter()  # the pass will refuse the graph with the same words
+        has_reference = type(step.item).reference is not Pass.reference
+        self._before = copy(graph) if has_reference else None
+
+    def after(self, step: Step, graph: Graph, record: PassRecord, rw: Rewriter) -> None:
+        """Hold the pass to its kind."""
+        state = self._states[step.scope]
+        if not record.changes:
+            self._report(step, "nothing changed")
+        elif state.problem:
+            self._report(step, f"not compared: {state.problem}", compared=False)
+        elif self._adapter is None:
+            self._report(step, "not compared: the pass changes the interface and ships no adapter", compared=False)
+            self._states[step.scope] = self._start(graph)
+        else:
+            self._check(_Case(self, step, graph, state, self._adapter, self._before), rw)
+
+    def _start(self, graph: Graph) -> _State:
+        state = _State(graph, seeded_call(graph, self.sizes, self.seed))
+        try:
+            state.results = self._runner.run(graph, state.call, state.ranges)
+        except CheckError as error:
+            state.problem = error.message
+        return state
+
+    def _check(self, case: _Case, rw: Rewriter) -> None:
+        state = case.state
+        try:
+            call = case.adapter.call(state.call)
+        except (KeyError, IndexError, ValueError, StopIteration) as error:
+            problem = f"its adapter does not fit this model: {type(error).__name__} {error}"
+            self._report(case.step, f"not compared: {problem}", compared=False)
+            self._states[case.step.scope] = self._start(case.graph)
+            return
+        if changed := case.interface_change():
+            raise self._mismatch(case, rw, changed, None)
+        ranges = Ranges()
+        try:
+            results = self._runner.run(case.graph, call, ranges)
+        except CheckError as error:
+            if case.kind is Kind.LOSSY and case.before is None:
+                self._report(case.step, f"not compared: {error.message}", compared=False)
+                self._states[case.step.scope] = _State(case.graph, call, problem=error.message)
+                return
+            raise self._mismatch(case, rw, f"the graph does not run any more: {error.message}", None) from error
+        found = case.compare(results, [a.root for a in rw.applications])
+        if found is not None and found.wrong is not None:
+            raise self._mismatch(case, rw, str(found.wrong), found.wrong)
+        self._report(case.step, case.sentence(found, results) + _turned(state.ranges, ranges))
+        self._states[case.step.scope] = _State(case.graph, call, results, ranges)
+
+    def _report(self, step: Step, sentence: str, *, compared: bool = True) -> None:
+        self.checked.append(Checked(step, sentence, compared))
+        if self._say is not None:
+            self._say(self.checked[-1])
+
+    def run(self, case: _Case, graph: Graph, watch: Callable[..., None] | None = None) -> Results:
+        """Results of a graph after the pass of ``case``, or part of it."""
+        return self._runner.run(graph, case.adapter.call(case.state.call), watch)
+
+    def run_baseline(self, case: _Case, roots: Sequence[str], watch: Callable[..., None] | None = None) -> Results:
+        """What the pass promises: results of its reference definition, else of the graph before."""
+        reference = case.reference(roots)
+        if reference is not None:
+            return self._runner.run(reference, case.adapter.reference_call(case.state.call), watch)
+        return self._runner.run(case.graph, case.state.call, watch) if watch is not None else case.state.results
+
+    def _mismatch(self, case: _Case, rw: Rewriter, what: str, wrong: Difference | None) -> NumericMismatch:
+        """Find the application and the value, and say both; leaves the graph as it was before the pass."""
+        total = len(rw.applications)
+        rw.rollback()
+        application = first_application(case.item, case.graph, total, lambda tried: self._verdict(case, tried))
+        lines: list[str] = []
+        if application is not None:
+            rule = f"{application.rule} at " if application.rule != case.item.name else ""
+            lines.append(f"first wrong at application {application.index} of {total}: {rule}{_at(application)}")
+        value = self._first_value(case, application)
+        if value is not None:
+            lines.append(f"first value that differs: {value[0]}{value[1]}")
+        if application is not None:
+            lines += [f"  {line}" for line in shown_change(case.item, case.graph, application)]
+        broken = NumericMismatch(f"{case.step}: {case.promise}, but {what}", "\n  ".join(lines) or None)
+        broken.application, broken.difference = application, value[0] if value is not None else wrong
+        broken.pass_name, broken.total = case.item.name, total
+        return broken
+
+    def _verdict(self, case: _Case, rw: Rewriter) -> Verdict:
+        try:
+            found = case.compare(self.run(case, rw.graph), [a.root for a in rw.applications])
+        except CheckError:
+            return Verdict.BAD
+        return Verdict.BAD if found is not None and found.wrong is not None else Verdict.GOOD
+
+    def _first_value(self, case: _Case, application: Application | None) -> tuple[Difference, str] | None:
+        """The first value that differs, and where the model has it; looks only where the pass changed something."""
+        limit = application.index if application is not None else None
+        found = twins(case.item, case.graph, limit)
+        with applied(case.item, case.graph, limit) as rw:
+            roots = [a.root for a in rw.applications]
+            after = Capture({twin.name for twin in found})
+            try:
+                self.run(case, case.graph, after)
+            except CheckError:
+                return None
+        before = Capture({twin.before for twin in found})
+        self.run_baseline(case, roots, before)
+        for twin in found:
+            if twin.name not in after.values or twin.before not in before.values:
+                continue
+            left, right = before.values[twin.before][0], after.values[twin.name][0]
+            if left.shape == right.shape and left.dtype == right.dtype:
+                wrong = compare([Pair(twin.name, left, right)], case.tolerance).wrong
+                if wrong is not None:
+                    return wrong, f" [{twin.where}]"
+        return None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One pass under check, and what it is held against."""
+
+    check: CheckNumerics
+    step: Step
+    graph: Graph
+    state: _State
+    adapter: Adapter
+    before: Graph | None
+
+    @property
+    def item(self) -> Pass:
+        return self.step.item
+
+    @property
+    def kind(self) -> Kind:
+        return self.item.kind
+
+    @property
+    def tolerance(self) -> float | None:
+        if self.kind is Kind.EXACT:
+            return None
+        return self.check.tolerance if self.check.tolerance is not None else tolerance_of(self.graph)
+
+    @property
+    def promise(self) -> str:
+        """What the kind of the pass says."""
+        return {
+            Kind.EXACT: "an exact pass",
+            Kind.REASSOCIATING: "a reassociating pass",
+            Kind.LOSSY: "a lossy pass with a definition",
+            Kind.INTERFACE: "an interface pass, compared through its adapter",
+        }[self.kind]
+
+    def reference(self, roots: Sequence[str]) -> Graph | None:
+        """The pass's definition for those applications; None where it has none."""
+        return self.item.reference(copy(self.before), frozenset(roots)) if self.before is not None else None
+
+    def interface_change(self) -> str:
+        """What another kind than an interface pass has done to inputs or outputs, empty for nothing."""
+        if self.kind is Kind.INTERFACE:
+            return ""
+        call, outputs = self.state.call.of(0), self.state.results[0]
+        inputs = [value.name for value in self.graph.inputs]
+        for what, old, new in (("input", list(call), inputs), ("output", list(outputs), list(self.graph.outputs))):
+            gone, added = [n for n in old if n not in new], [n for n in new if n not in old]
+            if gone or added:
+                return f"the {what} {gone[0]!r} is gone" if gone else f"the {what} {added[0]!r} is new"
+        return ""
+
+    def pairs(self, baseline: Results, results: Results) -> Iterator[Pair]:
+        """What must agree, and extra outputs, which only interface passes may add."""
+        call = self.state.call if self.before is None else self.adapter.reference_call(self.state.call)
+        return self.adapter.pairs(call, baseline, results)
+
+    def compare(self, results: Results, roots: Sequence[str]) -> Comparison | None:
+        """None for a lossy pass without a reference, of which only the loss can be told."""
+        if self.kind is Kind.LOSSY and self.before is None:
+            return None
+        return compare(self.pairs(self.check.run_baseline(self, roots), results), self.tolerance)
+
+    def sentence(self, found: Comparison | None, results: Results) -> str:
+        """The result in words."""
+        cost = ""
+        if self.kind is Kind.LOSSY:
+            lost = loss(self.adapter.pairs(self.state.call, self.state.results, results))
+            cost = str(lost) if lost is not None else "no float output to tell the loss of"
+        if found is None:
+            return f"no definition to compare with: {cost}"
+        through = {Kind.INTERFACE: "through its adapter ", Kind.LOSSY: "by its definition "}.get(self.kind, "")
+        if self.tolerance is None:
+            return f"equal bit for bit, {found.compared} output{'s' if found.compared > 1 else ''}"
+        worst = found.worst
+        same = worst is None or worst.error == 0
+        text = f"{through}equal" if same else f"{through}{_within(worst)}"
+        flips = f", {found.flips} of {found.codes} codes one step apart" if found.flips else ""
+        return text + flips + (f"; {cost}" if cost else "")
+
+
+def _within(worst: Difference | None) -> str:
+    assert worst is not None
+    return f"within {worst.error:.1e} on a scale of {worst.scale:.3g} ({worst.name}), allowed {worst.allowed:.1e}"
+
+
+def _turned(before: Ranges, after: Ranges) -> str:
+    """What is new: numbers that are none, and where; else the largest number inside."""
+    new = [f"{kind} first in {name}" for kind, name in after.turned.items() if kind not in before.turned]
+    grown = f"; largest inside {after.largest:.3g} ({after.at})" if after.at else ""
+    return f"; {', '.join(new)}" if new else grown
+
+
+def _at(application: Application) -> str:
+    return f"{application.root} [{application.where}]" if application.root else application.where
