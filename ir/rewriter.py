@@ -481,9 +481,9 @@ class Rewriter:
             self._log(setattr, "opset", self.graph.opset)
             self.graph.opset = opset
 
-    def touch(self, one: Node | Value, *others: Node) -> None:
-        """Record that this pass changed a node or constant in place, or let it stand for ``others`` too."""
-        found = merge([one.provenance, *(other.provenance for other in others)], self.by)
+    def touch(self, one: Node | Value) -> None:
+        """Record that this pass changed a node or constant in place."""
+        found = merge([one.provenance], self.by)
         if found != one.provenance:
             self._log(_restore_slot, one, "provenance", one.provenance)
             one.provenance = found
