@@ -94,11 +94,12 @@ class NotMatched:
     root: Node
     miss: Miss | None = None
     reasons: tuple[Reason, ...] = ()
+    declined: tuple[Node, ...] = ()
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the pattern took for its own."""
-        return self.miss.matched if self.miss is not None else (self.root,)
+        return self.miss.matched if self.miss is not None else self.declined
 
     @property
     def place(self) -> Node:

@@ -146,7 +146,7 @@ class Matcher:
         if isinstance(pattern, Var):
             return _HOLDS if self._variable(pattern, value, user) else ()
         if isinstance(pattern, Either):
-            return [(choice, value, user, rest) for choice in self._choices(pattern, value)]
+            return [(choice, value, user, rest) for choice in self._choices(pattern, value, user)]
         if isinstance(pattern, Output):
             return self._op(pattern.node, pattern.index, value, user, rest)
         if isinstance(pattern, Where):
@@ -270,11 +270,18 @@ class Matcher:
         complete = [o for o, s in zip(orders, scores, strict=True) if s[0]]
         return complete or [orders[0] if scores[0][1] >= scores[1][1] else orders[1]]
 
-    def _choices(self, pattern: Either, value: Value | None) -> list[Pattern]:
-        """The alternatives that can match; the one that comes nearest when none can."""
+    def _choices(self, pattern: Either, value: Value | None, user: Node) -> list[Pattern]:
+        """The alternatives that can match; when none can, the one that comes nearest, none when all are equally far."""
         scores = [self._scores.of(choice, value) for choice in pattern.choices]
         complete = [c for c, s in zip(pattern.choices, scores, strict=True) if s[0]]
-        return complete or [pattern.choices[max(range(len(scores)), key=lambda i: scores[i][1])]]
+        if complete:
+            return complete
+        nearest = max(range(len(scores)), key=lambda i: scores[i][1])
+        if scores[nearest][1] or value is None:
+            return [pattern.choices[nearest]]
+        wanted = " or ".join(dict.fromkeys(" or ".join(sorted(c.roots())) or str(c) for c in pattern.choices))
+        self._fail("found {}, expected {}", value, wanted, node=user, pattern=pattern, value=value)
+        return []
 
     def _through(self, pattern: Through, value: Value | None, user: Node, rest: Goals) -> Sequence[Any]:
         # the deepest look first, so that nothing that may be looked through stays between

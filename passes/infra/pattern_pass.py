@@ -165,7 +165,7 @@ class Matching:
             if match is not None:
                 reasons = tuple(self._reasons(match))
                 if reasons:
-                    yield NotMatched(root, None, reasons)
+                    yield NotMatched(root, None, reasons, tuple(match.nodes))
             elif self.item.anchors and self.matcher.miss.depth > 1:
                 yield NotMatched(root, self.matcher.miss)
 

@@ -41,7 +41,8 @@ def _formals(op_type: str, opset: int) -> tuple[str, ...]:
         return ()
 
 
-def _formal(node: Node, index: int) -> str:
+def formal(node: Node, index: int) -> str:
+    """The name that the operator gives its operand at ``index``; empty when it gives none."""
     names = _formals(node.op_type, 24) if not node.domain else ()
     return names[index] if index < len(names) else ""
 
@@ -101,4 +102,4 @@ def operands(node: Node, count: int, attributes: frozenset[str]) -> tuple[Value 
     inputs = node.inputs
     if len(inputs) <= count or not attributes:
         return inputs
-    return tuple(v for i, v in enumerate(inputs) if i < count or _formal(node, i) not in attributes)
+    return tuple(v for i, v in enumerate(inputs) if i < count or formal(node, i) not in attributes)

@@ -14,7 +14,7 @@ from vacc_opt.passes.infra.match import Miss, NotMatched
 from vacc_opt.passes.infra.pattern import Either, Op, Output, Pattern, Where
 from vacc_opt.passes.infra.pattern_pass import Matching, PatternPass
 from vacc_opt.passes.infra.pipeline import Item, flat
-from vacc_opt.passes.infra.values import plain, shown
+from vacc_opt.passes.infra.values import formal, plain, scalar, shown
 
 WIDTH = 96  # of a pattern in a report; a longer one has its operands left out
 
@@ -64,8 +64,12 @@ def explain(item: PatternPass, graph: Graph) -> list[Explanation]:
         if anchor not in covered:
             readers = ", ".join(dict.fromkeys(u.op for u in anchor.output.users())) or "no node"
             roots = " or ".join(sorted(work.roots))
-            found.append(Explanation(where(anchor), 0, size, f"a way to {roots}", f"read by {readers}"))
+            found.append(Explanation(_place(anchor), 0, size, f"a way to {roots}", f"read by {readers}"))
     return found
+
+
+def _place(node: Node) -> str:
+    return f"{node.op} {where(node)}"
 
 
 def _around(missed: NotMatched) -> set[Node]:
@@ -80,10 +84,10 @@ def _around(missed: NotMatched) -> set[Node]:
 def _explained(item: PatternPass, missed: NotMatched, size: int) -> Explanation:
     hint = item.hint(missed)
     if missed.miss is None:
-        return Explanation(where(missed.root), size, size, reasons=tuple(map(str, missed.reasons)), hint=hint)
+        return Explanation(_place(missed.root), size, size, reasons=tuple(map(str, missed.reasons)), hint=hint)
     miss = missed.miss
     return Explanation(
-        place=where(missed.place),
+        place=_place(missed.place),
         depth=miss.depth,
         size=size,
         expected=_pattern_text(miss.pattern),
@@ -95,10 +99,16 @@ def _explained(item: PatternPass, missed: NotMatched, size: int) -> Explanation:
 def _pattern_text(pattern: Pattern | None) -> str:
     if pattern is None:
         return ""
+    if isinstance(pattern, Either):
+        return _short(_brief(pattern))
     text = str(pattern)
     if len(text) > WIDTH and isinstance(pattern, Op):
         attributes = "".join(f", {k}={v}" for k, v in pattern.attributes)
         text = f"{pattern.op}({', '.join(_brief(o) for o in pattern.operands)}{attributes})"
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 
@@ -119,19 +129,23 @@ def _found(miss: Miss) -> str:
     if node is None:
         return f"{shown(miss.value)}: {miss.value.type}"
     between = ""
-    if miss.node is not None and isinstance(miss.pattern, Op) and miss.pattern.op in _ops(node.inputs):
-        between = f" between {miss.pattern.op} and {miss.node.op}"
+    behind = [op for op in _ops(node.inputs) if miss.pattern is not None and op in miss.pattern.roots()]
+    if miss.node is not None and behind:
+        between = f" between {behind[0]} and {miss.node.op}"
     source = "" if not node.provenance.origins else f" ({node.provenance.where()})"
     return f"{_node_text(node)}: {miss.value.type}{between}{source}"
 
 
-def _ops(values: Sequence[Value | None]) -> set[str]:
-    return {v.producer.op for v in values if v is not None and v.producer is not None}
+def _ops(values: Sequence[Value | None]) -> list[str]:
+    return [v.producer.op for v in values if v is not None and v.producer is not None]
 
 
 def _node_text(node: Node) -> str:
-    attributes = ", ".join(f"{k}={plain(v)}" for k, v in sorted(node.attributes.items()))
-    return f"{node.op}({attributes}) {node.output.name}"
+    """``Clip(min=-1024, max=1024) name``: attributes, and the operands that are constant numbers."""
+    facts = [f"{k}={plain(v)}" for k, v in sorted(node.attributes.items())]
+    numbers = [(formal(node, i), scalar(v)) for i, v in enumerate(node.inputs)]
+    facts += [f"{name}={number:g}" for name, number in numbers if name and number is not None]
+    return f"{node.op}({', '.join(facts)}) {node.output.name}"
 
 
 def _general_hint(miss: Miss) -> str:
