@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import click
 
@@ -42,6 +42,7 @@ class Seeing:
     timing: bool
     stats: bool
     html: Path | None
+    why_not: tuple[str, ...]
     remarks: bool
     remarks_filter: tuple[str, ...]
     remarks_file: Path | None
@@ -78,6 +79,13 @@ class Seeing:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Write one page that shows the run: changes, pictures, remarks, times.",
+)
+@option(
+    REMARKS,
+    "--why-not",
+    multiple=True,
+    metavar="PASS",
+    help="Explain each place that PASS left: how far its pattern came, what it expected and what it found; repeatable.",
 )
 @option(REMARKS, "--remarks", is_flag=True, help="Print what each pass says of each place: rewritten, or why not.")
 @option(
@@ -172,7 +180,6 @@ def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], No
     from vacc_opt.passes.infra.printing import DumpIR, PrintIR, select
     from vacc_opt.passes.infra.remarks import RemarksFile
     from vacc_opt.passes.infra.timing import Stats, Timing
-    from vacc_opt.passes.infra.view import HtmlView
 
     before = select("--print-ir-before", asked.print_ir_before, items)
     after = select("--print-ir-after", asked.print_ir_after, items)
@@ -184,7 +191,13 @@ def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], No
     if asked.remarks_file is not None:
         made.append(RemarksFile(asked.remarks_file))
     if asked.html is not None:
+        from vacc_opt.passes.infra.view import HtmlView
+
         made.append(HtmlView(asked.html))
+    for name in asked.why_not:
+        from vacc_opt.passes.infra.why_not import WhyNot
+
+        made.append(WhyNot(name, items))
     if asked.stats:
         made.append(Stats())
     if asked.timing:
@@ -202,14 +215,17 @@ def _finished(record: PassRecord, asked: Seeing, steps: Steps) -> None:
                 steps.line(f"    {remark}")
 
 
+@runtime_checkable
+class _Telling(Protocol):
+    """An instrument that has something to say at the end."""
+
+    def text(self) -> str:
+        """Lines, or nothing."""
+
+
 def _say(hears: Sequence[Instrument], write: Callable[[str], None]) -> None:
     """Print what the instruments have to say at the end, of a run that failed too."""
-    from vacc_opt.passes.infra.remarks import RemarksFile
-    from vacc_opt.passes.infra.timing import Stats, Timing
-    from vacc_opt.passes.infra.view import HtmlView
-
     for one in hears:
-        if isinstance(one, Stats | Timing):
-            write(one.text())
-        elif isinstance(one, RemarksFile | HtmlView) and one.written:
-            write(f"  -> {one.path}")
+        said = one.text() if isinstance(one, _Telling) else ""
+        if said:
+            write(said)

@@ -156,23 +156,24 @@ def _general_hint(miss: Miss) -> str:
 
 
 class WhyNot(Instrument):
-    """Explains, after each run of one pass, what that pass left."""
+    """Explains, after each run of one pass of a pipeline, what that pass left.
 
-    def __init__(self, pass_name: str) -> None:
+    Raises:
+        UserError: the pipeline does not hold the pass, or it has no pattern.
+    """
+
+    def __init__(self, pass_name: str, items: Sequence[Item]) -> None:
+        found = {item.name: item for item in flat(items)}
+        if pass_name not in found:
+            hint = did_you_mean(pass_name, found)
+            raise UserError(f"--why-not {pass_name}: the pipeline holds no such pass", hint)
+        if not isinstance(found[pass_name], PatternPass):
+            named = [item.name for item in found.values() if isinstance(item, PatternPass)]
+            hint = f"passes with a pattern here: {', '.join(named) or 'none'}"
+            raise UserError(f"--why-not {pass_name}: it has no pattern that could have matched", hint)
         self.pass_name = pass_name
         self.reports: list[str] = []
         self.explanations: list[Explanation] = []
-
-    def started(self, graph: Graph, items: Sequence[Item]) -> None:
-        """Refuse a name that the pipeline does not hold, or whose pass has no pattern."""
-        found = {item.name: item for item in flat(items)}
-        if self.pass_name not in found:
-            hint = did_you_mean(self.pass_name, found)
-            raise UserError(f"--why-not {self.pass_name}: the pipeline holds no such pass", hint)
-        if not isinstance(found[self.pass_name], PatternPass):
-            named = [item.name for item in found.values() if isinstance(item, PatternPass)]
-            hint = f"passes with a pattern here: {', '.join(named) or 'none'}"
-            raise UserError(f"--why-not {self.pass_name}: it has no pattern that could have matched", hint)
 
     def after(self, step: Step, graph: Graph, record: PassRecord, rw: Rewriter) -> None:
         """Explain what is left of the graph after the pass."""

@@ -7,6 +7,7 @@ import pytest
 from vacc_opt.ir import CheckError, UserError
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.pipeline import parse_pipeline
 from vacc_opt.passes.infra.why_not import WhyNot
 
 ATTENTION = """
@@ -29,8 +30,9 @@ def attention(extra: str = "", last: str = "m", tail: str = "") -> str:
 
 
 def why(text: str, pipeline: str = "fuse-gqa", name: str = "fuse-gqa") -> str:
-    asked = WhyNot(name)
-    run_pipeline(from_text(text), pipeline, instruments=[asked])
+    items = parse_pipeline(pipeline)
+    asked = WhyNot(name, items)
+    run_pipeline(from_text(text), items, instruments=[asked])
     return asked.text()
 
 
