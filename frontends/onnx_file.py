@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
 import onnx.inliner
+import onnx.numpy_helper
 import onnx.version_converter
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.infer import RULES_OPSET
 from vacc_opt.ir.onnx_proto import FORMULA_KEY, from_onnx, stored_provenance
 from vacc_opt.ir.ops import DOMAIN
 from vacc_opt.ir.origins import name_origins
+from vacc_opt.ir.provenance import Provenance
+from vacc_opt.ir.subgraph import inner_graphs, nodes_inside
 from vacc_opt.ir.tensor import Source, TensorExpr
 from vacc_opt.ir.types import DType
 
-MIN_OPSET = 18  # the oldest whose operators our passes know; older models are raised to it
 _INLINE_BYTES = 4096  # initializers up to this size become values
+_STANDARD = ("", "ai.onnx")
 
 
-def load_onnx(path: str | os.PathLike[str]) -> Graph:
+def load_onnx(path: str | os.PathLike[str], *, keep_functions: bool = False) -> Graph:
     """The graph of an .onnx file; external data and large initializers become file references and are not read.
 
-    Functions of other domains than ``Vastai`` are inlined, opsets below 18 raised. Where the file does not say where
-    a node or weight comes from, its name does. Raises UserError for a missing, damaged or truncated file, and for
-    external data that is missing, too short, or outside the model's directory.
+    See :func:`import_model` for functions and opsets. Where the file does not say where a node or weight comes from,
+    its name does. Raises UserError for a missing, damaged or truncated file, and for external data that is missing, too
+    short, or outside the model's directory.
     """
     file = _existing(Path(path))
     model = _parse(file)
+    _embed(model, file)
     constants = _constants(model, file)
     origins = {t.name: stored_provenance(t) for t in model.graph.initializer if t.name in constants}
     for tensor in [t for t in model.graph.initializer if t.name in constants]:
@@ -41,7 +46,25 @@ def load_onnx(path: str | os.PathLike[str]) -> Graph:
     for name, expr in constants.items():
         if name not in declared:
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, expr.dtype.onnx, expr.shape))
-    graph = from_onnx(_raise_opset(_inline(model), file), constants, origins)
+    return import_model(model, constants, origins, keep_functions=keep_functions)
+
+
+def import_model(
+    model: onnx.ModelProto,
+    constants: Mapping[str, TensorExpr] | None = None,
+    origins: Mapping[str, Provenance] | None = None,
+    *,
+    keep_functions: bool = False,
+) -> Graph:
+    """The graph of a model in memory, ``constants`` being the expressions of inputs that stand for weights.
+
+    Opsets below 18 are raised; a model that ONNX cannot raise keeps its opset, and passes leave its operators alone.
+    Functions of other domains than ``Vastai`` are inlined, or with ``keep_functions`` become ``graph.functions``.
+
+    Raises:
+        UserError: the model is not valid, or holds something that the intermediate representation has no form for.
+    """
+    graph = from_onnx(_raise_opset(_inline(model, keep_functions)), constants, origins)
     name_origins(graph)
     return graph
 
@@ -65,9 +88,22 @@ def _parse(file: Path) -> onnx.ModelProto:
         raise UserError(f"{file}: not an ONNX model, or truncated", "write or download the file again") from error
     if not model.graph.node and not model.graph.output:
         raise UserError(f"{file}: holds no ONNX graph", "write or download the file again")
-    if model.graph.sparse_initializer:
-        raise UserError(f"{file}: sparse initializers are not supported", "store the weights dense")
     return model
+
+
+def _embed(model: onnx.ModelProto, file: Path) -> None:
+    """Read external data into those tensors that are carried inside a node."""
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        held = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
+        for graph in inner_graphs(node):
+            held += graph.initializer
+            pending += graph.node
+        for tensor in held:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                array = _external(tensor, file).read()
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
 def _constants(model: onnx.ModelProto, file: Path) -> dict[str, TensorExpr]:
@@ -109,7 +145,7 @@ def _external(tensor: onnx.TensorProto, file: Path) -> Source:
     if not data.is_file():
         raise UserError(f"{file}: external data file {location} is missing", "copy it beside the model")
     dtype, dims = _type(tensor, file)
-    needed = math.prod(dims) * DType(dtype).itemsize
+    needed = Source("", 0, dtype, dims).nbytes
     try:
         offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
     except ValueError:
@@ -125,24 +161,26 @@ def _external(tensor: onnx.TensorProto, file: Path) -> Source:
     return Source(str(data), offset, dtype, dims, _formula(tensor))
 
 
-def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without local functions, except those that are the bodies of our own operators."""
-    if not model.functions:
+def _inline(model: onnx.ModelProto, keep: bool) -> onnx.ModelProto:
+    """Without local functions, except the bodies of our own operators and those that are to be kept."""
+    kept = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN or (keep and f.domain not in _STANDARD)]
+    if len(kept) == len(model.functions):
         return model
-    own = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN]
-    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, own, exclude=True)
+    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
     return inlined
 
 
-def _raise_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    if opset >= MIN_OPSET:
+def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    opset = next((o.version for o in model.opset_import if o.domain in _STANDARD), RULES_OPSET)
+    if opset >= RULES_OPSET or _is_misread(model, opset):
         return model
     try:
-        raised: onnx.ModelProto = onnx.version_converter.convert_version(model, MIN_OPSET)
-    except Exception as error:  # the converter has no exception type of its own
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{file}: cannot be raised from opset {opset} to {MIN_OPSET}: {reason}", "export it at a newer opset"
-        ) from error
+        raised: onnx.ModelProto = onnx.version_converter.convert_version(model, RULES_OPSET)
+    except Exception:  # the converter has no exception type of its own
+        return model
     return raised
+
+
+def _is_misread(model: onnx.ModelProto, opset: int) -> bool:
+    """The converter passes over a change of meaning: Scan lost its batch axis in opset 9."""
+    return opset < 9 and any(node.op_type == "Scan" for node in nodes_inside(model.graph))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,7 +11,8 @@ import numpy as np
 from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.ir.subgraph import captured, plain, renamed
+from vacc_opt.ir.graph import Node
+from vacc_opt.ir.subgraph import captured, nodes_inside, plain, renamed
 
 _T = TypeVar("_T")
 _AS_MESSAGE = (
@@ -53,9 +54,28 @@ class OpaqueAttribute:
     message: bytes
 
 
+class EmptyList(tuple[Any, ...]):
+    """An empty list attribute that is not one of integers: as a tuple it no longer tells of what."""
+
+    kind: int
+
+    @staticmethod
+    def of(kind: int) -> EmptyList:
+        """An empty list of an AttributeProto type."""
+        result = EmptyList()
+        result.kind = kind
+        return result
+
+
 def subgraphs(attributes: Mapping[str, Any]) -> list[tuple[str, Subgraph]]:
     """The attributes that are graphs, by name; nearly always none."""
     return [(name, a) for name, a in sorted(attributes.items()) if isinstance(a, Subgraph)]
+
+
+def nodes_within(node: Node) -> Iterator[NodeProto]:
+    """The nodes inside a node's subgraphs."""
+    for _, inner in subgraphs(node.attributes):
+        yield from nodes_inside(inner.graph)
 
 
 def split_inputs(inputs: Sequence[_T], attributes: Mapping[str, Any]) -> tuple[Sequence[_T], dict[str, Sequence[_T]]]:
@@ -76,19 +96,16 @@ def read_attribute(proto: AttributeProto, label: str) -> Any:
     if proto.type == AttributeProto.GRAPHS:
         raise UserError(f"node {label!r} holds a list of graphs, which no standard operator has")
     value = helper.get_attribute_value(proto)
-    if proto.type in _AS_MESSAGE or (proto.type != AttributeProto.INTS and _is_empty_list(value)):
+    if proto.type in _AS_MESSAGE:
         return OpaqueAttribute(proto.SerializeToString(deterministic=True))
     if proto.type == AttributeProto.TENSOR:
         return numpy_helper.to_array(value)
     if isinstance(value, bytes):
         return _text(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_text(v) if isinstance(v, bytes) else v for v in value)
+        items = tuple(_text(v) if isinstance(v, bytes) else v for v in value)
+        return items if items or proto.type == AttributeProto.INTS else EmptyList.of(proto.type)
     return value
-
-
-def _is_empty_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and not value
 
 
 def _text(value: bytes) -> str | bytes:
@@ -106,7 +123,8 @@ def make_attribute(name: str, value: Any) -> AttributeProto:
         return AttributeProto.FromString(value.message)
     if isinstance(value, tuple):
         if not value:
-            return helper.make_attribute(name, [], attr_type=AttributeProto.INTS)
+            kind = value.kind if isinstance(value, EmptyList) else AttributeProto.INTS
+            return helper.make_attribute(name, [], attr_type=kind)
         return helper.make_attribute(name, list(value))
     return helper.make_attribute(name, value)
 

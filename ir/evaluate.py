@@ -19,7 +19,9 @@ from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.onnx_proto import to_onnx
+from vacc_opt.ir.ort_values import embed_packed, from_ort, run_session, to_ort
 from vacc_opt.ir.storage import stored_tensors
+from vacc_opt.ir.types import DType
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -43,7 +45,7 @@ def open_session(
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        values = [to_ort(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
     try:
         return ort.InferenceSession(
@@ -62,20 +64,24 @@ class _Part:
         used = {n: weights[n] for n in stored_tensors(graph, rank)}
         self._keep = used  # the session reads these arrays in place
         self._session = None
+        ends = [*graph.inputs, *graph.outputs.values()]
+        self._bindable = all(v.type.dtype not in (DType.STRING, DType.UNDEFINED) for v in ends)
         if len(graph):
             model = to_onnx(graph, lambda v: ("in-memory", 0, weights[v.name].nbytes), provenance=False)
-            self._session = open_session(model.SerializeToString(), used, threads=threads, optimize=optimize)
+            given = embed_packed(model, used)
+            self._session = open_session(model.SerializeToString(), given, threads=threads, optimize=optimize)
 
     def run(self, values: MutableMapping[str, Array], in_place: Mapping[str, str]) -> None:
         """Compute the outputs into ``values``; an output in ``in_place`` is written into its input's buffer."""
-        import onnxruntime as ort
-
         if self._session is None:
+            return
+        if not self._bindable:
+            values.update(self._call({name: values[name] for name in self.inputs}))
             return
         binding = self._session.io_binding()
         for name in self.inputs:
             values[name] = np.asarray(values[name], order="C")
-        buffers = {n: ort.OrtValue.ortvalue_from_numpy(values[n]) for n in self.inputs}
+        buffers = {n: to_ort(values[n]) for n in self.inputs}
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(name, buffer)
         for name in self.outputs:
@@ -88,7 +94,14 @@ class _Part:
         except Exception as error:
             raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
         for name, result in zip(self.outputs, binding.get_outputs(), strict=True):
-            values[name] = values[in_place[name]] if in_place.get(name) in buffers else result.numpy()
+            values[name] = values[in_place[name]] if in_place.get(name) in buffers else from_ort(result)
+
+    def _call(self, feeds: Feeds) -> dict[str, Any]:
+        """Run without binding, which knows neither strings nor sequences."""
+        try:
+            return run_session(self._session, feeds)
+        except Exception as error:
+            raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
 
 
 class Executable:
@@ -209,12 +222,16 @@ def random_feeds(graph: Graph, sizes: Mapping[str, int], seed: int = 0, names: I
     for value in graph.inputs:
         if wanted and value.name not in wanted:
             continue
-        shape = _concrete(value, sizes)
         dtype = value.type.dtype
+        if dtype is DType.UNDEFINED:
+            raise UserError(f"input {value.name!r} is a {value.type}; give a value for it")
+        shape = _concrete(value, sizes)
         if dtype.is_float:
             feeds[value.name] = rng.standard_normal(shape).astype(dtype.numpy)
-        elif dtype.value == "bool":
+        elif dtype is DType.BOOL:
             feeds[value.name] = np.ones(shape, np.bool_)
+        elif dtype is DType.STRING:
+            feeds[value.name] = rng.integers(0, 4, shape).astype(str).astype(object)
         else:
             feeds[value.name] = rng.integers(0, 4, shape).astype(dtype.numpy)
     return feeds

@@ -7,7 +7,7 @@ integer tensors, so that ``Reshape(x, Concat(Shape(..), [-1], [64]))`` has a kno
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ from onnx import TypeProto, helper, numpy_helper
 
 from vacc_opt.ir.attributes import make_node, subgraphs
 from vacc_opt.ir.errors import CheckError
-from vacc_opt.ir.graph import Value
+from vacc_opt.ir.graph import Value, attribute_key
 from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.types import Dim, DType, OpaqueType, Shape, SymbolicDim, TensorType
 
 MAX_ELEMENTS = 64  # integer tensors up to this size have their elements followed
 RULES_OPSET = 18  # the oldest whose operators our rules and passes mean; a graph of an older opset is left to ONNX
+MAX_KNOWN = 1 << 14  # results that are kept
 Elements = tuple[Dim, ...]
+_WITH_ELEMENTS = (DType.INT64, DType.INT32, DType.BOOL)
 
 
 class InferenceError(CheckError):
@@ -46,6 +48,7 @@ class Context:
     attributes: Mapping[str, Any]
     opset: int
     label: str
+    outputs: int = 1
 
     def type(self, index: int) -> TensorType:
         """Type of an input; raises InferenceError when it is absent."""
@@ -79,9 +82,10 @@ class Context:
         numbers = tuple(e for e in elements if isinstance(e, int))
         return numbers if len(numbers) == len(elements) else None
 
-    def unknown(self, axis: int) -> Dim:
-        """A fresh opaque dimension."""
-        return SymbolicDim.parse(f"{self.label}.{axis}".replace(" ", "_").replace("-", "_"))
+    def unknown(self, axis: int, *, of: int = 0) -> Dim:
+        """A fresh opaque dimension of the output number ``of``."""
+        stem = self.label if not of else f"{self.label}.{of}"
+        return SymbolicDim.parse(f"{stem}.{axis}".replace(" ", "_").replace("-", "_"))
 
     def error(self, message: str) -> InferenceError:
         """An error that names the node."""
@@ -90,6 +94,7 @@ class Context:
 
 Rule = Callable[[Context], Result | Sequence[Result]]
 RULES: dict[str, Rule] = {}
+_KNOWN: dict[Hashable, list[Result]] = {}
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -108,7 +113,7 @@ def elements_of(value: Value) -> Elements | None:
     if value.elements is not None:
         return value.elements
     small = value.const is not None and math.prod(value.const.shape) <= MAX_ELEMENTS
-    if small and isinstance(value.const, Literal) and value.const.dtype in (DType.INT64, DType.INT32, DType.BOOL):
+    if small and isinstance(value.const, Literal) and value.const.dtype in _WITH_ELEMENTS:
         return tuple(int(x) for x in value.const.array.reshape(-1))
     return None
 
@@ -146,7 +151,43 @@ def infer(
     op: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any], outputs: int, *, opset: int, label: str
 ) -> list[Result]:
     """Types of the outputs of a node that is about to be made; raises InferenceError when its inputs do not fit."""
-    ctx = Context(op, inputs, attributes, opset, label)
+    key = _key(op, inputs, attributes, outputs, opset)
+    known = _KNOWN.get(key) if key is not None else None
+    if known is not None:
+        return known
+    results = _infer(Context(op, inputs, attributes, opset, label, outputs), outputs)
+    if key is not None and not any(_names_its_node(result) for result in results):
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = results
+    return results
+
+
+def _key(
+    op: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any], outputs: int, opset: int
+) -> Hashable | None:
+    """What the result depends on, when that is only types and attributes: no elements and no data of a constant."""
+    if op not in RULES or opset < RULES_OPSET:
+        return None
+    types: list[TensorType | None] = []
+    for value in inputs:
+        if value is None:
+            types.append(None)
+        elif value.elements is not None or (value.const is not None and value.type.dtype in _WITH_ELEMENTS):
+            return None
+        else:
+            types.append(value.type)
+    return op, opset, outputs, attribute_key(attributes), *types
+
+
+def _names_its_node(result: Result) -> bool:
+    """A dimension, or an element, that could only be named after the node."""
+    dims = (*(result.type.shape or ()), *(result.elements or ()))
+    return any(not isinstance(dim, int) and "." in str(dim) for dim in dims)
+
+
+def _infer(ctx: Context, outputs: int) -> list[Result]:
+    op, opset, label = ctx.op, ctx.opset, ctx.label
     if op in RULES and (opset >= RULES_OPSET or "::" in op):
         found = RULES[op](ctx)
         results = [found] if isinstance(found, Result) else list(found)

@@ -370,19 +370,21 @@ def _constant_of_shape(ctx: Context) -> Result:
 
 @rule("Split")
 def _split(ctx: Context) -> Sequence[Result]:
-    shape = ctx.shape(0)
-    sizes = ctx.ints(1)
-    count = ctx.attributes.get("num_outputs") or (len(sizes) if sizes is not None else None)
-    if shape is None or count is None:
-        raise ctx.error("the number of outputs is not known")
+    shape, sizes, count = ctx.shape(0), ctx.ints(1), ctx.outputs
+    if shape is None:
+        return [Result(ctx.type(0))] * count
     axis = ctx.attributes.get("axis", 0) % len(shape)
-    if sizes is None:
-        whole = shape[axis]
-        if not isinstance(whole, int):
-            raise ctx.error("the split of a symbolic dimension needs sizes")
+    parts: Sequence[Dim] = sizes if sizes is not None else [ctx.unknown(axis, of=n) for n in range(count)]
+    if len(parts) != count or ctx.attributes.get("num_outputs", count) != count:
+        raise ctx.error(f"{count} outputs, but {ctx.attributes.get('num_outputs', len(parts))} parts")
+    whole = shape[axis]
+    if not ctx.has(1) and isinstance(whole, int):
         chunk = math.ceil(whole / count)
-        sizes = tuple(min(chunk, whole - i * chunk) for i in range(count))
-    return [Result(TensorType(ctx.dtype(0), (*shape[:axis], s, *shape[axis + 1 :]))) for s in sizes]
+        parts = [min(chunk, whole - i * chunk) for i in range(count)]
+    elif not ctx.has(1):
+        even = divide(whole, count)
+        parts = parts if even is None else [even] * count
+    return [Result(TensorType(ctx.dtype(0), (*shape[:axis], s, *shape[axis + 1 :]))) for s in parts]
 
 
 @rule("Gemm")

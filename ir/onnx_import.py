@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 import vacc_opt.ir.infer_rules  # noqa: F401 - registers the type rules
 from vacc_opt.ir import ops
-from vacc_opt.ir.attributes import read_attribute, subgraphs
+from vacc_opt.ir.attributes import nodes_within, read_attribute, subgraphs
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.functions import (
     Key,
@@ -29,7 +29,7 @@ from vacc_opt.ir.graph import Absent, Graph, Node, Value
 from vacc_opt.ir.infer import InferenceError, Result, has_type, infer, type_from_proto
 from vacc_opt.ir.onnx_export import OUTPUT_PREFIX, PROVENANCE_KEY, provenance_from_json
 from vacc_opt.ir.provenance import Provenance
-from vacc_opt.ir.subgraph import captured, inner_graphs, nodes_inside
+from vacc_opt.ir.subgraph import captured, inner_graphs
 from vacc_opt.ir.tensor import Literal, TensorExpr
 from vacc_opt.ir.types import Dim, OpaqueType, TensorType
 
@@ -89,8 +89,7 @@ def _used(domains: Mapping[str, int], graph: Graph) -> dict[str, int]:
     """Those versions that some node needs, also one inside a subgraph; our own domain has no versions."""
     used = {domain for domain, _ in map(split_op, graph.op_counts())}
     for node in graph.nodes():
-        for _, inner in subgraphs(node.attributes):
-            used |= {n.domain for n in nodes_inside(inner.graph)}
+        used |= {n.domain for n in nodes_within(node)}
     return {d: v for d, v in sorted(domains.items()) if d in used and d != ops.DOMAIN}
 
 

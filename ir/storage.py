@@ -11,6 +11,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from onnx import numpy_helper
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Value
@@ -33,6 +37,8 @@ _NAMES = {
     DType.INT64: "I64",
     DType.UINT64: "U64",
     DType.BOOL: "BOOL",
+    DType.FLOAT8E4M3FN: "F8_E4M3",
+    DType.FLOAT8E5M2: "F8_E5M2",
 }
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 Progress = Callable[[str, int], None]
@@ -54,9 +60,11 @@ def write_safetensors(
     at = 0
     for name in sorted(tensors):
         expr = tensors[name]
+        # what the format has no name for is stored as bytes; ONNX files say what they mean
+        named = expr.dtype in _NAMES
         header[name] = {
-            "dtype": _NAMES[expr.dtype],
-            "shape": list(expr.shape),
+            "dtype": _NAMES.get(expr.dtype, "U8"),
+            "shape": list(expr.shape) if named else [expr.nbytes],
             "data_offsets": [at, at + expr.nbytes],
         }
         at += expr.nbytes
@@ -71,7 +79,7 @@ def write_safetensors(
             offsets[name] = file.tell()
             try:
                 for tile in _tiles(tensors[name]):
-                    file.write(tensors[name].read(tile).tobytes())
+                    file.write(_bytes(tensors[name].read(tile), tensors[name].dtype))
                     if progress is not None:
                         progress(name, file.tell() - offsets[name])
             except UserError as error:
@@ -82,12 +90,17 @@ def write_safetensors(
     return offsets
 
 
+def _bytes(array: npt.NDArray[Any], dtype: DType) -> bytes:
+    packed: bytes = array.tobytes() if dtype.bits >= 8 else numpy_helper.from_array(array).raw_data
+    return packed
+
+
 def _tiles(expr: TensorExpr) -> Iterable[tuple[slice, ...]]:
-    if not expr.shape or expr.nbytes <= TILE_BYTES:
+    row = math.prod(expr.shape[1:]) * expr.dtype.bits
+    if not expr.shape or expr.nbytes <= TILE_BYTES or row % 8:
         yield ()
         return
-    row = max(1, math.prod(expr.shape[1:]) * expr.dtype.itemsize)
-    step = max(1, TILE_BYTES // row)
+    step = max(1, TILE_BYTES // max(1, row // 8))
     for low in range(0, expr.shape[0], step):
         yield (slice(low, min(low + step, expr.shape[0])),)
 

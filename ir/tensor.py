@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.types import DType, TensorType
@@ -69,8 +71,8 @@ class TensorExpr(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the evaluated tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of the evaluated tensor in a file, where elements below a byte are packed."""
+        return (math.prod(self.shape) * self.dtype.bits + 7) // 8
 
     @cached_property
     def key(self) -> str:
@@ -122,6 +124,9 @@ class Source(TensorExpr):
         if self.nbytes == 0:
             return np.zeros(self.dims, self.dtype.numpy)
         raw: Array = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
+        if self.dtype.bits < 8:
+            packed = onnx.TensorProto(data_type=self.dtype.onnx, dims=self.dims, raw_data=raw.tobytes())
+            return np.asarray(numpy_helper.to_array(packed))
         return raw.view(self.dtype.numpy).reshape(self.dims)
 
     def _read(self, index: Index) -> Array:
@@ -187,6 +192,8 @@ class Literal(TensorExpr):
         return self.array[index]
 
     def _text(self, named: bool) -> str:
+        if self.dtype is DType.STRING:
+            return f"Literal('string', {self.shape!r}, {tuple(map(str, self.array.reshape(-1)))!r})"
         data = base64.b64encode(np.ascontiguousarray(self.array).tobytes()).decode()
         return f"Literal({self.dtype.value!r}, {self.shape!r}, {data!r})"
 
@@ -478,6 +485,7 @@ def _build(node: ast.expr) -> Any:
     arguments = [_build(a) for a in node.args]
     if node.func.id == "Literal":
         dtype, shape, data = arguments
-        values = np.frombuffer(base64.b64decode(data), DType(dtype).numpy).reshape(shape)
-        return Literal(values)
+        if dtype == DType.STRING.value:
+            return Literal(np.array(data, object).reshape(shape))
+        return Literal(np.frombuffer(base64.b64decode(data), DType(dtype).numpy).reshape(shape))
     return _CLASSES[node.func.id](*arguments)

@@ -236,6 +236,14 @@ class TensorType:
     dtype: DType
     shape: Shape | None = None
 
+    def __hash__(self) -> int:
+        # kept: types are what inference looks results up by, and a polynomial's hash goes through all its terms
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype.value, self.shape))
+
     def __str__(self) -> str:
         if self.shape is None:
             return f"{self.dtype.value}[?]"

@@ -11,7 +11,7 @@ from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.simplify.fold_constants import RANDOM
+from vacc_opt.passes.simplify.fold_constants import is_random
 
 
 @register
@@ -37,7 +37,7 @@ class EliminateCommonSubexpressions(Pass):
         merged = 0
         seen: dict[object, Node] = {}
         for node in list(graph.nodes()):
-            if node.op_type in RANDOM:
+            if is_random(node, graph):
                 continue
             twin = seen.setdefault(_key(node), node)
             if twin is not node:

@@ -146,7 +146,7 @@ def _cast_like(node: Node, rw: Rewriter) -> Value | None:
     assert like is not None
     if x.type.dtype is like.type.dtype:
         return x
-    return rw.op.Cast(x, to=like.type.dtype.onnx)
+    return rw.op.Cast(x, to=like.type.dtype.onnx, **node.attributes)
 
 
 def _concat(node: Node, rw: Rewriter) -> Value | None:

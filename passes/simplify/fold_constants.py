@@ -9,7 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from vacc_opt.ir import DType, Graph, Literal, Node, Value
+from vacc_opt.ir.attributes import nodes_within
 from vacc_opt.ir.copy import extract
+from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
@@ -55,23 +57,49 @@ class FoldConstants(Pass):
         edge = [v for n in region for v in n.outputs if any(u not in inside for u, _ in v.uses) or graph.is_output(v)]
         if not edge:
             return 0
-        values = evaluate(extract(graph, region, "fold", keep=edge), {})
+        values = self._evaluate(graph, region, edge)
+        if not values and len(region) > 1:
+            return sum(self._fold_one(graph, rw, node) for node in region if node in graph)
         for value in edge:
-            if value.producer is not None and value.producer in graph:
+            if value.name in values and value.producer is not None and value.producer in graph:
                 self._replace(rw, value.producer, value, values[value.name])
-        return len(region)
+        return len(region) if values else 0
+
+    def _fold_one(self, graph: Graph, rw: Rewriter, node: Node) -> bool:
+        if not all(v is None or isinstance(v.const, Literal) for v in node.inputs):
+            return False
+        values = self._evaluate(graph, [node], list(node.outputs))
+        for value in node.outputs:
+            if value.name in values and node in graph:
+                self._replace(rw, node, value, values[value.name])
+        return bool(values)
+
+    def _evaluate(self, graph: Graph, region: list[Node], edge: list[Value]) -> dict[str, np.ndarray]:
+        """The values of ``edge``; empty when onnxruntime lacks one of the operators."""
+        try:
+            return evaluate(extract(graph, region, "fold", keep=edge), {})
+        except CheckError:
+            return {}
 
     def _foldable(self, graph: Graph) -> list[Node]:
         region: dict[Node, None] = {}
         for node in graph.nodes():
             ready = all(v is None or isinstance(v.const, Literal) or v.producer in region for v in node.inputs)
-            if ready and not node.domain and node.op_type not in RANDOM and self._small(node):
+            if ready and not node.domain and not is_random(node, graph) and self._small(node):
                 region[node] = None
         return list(region)
 
     def _small(self, node: Node) -> bool:
         shapes = [v.type.static_shape for v in node.outputs]
         return all(s is not None and math.prod(s) <= self.max_elements for s in shapes)
+
+
+def is_random(node: Node, graph: Graph) -> bool:
+    """True when two runs of a node may differ, because of itself, a subgraph or the function that it calls."""
+    if node.op_type in RANDOM or any(n.op_type in RANDOM for n in nodes_within(node)):
+        return True
+    body = graph.functions.get(node.op) if node.domain else None
+    return body is not None and any(is_random(inner, graph) for inner in body.nodes())
 
 
 def _entries(value: Value) -> np.ndarray | None:
