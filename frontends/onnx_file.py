@@ -182,5 +182,6 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_misread(model: onnx.ModelProto, opset: int) -> bool:
-    """The converter passes over a change of meaning: Scan lost its batch axis in opset 9."""
-    return opset < 9 and any(node.op_type == "Scan" for node in nodes_inside(model.graph))
+    """The converter passes over two changes of meaning: Scan's batch axis (to 8), PRelu's slope per channel (to 6)."""
+    changed = {op for op, last in (("Scan", 8), ("PRelu", 6)) if opset <= last}
+    return any(node.op_type in changed for node in nodes_inside(model.graph))

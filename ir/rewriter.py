@@ -13,7 +13,7 @@ import numpy.typing as npt
 import vacc_opt.ir.infer_rules  # noqa: F401 - registers the type rules
 from vacc_opt.ir import ops
 from vacc_opt.ir.graph import Graph, Node, Value
-from vacc_opt.ir.infer import Elements, Result, infer
+from vacc_opt.ir.infer import RULES_OPSET, Elements, Result, infer
 from vacc_opt.ir.provenance import Provenance, merge
 from vacc_opt.ir.schema import RewriteError, check_schema
 from vacc_opt.ir.tensor import Literal, TensorExpr
@@ -476,7 +476,14 @@ class Rewriter:
         self.graph.ranks = ranks
 
     def raise_opset(self, opset: int) -> None:
-        """Import at least this version of the standard operators (23 to 24 only adds types and inputs)."""
+        """Import at least this version of the standard operators (23 to 24 only adds types and inputs).
+
+        Raises:
+            RewriteError: the graph was left below opset 18, where operators mean other things than they do later.
+        """
+        if self.graph.opset < min(RULES_OPSET, opset):
+            message = f"{self.by}: the graph has opset {self.graph.opset}, which ONNX cannot raise to {opset}"
+            raise RewriteError(message, f"export the model at opset {RULES_OPSET} or newer")
         if self.graph.opset < opset:
             self._log(setattr, "opset", self.graph.opset)
             self.graph.opset = opset

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vacc_opt.ir import Dim, DType, Graph, Node, Value
-from vacc_opt.ir.infer import elements_of
+from vacc_opt.ir.infer import RULES_OPSET, elements_of
 from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
@@ -31,6 +31,8 @@ class EliminateIdentities(Pass):
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Apply the rules in one sweep, each node after its inputs."""
+        if graph.opset < RULES_OPSET:
+            return Outcome(f"nothing at opset {graph.opset}: the rules are for {RULES_OPSET} and newer")
         count = 0
         for node in list(graph.nodes()):
             rule = RULES.get(node.op)
