@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import click
 
+from vacc_opt.cli.checking import CHECKING, Checks, check_options
 from vacc_opt.cli.console import NAME_WIDTH, Steps
 from vacc_opt.cli.options import GroupedCommand, option, optional_value
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vacc_opt.passes.infra.instrument import Instrument, PassRecord
     from vacc_opt.passes.infra.pipeline import Item
 
-PRINTING, MEASURING, REMARKS, CHECKING = "Show the graph", "Show the run", "Remarks", "Checks"
+PRINTING, MEASURING, REMARKS = "Show the graph", "Show the run", "Remarks"
 PIPELINE_HELP = (
     "Passes, presets and scopes, such as `simplify,fuse-gqa{expect=30}`, `vacc-default{tp=2}`, "
     "`fixpoint(simplify)`, `prefill{seq=64}(simplify)`."
@@ -107,6 +108,7 @@ class Seeing:
     CHECKING, "--verify-each/--no-verify-each", default=True, help="Verify the graph after every pass. Default: yes."
 )
 @option(CHECKING, "--check-analyses", is_flag=True, help="Compute again, and compare, what a pass says it preserves.")
+@check_options
 def command(
     model: str | None,
     pipeline: str,
@@ -131,13 +133,18 @@ def command(
     if dump_pipeline:
         click.echo(text_of(items))
         return
+    checks = Checks(seeing, verify_each)
+    if checks.replayed is not None:
+        with Steps() as steps:
+            checks.replay(steps)
+        return
     if model is None:
         raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
     asked = Seeing(**seeing)
     if output is not None:
         check_output(output)
     with Steps(to_stderr=output is None, width=_width(items)) as steps:
-        hears = _instruments(asked, items, steps.line, _in_color(output))
+        hears = [*_instruments(asked, items, steps.line, _in_color(output)), *checks.instruments()]
         with steps.step("load", model) as said:
             graph = load_model(model, attention=attention, progress=lambda stage: steps.running(f"load: {stage}"))
             said.append(describe(graph))
@@ -146,7 +153,7 @@ def command(
             run_pipeline(
                 graph,
                 items,
-                on_pass=lambda record: _finished(record, asked, steps),
+                on_pass=lambda record: _finished(record, asked, steps, checks),
                 instruments=hears,
                 verify_each=verify_each,
                 check_analyses=check_analyses,
@@ -205,10 +212,11 @@ def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], No
     return made
 
 
-def _finished(record: PassRecord, asked: Seeing, steps: Steps) -> None:
+def _finished(record: PassRecord, asked: Seeing, steps: Steps, checks: Checks) -> None:
     """Print a finished pass, and what it says of each place when that was asked for."""
     name = f"{record.scope}: {record.name}" if record.scope else record.name
     steps.done(name, record.summary or f"{record.changes} changes", record.seconds)
+    checks.passed(steps.line)
     if asked.remarks or asked.remarks_filter:
         for remark in record.remarks:
             if not asked.remarks_filter or remark.kind in asked.remarks_filter:

@@ -18,7 +18,7 @@ def command() -> None:
     """
 
 
-@command.command("diff")
+@command.command("diff", short_help="Hold two runs against each other, pass by pass.")
 @click.argument("before", metavar="A", type=click.Path(path_type=Path))
 @click.argument("after", metavar="B", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every place.")
@@ -35,7 +35,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
     check_not_worse(diffs)
 
 
-@command.command("show")
+@command.command("show", short_help="Print remarks of one run, one a line.")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--kind", multiple=True, type=click.Choice(["passed", "missed", "analysis"]), help="Repeatable.")
 @click.option("--pass", "passes", multiple=True, metavar="PASS", help="Remarks by this pass only; repeatable.")

@@ -111,7 +111,7 @@ def _arrange(rows: Sequence[list[_Place]]) -> None:
     """Give every place pixels: as near to its neighbors as the order within its layer allows."""
     for row in rows:
         _pack(row, [0.0] * len(row))
-    for sweep in range(4 * _SWEEPS):
+    for sweep in range(6 * _SWEEPS):
         for row in rows if sweep % 2 == 0 else reversed(rows):
             _pack(row, [_wish(p, p.above + p.below) for p in row])
 

@@ -116,6 +116,7 @@ class DumpIR(Instrument):
         if not directory.absolute().parent.is_dir():
             raise UserError(f"{directory}: the directory {directory.absolute().parent} does not exist")
         self.directory = directory
+        self.written = 0
 
     def started(self, graph: Graph, items: Sequence[Item]) -> None:
         """Make the directory, remove the files of an earlier run, write the graph as it came."""
@@ -131,5 +132,10 @@ class DumpIR(Instrument):
         scope = re.sub(r"[^\w.-]+", "-", step.scope)
         self._write(step.index + 1, f"{scope}.{step.item.name}" if scope else step.item.name, graph)
 
+    def text(self) -> str:
+        """Where the graphs are."""
+        return f"  -> {self.directory}  {self.written} graphs" if self.written else ""
+
     def _write(self, number: int, name: str, graph: Graph) -> None:
         write_whole(self.directory / f"{number:03d}-{name}.vacc", to_text(graph))
+        self.written += 1

@@ -183,6 +183,10 @@ class RemarksFile(Instrument):
         """Write all."""
         self._write()
 
+    def text(self) -> str:
+        """Where the file is, once it is written."""
+        return f"  -> {self.path}" if self.written else ""
+
     def _write(self) -> None:
         write_whole(self.path, to_yaml(entries(self._records)))
         self.written = True

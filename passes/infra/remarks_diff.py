@@ -91,6 +91,8 @@ class PassDiff:
         reasons = [_reason(p.after) for p in self.lost if p.now(MISSED)]
         if self.worse and reasons:
             missed += f", first reason: {reasons[0]}"
+        elif all(p.after is None for p in self.pairs):
+            missed += ", no word of it in B"
         return self.by, passed, missed
 
     def to_json(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class _Tree:
             if isinstance(item, Pass):
                 found += self._pass(item, scope)
             elif isinstance(item, Functions):
-                found += [self._group(name, item.body, name) for name in self._scopes(item)]
+                found += [self._group(f"function {name}", item.body, name) for name in self._scopes(item)]
             else:
                 name = item.spec().removesuffix(f"({','.join(one.spec() for one in item.body)})")
                 found.append(self._group(name, item.body, item.name if isinstance(item, Phase) else scope))
@@ -199,7 +199,7 @@ class Stats(Instrument):
 
 def _stats(step: Step, record: PassRecord, before: Mapping[str, int], after: Mapping[str, int]) -> Iterator[str]:
     was, now = sum(before.values()), sum(after.values())
-    nodes = f"{was:,} -> {now:,} nodes" if was != now else f"{now:,} nodes"
+    nodes = f"{was:,} -> {_some(now, 'node')}" if was != now else _some(now, "node")
     done = f"{_some(record.changes, 'change')} in {_some(len(record.applications), 'application')}"
     yield f"  {step.index + 1} {step}: {nodes}, {done if record.changes else 'no change'}"
     ops = [(op, before.get(op, 0), after.get(op, 0)) for op in sorted({*before, *after})]

@@ -134,6 +134,10 @@ class HtmlView(Instrument):
         """Write the file."""
         self._write()
 
+    def text(self) -> str:
+        """Where the file is, once it is written."""
+        return f"  -> {self.path}" if self.written else ""
+
     def _write(self) -> None:
         write_whole(self.path, self.html())
         self.written = True
