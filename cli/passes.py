@@ -1,77 +1,78 @@
-"""``vacc-opt passes [NAME]``: the registered passes, or one of them with its options."""
+"""``vacc-opt passes [NAME]``: what can stand in a pipeline, or one of them; ``vacc-opt passes new``: a new pass."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-if TYPE_CHECKING:
-    from vacc_opt.passes.infra.base import Pass
+
+class _Passes(click.Group):
+    """A group whose commands may be left out: ``passes`` and ``passes NAME`` mean ``passes show``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the command in that was left out."""
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else ["show", *args])
 
 
-@click.command("passes")
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a pass.")
-@click.option("--markdown", is_flag=True, help="Print the reference page of the documentation.")
-def command(name: str | None, as_json: bool, markdown: bool) -> None:
-    """List the passes, or describe one with its options.
+@click.group("passes", cls=_Passes, no_args_is_help=False, subcommand_metavar="[NAME | new NAME]")
+def command() -> None:
+    """List the passes, presets and scopes, describe one, or write the skeleton of a new pass.
+
+    \b
+      vacc-opt passes                  all of them
+      vacc-opt passes fuse-gqa         one: promise, order, options, an example
+      vacc-opt passes new fuse-relu    a pass and its test, ready to be changed
 
     A pass is used by its name in a pipeline: `-p simplify,fuse-gqa{expect=30}`.
     """
-    from vacc_opt.passes.infra.registry import all_passes, get_pass
 
-    chosen = {name: get_pass(name)} if name else all_passes()
+
+@command.command("show", short_help="List all, or describe NAME; the word `show` may be left out.")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object each.")
+@click.option("--markdown", is_flag=True, help="Print the reference page of the documentation.")
+def show(name: str | None, as_json: bool, markdown: bool) -> None:
+    """List the passes, presets and scopes, or describe NAME."""
+    from vacc_opt.passes.infra.catalog import entries, entry
+    from vacc_opt.passes.infra.reference import described, page, table
+
+    # the page is the project's own
+    chosen = [entry(name)] if name else list(entries(plugins=not markdown).values())
     if markdown:
-        click.echo(reference(chosen), nl=False)
-        return
-    if as_json:
-        found = [
-            {
-                "name": key,
-                "kind": cls.kind.value,
-                "summary": cls.help_line(),
-                "options": [
-                    {"name": o.name, "type": o.type, "default": o.default, "help": o.help} for o in cls.options()
-                ],
-            }
-            for key, cls in chosen.items()
-        ]
-        click.echo(json.dumps(found, indent=2))
-        return
-    if name is None:
-        width = max(map(len, chosen), default=0)
-        for key, cls in chosen.items():
-            click.echo(f"{key:<{width}}  {cls.kind.value:<14} {cls.help_line()}")
-        return
-    cls = chosen[name]
-    click.echo(f"{name} ({cls.kind.value})\n")
-    click.echo(inspect.cleandoc(cls.__doc__ or ""))
-    options = cls.options()
-    if options:
-        click.echo("\nOptions:")
-        left = [f"{o.name}: {o.type} = {o.default}" for o in options]
-        width = max(map(len, left))
-        for text, option in zip(left, options, strict=True):
-            click.echo(f"  {text:<{width}}  {option.help}")
+        click.echo(page(chosen), nl=False)
+    elif as_json:
+        click.echo(json.dumps([asdict(one) for one in chosen], indent=2))
+    else:
+        click.echo(described(chosen[0]) if name else table(chosen), nl=False)
 
 
-def reference(passes: Mapping[str, type[Pass]]) -> str:
-    """Markdown: a table of the passes, then each with its text and its options."""
-    lines = ["# Passes", "", "Written by `make docs` from the passes themselves.", "", "| pass | kind | what it does |"]
-    lines.append("|---|---|---|")
-    lines += [f"| [`{name}`](#{name}) | {cls.kind.value} | {cls.help_line()} |" for name, cls in passes.items()]
-    for name, cls in passes.items():
-        lines += ["", f"## {name}", "", f"Kind: {cls.kind.value}.", "", inspect.cleandoc(cls.__doc__ or "")]
-        options = cls.options()
-        if options:
-            lines += ["", "| option | type | default | meaning |", "|---|---|---|---|"]
-        for option in options:
-            plain = str(option.default)
-            default = plain.lower() if isinstance(option.default, bool | None) else plain or "empty"
-            kind = option.type.replace("|", "or")
-            lines.append(f"| `{option.name}` | {kind} | {default} | {option.help.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
+@command.command("new", short_help="Write the skeleton of a pass, and its test.")
+@click.argument("name")
+@click.option("--group", metavar="GROUP", help="Directory under passes/.  [default: fuse]")
+@click.option("--kind", default="exact", show_default=True, metavar="KIND", help="What the pass promises of values.")
+@click.option(
+    "--plugin",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write a distribution of its own into DIR, which vacc-opt finds once it is installed.",
+)
+def new(name: str, group: str | None, kind: str, plugin: Path | None) -> None:
+    """Write a pass called NAME that works as it stands, its test, and its entry in docs/passes.md.
+
+    KIND is exact, reassociating, lossy or interface; GROUP is fuse, simplify, quantize, shard or legalize. Nothing is
+    written over, and all files are written or none.
+    """
+    from vacc_opt.passes.infra.scaffold import new_pass, new_plugin
+
+    if plugin is not None and group is not None:
+        raise click.UsageError("--group names a directory of this project, --plugin writes outside of it")
+    made = new_plugin(name, kind, plugin) if plugin is not None else new_pass(name, group or "fuse", kind)
+    for path, what in made.files:
+        click.echo(f"  wrote  {path}  {what}")
+    click.echo("next")
+    for line in made.next_steps:
+        click.echo(f"  {line}")

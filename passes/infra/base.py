@@ -24,6 +24,19 @@ class Kind(enum.Enum):
     LOSSY = "lossy"
     INTERFACE = "interface"
 
+    @property
+    def promise(self) -> str:
+        """What a pass of this kind is held to, for people."""
+        return _PROMISES[self]
+
+
+_PROMISES = {
+    Kind.EXACT: "the same values, bit for bit",
+    Kind.REASSOCIATING: "the same values up to rounding: within 1e-5 of the output's scale in fp32",
+    Kind.LOSSY: "other numbers, changed only as its text defines",
+    Kind.INTERFACE: "the same model behind other inputs or outputs",
+}
+
 
 @dataclass(frozen=True)
 class Remark:

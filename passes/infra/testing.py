@@ -13,8 +13,10 @@ from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable, random_feeds
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.base import Kind, Pass
+from vacc_opt.passes.infra.examples import doc_of
 from vacc_opt.passes.infra.instrument import PassRecord
 from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.pipeline import parse_pipeline
 
 Array = npt.NDArray[Any]
 Values = Mapping[str, Array]
@@ -41,6 +43,16 @@ def assert_rewrites(item: Pass, before: str, after: str, *, sizes: Mapping[str, 
     assert canonical(graph) == canonical(expected), f"got\n{canonical(graph)}\nexpected\n{canonical(expected)}"
     if item.kind in (Kind.EXACT, Kind.REASSOCIATING):
         assert_same_values(original, graph, item.kind, sizes=sizes)
+
+
+def assert_examples(cls: type[Pass]) -> None:
+    """The docstring of a pass has before and after graphs, and the pass turns each of them into the other."""
+    examples = doc_of(cls).examples
+    assert examples, f"the docstring of {cls.__name__} has no 'Before:' and 'After:'"
+    for example in examples:
+        (item,) = parse_pipeline(example.spec)
+        assert isinstance(item, cls), f"the example of {cls.name} runs {example.spec}"
+        assert_rewrites(item, example.before, example.after)
 
 
 def canonical(graph: Graph) -> str:
