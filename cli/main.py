@@ -20,18 +20,22 @@ from vacc_opt._version import __version__
 
 # name -> (the line that --help prints, the module); the line stands here so that --help imports no module
 COMMANDS = {
+    "bisect": ("Find the first pass, and the application in it, that breaks a model.", "vacc_opt.cli.bisect"),
     "compile": ("Compile a model as a YAML file describes it into a deployable artifact.", "vacc_opt.cli.compile"),
     "explain": ("Trace a node, call or weight back to passes, source lines and checkpoint.", "vacc_opt.cli.explain"),
     "export": ("Export a checkpoint to ONNX; the weights are copied, never loaded whole.", "vacc_opt.cli.export"),
     "generate": ("Answer a prompt with an artifact, on the tile schedule or onnxruntime.", "vacc_opt.cli.generate"),
     "opt": ("Run a pipeline of passes over a model. `vacc-opt MODEL -p ...` is short for it.", "vacc_opt.cli.opt"),
     "passes": ("List the passes, or describe one with its options.", "vacc_opt.cli.passes"),
+    "remarks": ("Read what passes said of each place; hold two runs against each other.", "vacc_opt.cli.remarks"),
+    "reduce": ("Shrink a model to the few nodes that a bug needs.", "vacc_opt.cli.reduce"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")
 # what a person can cause and mend: permissions, a full disk, a file where a directory is meant
 _USER_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 DEFECT, INTERRUPTED = 70, 130
+_REPRODUCER = "reproducer: "  # how the note of an error begins that says where a failed run can be replayed
 
 
 class LazyGroup(click.Group):
@@ -152,9 +156,11 @@ def _defect(error: Exception) -> int:
     words = f"vacc-opt {__version__}\n{' '.join(sys.argv)}\n\n{text}"
     report.write_text(words, encoding="utf-8", errors="backslashreplace")
     last = traceback.extract_tb(error.__traceback__)[-1]
-    place = [*getattr(error, "__notes__", ()), f"at {Path(last.filename).name}:{last.lineno}"]
+    notes: list[str] = getattr(error, "__notes__", [])
+    place = [*(n for n in notes if not n.startswith(_REPRODUCER)), f"at {Path(last.filename).name}:{last.lineno}"]
     summary = " ".join(f"{type(error).__name__}: {error} {' '.join(place)}".split())[:300]
-    return _say(f"a defect of vacc-opt, not of your input: {summary}; traceback in {report}", None, DEFECT)
+    reproducer = next((n for n in notes if n.startswith(_REPRODUCER)), None)
+    return _say(f"a defect of vacc-opt, not of your input: {summary}; traceback in {report}", reproducer, DEFECT)
 
 
 if __name__ == "__main__":

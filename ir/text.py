@@ -34,6 +34,7 @@ from vacc_opt.ir.tensor import parse_expr
 from vacc_opt.ir.types import DType
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
+_COMMENTS = re.compile(r"(?:\s|#[^\n]*\n)*")  # before the graph
 _LINE = re.compile(rf"^# (dim|const|from|attr|meta) ({_QUOTED}|\S+)(?: in ({_QUOTED}))? = (.*)$", re.MULTILINE)
 _Lines = dict[str, dict[str, str]]  # kind -> name -> rest
 # ONNX text has an exact form for literals of these element types only, the others become `# const` lines
@@ -191,7 +192,7 @@ def from_text(text: str) -> Graph:
         of_kind[_unquoted(name)] = f"{before} {rest}" if before else rest
     body = (
         text
-        if text.lstrip().startswith("<")
+        if _COMMENTS.sub("", text, count=1).startswith("<")
         else (f'<ir_version: {IR_VERSION}, opset_import: ["" : 24, "Vastai" : 1]> {text}')
     )
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vacc_opt.ir import Graph
@@ -13,10 +15,14 @@ from vacc_opt.ir.errors import CheckError, UserError, VaccError
 from vacc_opt.ir.rewriter import Application, Rewriter
 from vacc_opt.ir.verify import InvalidGraph, verify
 from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.failures import find_failure
+from vacc_opt.passes.infra.files import write_whole
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
 from vacc_opt.passes.infra.locate import Verdict, applied, first_bad, shown_change
 from vacc_opt.passes.infra.manager import Until, run_pipeline
-from vacc_opt.passes.infra.numerics import CheckNumerics, NumericMismatch
+from vacc_opt.passes.infra.numerics import NumericMismatch
+from vacc_opt.passes.infra.reproducer import Numerics, failure_of, reproducer_of, rest_of
+from vacc_opt.passes.infra.scripts import Script
 
 if TYPE_CHECKING:
     from vacc_opt.passes.infra.pipeline import Item
@@ -133,11 +139,11 @@ class Bisection:
             VaccError: the pipeline itself fails.
         """
         if self._judge(self.graph) is not Verdict.GOOD:
-            raise UserError("the model is bad before any pass: there is nothing to bisect", "run the test on it alone")
+            raise UserError("the model is bad before any pass: there is nothing to find", "run the test on it alone")
         steps, verdict = self._whole()
         self.say(f"after all {len(steps.steps)} passes: {verdict.value}")
         if verdict is not Verdict.BAD:
-            raise UserError(f"the model is {verdict.value} after the whole pipeline: there is nothing to bisect")
+            raise UserError(f"the model is {verdict.value} after the whole pipeline: there is nothing to find")
         good, bad = first_bad(-1, len(steps.steps) - 1, lambda step: self._after(Until(step), f"{steps.steps[step]}"))
         if bad - good > 1:
             names = ", ".join(str(step) for step in steps.steps[good + 1 : bad + 1])
@@ -227,29 +233,39 @@ def bisect_verify(graph: Graph, items: Sequence[Item], say: Callable[[str], None
     return search.run()
 
 
-def bisect_numerics(graph: Graph, items: Sequence[Item], check: CheckNumerics) -> Culprit:
+def bisect_numerics(graph: Graph, items: Sequence[Item], numerics: Numerics) -> Culprit:
     """The first pass, and application, that does not keep its promise about values.
 
     Raises:
         UserError: every pass keeps it.
     """
-    caught = _Caught()
-    try:
-        run_pipeline(copy(graph), items, instruments=[check, caught])
-    except NumericMismatch as error:
-        assert caught.step is not None
-        assert caught.graph is not None
-        application = error.application
-        change = tuple(shown_change(caught.step.item, caught.graph, application)) if application is not None else ()
-        return Culprit(caught.step, caught.graph, error.total, application, change=change, why=str(error.difference))
-    raise UserError("every pass keeps its promise about values: there is nothing to bisect")
+    found = find_failure(copy(graph), items, numerics)
+    assert isinstance(found.error, NumericMismatch)
+    application, why = found.error.application, str(found.error.difference)
+    change = tuple(shown_change(found.item, found.graph, application)) if application is not None else ()
+    return Culprit(found.step, found.graph, found.error.total, application, change=change, why=why)
 
 
-class _Caught(Instrument):
-    """Keeps where a run failed."""
+def bisect_script(
+    graph: Graph, items: Sequence[Item], command: str, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> Culprit:
+    """The first pass, and application, after which a person's script finds the model bad; models go to ``folder``."""
+    return Bisection(graph, items, Script(command, folder), say=say).run()
 
-    step: Step | None = None
-    graph: Graph | None = None
 
-    def failed(self, step: Step, graph: Graph, error: Exception) -> None:
-        self.step, self.graph = step, graph
+def write_culprit(
+    found: Culprit, items: Sequence[Item], path: Path | None, command: str | None, numerics: Numerics | None
+) -> Path:
+    """Write a reproducer of what was found, to a temporary file where no path is given; gives the path."""
+    notes = [f"after application {found.application.index} of the first pass"] if found.application is not None else []
+    notes += (
+        [f"the script {command} calls the result bad: write it with `-o model.onnx`"] if command is not None else []
+    )
+    made = reproducer_of(found.graph, rest_of(items, found.step.item), numerics=numerics, notes=notes)
+    if command is None:
+        error = replace(made, graph=copy(found.graph)).replay()
+        if error is not None:
+            made = replace(made, failure=failure_of(error), error=str(error))
+    path = path or Path(tempfile.mkdtemp(prefix="vacc-opt-")) / "reproducer.vacc"
+    write_whole(path, made.text())
+    return path

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 TOLERANCES = {DType.FLOAT: 1e-5, DType.DOUBLE: 1e-5, DType.FLOAT16: 1e-2, DType.BFLOAT16: 8e-2}
 # a code of an int8 cache that flips by a step moves a key by its scale, some 1e-2 of its size, in one of many channels
 FLIPPED = 2e-3
-_HIDDEN = 1e30  # masks hide with such numbers: they are compared as infinities are
+HIDDEN = 1e30  # masks hide with such numbers: they are compared as infinities are
 
 
 def tolerance_of(graph: Graph) -> float:
@@ -117,7 +117,7 @@ def _difference(pair: Pair, tolerance: float | None, result: Comparison) -> Diff
         expected = np.where(step == 1, found, expected)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(found - expected)
-    wide = ~(np.abs(expected) < _HIDDEN), ~(np.abs(found) < _HIDDEN)  # NaN, infinite, or as good as
+    wide = ~(np.abs(expected) < HIDDEN), ~(np.abs(found) < HIDDEN)  # NaN, infinite, or as good as
     alike = wide[0] & wide[1] & (np.isnan(expected) == np.isnan(found)) & (np.sign(expected) == np.sign(found))
     alike |= np.isnan(expected) & np.isnan(found)
     if tolerance is None:
@@ -147,7 +147,7 @@ class Loss:
 
     def __str__(self) -> str:
         snr = f"{self.decibels:.1f} dB" if math.isfinite(self.decibels) else "no noise"
-        return f"{self.name} loses {self.error:.2g} on a scale of {self.scale:.3g}, {snr}"
+        return f"it loses {self.error:.2g} on a scale of {self.scale:.3g} ({self.name}), {snr}"
 
 
 def loss(pairs: Iterable[Pair]) -> Loss | None:
@@ -157,7 +157,7 @@ def loss(pairs: Iterable[Pair]) -> Loss | None:
         if pair.found is None or pair.found.shape != pair.expected.shape or not pair.expected.size:
             continue
         expected, found = pair.expected.astype(np.float64), pair.found.astype(np.float64)
-        use = np.isfinite(expected) & np.isfinite(found) & (np.abs(expected) < _HIDDEN)
+        use = np.isfinite(expected) & np.isfinite(found) & (np.abs(expected) < HIDDEN)
         if pair.expected.dtype.kind in "iubO" or not use.any():
             continue
         signal, noise = expected[use], (found - expected)[use]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Application, ApplicationLimit, Rewriter
 from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.compare import HIDDEN
 from vacc_opt.passes.infra.diff import compare as compare_listings
 from vacc_opt.passes.infra.diff import render
 from vacc_opt.passes.infra.listing import listing_of
@@ -186,10 +188,10 @@ class Capture:
 
 @dataclass
 class Ranges:
-    """The size of what a run computes: the largest finite number, and the first value of each kind that is not one."""
+    """The range of what a run computes: its finite numbers, and the first value with any of each kind that is none."""
 
-    largest: float = 0.0
-    at: str = ""
+    low: float = math.inf
+    high: float = -math.inf
     turned: dict[str, str] = field(default_factory=dict)  # "NaN", "infinity", "-infinity" -> the first such value
 
     def __call__(self, name: str, ranks: list[Array]) -> None:
@@ -199,12 +201,13 @@ class Ranges:
                 continue
             low, high = float(array.min()), float(array.max())  # NaN as soon as one element is
             if np.isfinite(low) and np.isfinite(high):
-                # a mask's numbers are as good as infinite and would hide all others
-                size = max(-low, high)
-                if self.largest < size < 1e30:
-                    self.largest, self.at = size, name
+                if max(-low, high) < HIDDEN:
+                    self.low, self.high = min(self.low, low), max(self.high, high)
                 continue
             wide = array.astype(np.float64)
+            use = np.abs(wide) < HIDDEN  # false for NaN
+            self.low = float(wide.min(initial=self.low, where=use))
+            self.high = float(wide.max(initial=self.high, where=use))
             kinds = {"NaN": np.isnan(wide), "infinity": wide == np.inf, "-infinity": wide == -np.inf}
             for kind, where in kinds.items():
                 if where.any():

@@ -83,6 +83,7 @@ class CheckNumerics(Instrument):
         if tolerance is not None and not tolerance > 0:
             raise UserError(f"the tolerance is {tolerance:g}", "it is a share of an output's scale, such as 1e-5")
         self.tolerance, self.seed, self.sizes, self.weights = tolerance, seed, dict(sizes or {}), weights
+        self.locates = True  # find the application and the value, which takes some more runs
         self.checked: list[Checked] = []
         self._say = say
         self._layer_bytes = layer_bytes
@@ -161,7 +162,7 @@ class CheckNumerics(Instrument):
         found = case.compare(results, [a.root for a in rw.applications])
         if found is not None and found.wrong is not None:
             raise self._mismatch(case, rw, str(found.wrong), found.wrong)
-        self._report(case.step, case.sentence(found, results) + _turned(state.ranges, ranges))
+        self._report(case.step, case.sentence(found, results) + _range(state.ranges, ranges))
         self._states[case.step.scope] = _State(case.graph, call, results, ranges)
 
     def _report(self, step: Step, sentence: str, *, compared: bool = True) -> None:
@@ -183,6 +184,9 @@ class CheckNumerics(Instrument):
     def _mismatch(self, case: _Case, rw: Rewriter, what: str, wrong: Difference | None) -> NumericMismatch:
         """Find the application and the value, and say both; leaves the graph as it was before the pass."""
         total = len(rw.applications)
+        message = f"{case.step}: {case.promise}, but {what}"
+        if not self.locates:
+            return NumericMismatch(message)
         rw.rollback()
         application = first_application(case.item, case.graph, total, lambda tried: self._verdict(case, tried))
         lines: list[str] = []
@@ -194,7 +198,7 @@ class CheckNumerics(Instrument):
             lines.append(f"first value that differs: {value[0]}{value[1]}")
         if application is not None:
             lines += [f"  {line}" for line in shown_change(case.item, case.graph, application)]
-        broken = NumericMismatch(f"{case.step}: {case.promise}, but {what}", "\n  ".join(lines) or None)
+        broken = NumericMismatch(message, "\n  ".join(lines) or None)
         broken.application, broken.difference = application, value[0] if value is not None else wrong
         broken.pass_name, broken.total = case.item.name, total
         return broken
@@ -299,27 +303,25 @@ class _Case:
             lost = loss(self.adapter.pairs(self.state.call, self.state.results, results))
             cost = str(lost) if lost is not None else "no float output to tell the loss of"
         if found is None:
-            return f"no definition to compare with: {cost}"
-        through = {Kind.INTERFACE: "through its adapter ", Kind.LOSSY: "by its definition "}.get(self.kind, "")
+            return f"no definition to compare with; {cost}"
         if self.tolerance is None:
-            return f"equal bit for bit, {found.compared} output{'s' if found.compared > 1 else ''}"
-        worst = found.worst
-        same = worst is None or worst.error == 0
-        text = f"{through}equal" if same else f"{through}{_within(worst)}"
+            return f"equal bit for bit in {found.compared} output{'s' if found.compared > 1 else ''}"
+        by = {Kind.INTERFACE: "through its adapter ", Kind.LOSSY: "by its definition "}.get(self.kind, "")
         flips = f", {found.flips} of {found.codes} codes one step apart" if found.flips else ""
-        return text + flips + (f"; {cost}" if cost else "")
+        return f"{by}{_off(found.worst)}{flips}" + (f"; {cost}" if cost else "")
 
 
-def _within(worst: Difference | None) -> str:
-    assert worst is not None
-    return f"within {worst.error:.1e} on a scale of {worst.scale:.3g} ({worst.name}), allowed {worst.allowed:.1e}"
+def _off(worst: Difference | None) -> str:
+    if worst is None or worst.error == 0:
+        return "equal"
+    return f"off by {worst.error:.1e} on a scale of {worst.scale:.3g} ({worst.name}), {worst.allowed:.1e} allowed"
 
 
-def _turned(before: Ranges, after: Ranges) -> str:
-    """What is new: numbers that are none, and where; else the largest number inside."""
-    new = [f"{kind} first in {name}" for kind, name in after.turned.items() if kind not in before.turned]
-    grown = f"; largest inside {after.largest:.3g} ({after.at})" if after.at else ""
-    return f"; {', '.join(new)}" if new else grown
+def _range(before: Ranges, after: Ranges) -> str:
+    """The range of what is computed now, and where the first NaN or infinity is, if there was none before."""
+    new = [f"{kind} appears, first in {name}" for kind, name in after.turned.items() if kind not in before.turned]
+    span = [f"values in [{after.low:.3g}, {after.high:.3g}]"] if after.low <= after.high else []
+    return "".join(f"; {part}" for part in [*span, *new])
 
 
 def _at(application: Application) -> str:

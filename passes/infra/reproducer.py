@@ -73,12 +73,13 @@ class Reproducer:
 
     def text(self) -> str:
         """The file's content; the same reproducer gives the same bytes."""
-        lines = [("pipeline", self.pipeline), ("failure", self.failure), ("error", self.error)]
+        lines = [("pipeline", self.pipeline)]
+        lines += [("failure", self.failure), ("error", json.dumps(self.error))] if self.failure else []
         if self.numerics is not None:
             lines.append(("check-numerics", json.dumps(vars(self.numerics))))
         lines += [("verify-each", str(self.verify_each).lower()), ("versions", self.versions or versions())]
         lines += [("note", note) for note in self.notes]
-        head = [f"# reproducer {key} = {json.dumps(value) if key == 'error' else value}" for key, value in lines]
+        head = [f"# reproducer {key} = {value}" for key, value in lines]
         head += [f"# reproducer file {n} = {base64.b64encode(data).decode()}" for n, data in sorted(self.files.items())]
         return "\n".join(["# Replay: vacc-opt opt --run-reproducer THIS_FILE", *head, to_text(self.graph)])
 
@@ -267,7 +268,7 @@ class WriteReproducer(Instrument):
         if isinstance(error, VaccError):
             error.hint = words if error.hint is None else f"{error.hint}\n  {words}"
         else:
-            error.add_note(f"({words})")
+            error.add_note(words)
 
     def _write(self, path: Path, made: Reproducer) -> None:
         write_whole(path, made.text())
