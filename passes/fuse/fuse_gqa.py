@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale + mask) v, with repeated KV heads  ->  one grouped Attention(q, k, v, mask)."""
+"""softmax(q k^T * scale + mask) v, with or without repeated KV heads  ->  Attention(q, k, v, mask)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vacc_opt.ir import Node, Value
-from vacc_opt.ir.infer import elements_of, shape_text
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.attention import added_mask, is_plain, operands, total_scale, why_not_grouped, why_not_masked
 from vacc_opt.passes.infra.base import Kind
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.pattern import Pattern, maybe, op
@@ -19,9 +19,11 @@ from vacc_opt.passes.infra.registry import register
 @register
 @dataclass(frozen=True)
 class FuseGqa(PatternPass):
-    """Fuse multi-head, grouped-query and multi-query attention, exported eager or sdpa, into one Attention node.
+    """Fuse multi-head, grouped-query and multi-query attention, however it was exported, into one Attention node.
 
-    KV heads that the model repeats (Unsqueeze, Expand, Reshape) are read once: query head h uses KV head h // group.
+    Operands may be in any layout: ``[seq, batch, heads, D]``, batch and heads joined for batched products, or already
+    ``[batch, heads, seq, D]``. KV heads that the model repeats are read once: query head h uses KV head h // group. A
+    cache that is joined in the model's own layout is joined in that of the interface.
     Source: Ainslie et al. 2023, "GQA"; ONNX Attention-23.
     """
 
@@ -30,77 +32,44 @@ class FuseGqa(PatternPass):
     noun: ClassVar[str] = "attention"
     anchors: ClassVar[tuple[str, ...]] = ("Softmax", "Attention")
 
-    def pattern(self, q: Capture, k: Capture, v: Capture, mask: Capture, scale: Scalar, divisor: Scalar) -> Pattern:
-        """Both export styles; each of k and v with or without its repetition."""
-        keys, values = _repeated(k, "k"), _repeated(v, "v")
-        product = op.MatMul(q, op.Transpose(keys, perm=[0, 1, 3, 2]))
-        scores = product * scale | product / divisor | product
-        weights = op.Softmax(scores + mask | scores, axis=-1)
-        eager = op.MatMul(maybe(op.Cast)(weights), values)
-        fused = op.Attention(q, keys, values, mask, is_causal=0, softcap=0.0).named("sdpa")
-        bare = op.Attention(q, keys, values, softcap=0.0).named("sdpa")
-        return eager | fused | bare
+    def pattern(
+        self, q: Capture, k: Capture, v: Capture, mask: Capture, hidden: Capture,
+        scale: Scalar, divisor: Scalar, q_scale: Scalar, k_scale: Scalar, blocked: Scalar,
+    ) -> Pattern:  # fmt: skip
+        """Products written out, over heads or over batch x heads; or the fused operator."""
+        product = op.MatMul(q * q_scale | q, k * k_scale | k)
+        scaled = product * scale | product / divisor | product
+        # baddbmm adds an empty tensor times beta = 0
+        nothing = op.Mul(op.ConstantOfShape(...) | op.Expand(0, ...), 0)
+        scores = maybe(op.Reshape)(scaled + nothing | scaled)
+        masked = op.Where(hidden, blocked, scores).named("fill") | scores + mask | scores
+        softmax = op.Softmax(masked, axis=-1).named("softmax")
+        weights = maybe(op.Cast)(op.Where(op.IsNaN(softmax), 0, softmax) | softmax)
+        eager = op.MatMul(weights, v)
+        joined = op.Reshape(op.MatMul(op.Reshape(weights, ...), v), ...)
+        fused = op.Attention(q, k, v, mask, is_causal=0, softcap=0.0).named("sdpa")
+        return eager | joined | fused | op.Attention(q, k, v, softcap=0.0).named("sdpa")
 
     def check(self, m: Match) -> Iterator[Reason]:
-        """Decline layouts other than [B, H, S, D], repetitions that do not group heads, and wide masks."""
-        q, k, v = m.q, m.k, m.v
-        if any(x.rank != 4 for x in (q, k, v)):
-            yield m.reason("q {q}, k {k} and v {v} must be [B,H,S,D]", q=q.type, k=k.type, v=v.type)
-            return
-        for name, x in (("k", k), ("v", v)):
-            why = _grouping(m, name, x)
-            if why:
-                yield m.reason("{name}: {why}", name=name, why=why)
-        if k.shape[1] != v.shape[1]:
-            yield m.reason("k has {k} heads, v has {v}", k=k.shape[1], v=v.shape[1])
-        mask = m.get("mask")
-        if mask is not None and (mask.rank is None or mask.rank > 4):
-            yield m.reason("the mask is {mask}", mask=mask.type)
+        """Decline operands that are no heads, repetitions that do not group heads, and masks of another meaning."""
+        q, k, v = found = operands(m)
+        for name, heads in zip("qkv", found, strict=True):
+            if heads is None:
+                yield m.reason("{name} is {x}: no [B,H,S,D] tensor is behind it", name=name, x=m.captures[name].type)
+        if q is not None and k is not None and v is not None:
+            yield from why_not_grouped(m, q, k, v)
+            yield from why_not_masked(m, q)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """One node; the scale is explicit."""
         rw.raise_opset(23)
+        q, k, v = (heads.value(rw) for heads in operands(m) if heads is not None)
         sdpa: Node | None = m.get("sdpa")
+        given: dict[str, object] = {"scale": total_scale(m), "is_causal": 0}
         if sdpa is not None:
-            scale, causal = sdpa.attributes.get("scale"), sdpa.attributes.get("is_causal", 0)
-        else:
-            factor, divisor = m.get("scale"), m.get("divisor")
-            scale = m.number("scale") if factor is not None else 1 / m.number("divisor") if divisor is not None else 1.0
-            causal = 0
-        return rw.op.Attention(m.q, m.k, m.v, m.get("mask"), scale=scale, is_causal=causal)
+            given = {"scale": sdpa.attributes.get("scale"), "is_causal": sdpa.attributes.get("is_causal", 0)}
+        return rw.op.Attention(q, k, v, added_mask(m, rw), **given)
 
     def done(self, node: Node) -> bool:
-        """An Attention over KV heads that are not repeated."""
-        return node.op == "Attention" and not any(_is_repetition(v) for v in node.inputs[1:3])
-
-
-def _repeated(x: Pattern, name: str) -> Pattern:
-    expanded = op.Expand(op.Unsqueeze(x, axes=[2]), ...).named(f"{name}_expand")
-    return op.Reshape(expanded, ...).named(f"{name}_reshape") | x
-
-
-def _is_repetition(value: Value | None) -> bool:
-    node = value.producer if value is not None else None
-    return node is not None and node.op == "Reshape" and _op(node.inputs[0]) == "Expand"
-
-
-def _op(value: Value | None) -> str:
-    return value.producer.op if value is not None and value.producer is not None else ""
-
-
-def _grouping(m: Match, name: str, x: Value) -> str:
-    """Empty, or why the repetition of ``x`` does not give head ``h // group`` to query head ``h``."""
-    heads = m.q.shape[1]
-    expand: Node | None = m.get(f"{name}_expand")
-    if expand is None:
-        own = x.shape[1] if x.shape else None
-        return "" if own == heads else f"{own} heads serve {heads} query heads without a repetition"
-    wide = expand.output.shape
-    joined = m.captures[f"{name}_reshape"].output.shape
-    assert x.shape is not None
-    target = elements_of(expand.inputs[1]) if expand.inputs[1] is not None else None
-    if wide is None or target is None or len(wide) != 5 or wide[1] != x.shape[1] or not isinstance(wide[2], int):
-        return f"repeated to {shape_text(wide)}, [B,Hkv,group,S,D] is expected"
-    if joined is None or joined[1] != heads or joined[2] != x.shape[2] or joined[3] != x.shape[3]:
-        return f"joined to {shape_text(joined)}, {heads} heads are expected"
-    return ""
+        """An Attention that reads its KV heads where they are made."""
+        return node.op == "Attention" and is_plain(node.input(1)) and is_plain(node.input(2))

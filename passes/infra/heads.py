@@ -1,0 +1,56 @@
+"""An operand of an attention, whatever its layout: the [batch, heads, rows, channels] tensor that it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vacc_opt.ir import Dim, Value
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.infra.views import REPEAT, View, arranged, views
+
+ROWS_LAST = (-2, -1)  # [..., rows, channels]
+TRANSPOSED = (-1, -2)  # [..., channels, rows]: the keys of a product written out
+
+
+@dataclass(frozen=True)
+class Heads:
+    """``base`` permuted by ``perm`` is [batch, heads, rows, channels]; a head stands for ``group`` heads in a row."""
+
+    base: Value
+    perm: tuple[int, int, int, int]
+    sizes: tuple[Dim, Dim, Dim, Dim]
+    group: Dim = 1
+
+    def value(self, rw: Rewriter) -> Value:
+        """The tensor in that order, without the repetition."""
+        return arranged(rw, self.base, self.perm)
+
+
+def as_heads(value: Value, order: tuple[int, int] = ROWS_LAST) -> Heads | None:
+    """The operand over the farthest four-dimensional tensor that explains it, or None.
+
+    Repetition counts when copies of a head follow each other: copies of the whole row of heads are another attention.
+    """
+    found = [h for h in (_as_heads(view, order) for view in views(value)) if h is not None]
+    return found[-1] if found else None
+
+
+def _as_heads(view: View, order: tuple[int, int]) -> Heads | None:
+    if view.base.rank != 4 or len(view.dims) < 3:
+        return None
+    axes = view.axes(*range(len(view.dims) - 2))
+    own = [axis for axis in axes if axis.source != REPEAT]
+    rows, columns = view.dims[order[0]], view.dims[order[1]]
+    if len(own) != 2 or len(axes) > 3 or len(rows) != 1 or len(columns) != 1:
+        return None
+    group: Dim = 1
+    if len(axes) == 3:
+        after = axes[2].source == REPEAT or (axes[1].source == REPEAT and axes[2].size == 1)
+        if not after:
+            return None
+        group = next(axis.size for axis in axes if axis.source == REPEAT)
+    four = (own[0], own[1], rows[0], columns[0])
+    perm = (four[0].source, four[1].source, four[2].source, four[3].source)
+    if sorted(perm) != [0, 1, 2, 3]:
+        return None
+    return Heads(view.base, perm, (four[0].size, four[1].size, four[2].size, four[3].size), group)
