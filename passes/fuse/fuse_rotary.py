@@ -1,121 +1,101 @@
-"""x * cos + rotate_half(x) * sin  ->  RotaryEmbedding(x, cos table, sin table, position_ids)."""
+"""x * cos + rotate(x) * sin  ->  RotaryEmbedding(x, cos table, sin table, position_ids)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from vacc_opt.ir import DType, Graph, Node, Value
-from vacc_opt.ir.copy import extract
-from vacc_opt.ir.errors import VaccError
-from vacc_opt.ir.evaluate import evaluate
+from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.base import Kind, ancestors, option
+from vacc_opt.passes.fuse.widen_rotary import WidenRotary
+from vacc_opt.passes.infra.base import Kind, Outcome, ancestors, option
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.pattern import Pattern, op
 from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.values import attribute
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """cos or sin for positions 0, 1, ...: [positions, D/2], and the input that holds the positions."""
-
-    table: Any = None
-    positions: Value | None = None
-    why: str = ""
+from vacc_opt.passes.infra.rotary import Table, halved, rotated, tabulate, why_not_parts
+from vacc_opt.passes.infra.views import arranged
 
 
 @register
 @dataclass(frozen=True)
 class FuseRotary(PatternPass):
-    """Fuse half-rotated rotary embeddings; their cos/sin subgraph becomes one table that all layers share.
+    """Fuse rotary embeddings, half-rotated or interleaved; their cos/sin subgraph becomes a table that layers share.
 
     The subgraph is evaluated for positions 0 to ``positions`` - 1, so every scaling rule that depends on the position
-    alone is covered. Source: Su et al. 2021, "RoFormer", eq. 34; ONNX RotaryEmbedding-23.
+    alone is covered. x may be in any layout; one that is partly rotated becomes one node too (``widen-rotary``).
+    Source: Su et al. 2021, "RoFormer", eq. 34; ONNX RotaryEmbedding-23.
     """
 
     name: ClassVar[str] = "fuse-rotary"
     kind: ClassVar[Kind] = Kind.REASSOCIATING
     noun: ClassVar[str] = "rotary embedding"
-    anchors: ClassVar[tuple[str, ...]] = ("Neg", "RotaryEmbedding")
+    anchors: ClassVar[tuple[str, ...]] = ("Neg", "Sub", "RotaryEmbedding")
 
     positions: int = option(8192, "rows of the cos/sin tables: the largest position is one less")
 
-    def pattern(self, x: Capture, cos: Capture, sin: Capture) -> Pattern:
-        """rotate_half as exported, Concat(-x[D/2:], x[:D/2]), or the fused operator without a shared table."""
+    def run(self, graph: Graph, rw: Rewriter) -> Outcome:
+        """Fuse, then take the channels that are not rotated along."""
+        outcome = super().run(graph, rw)
+        WidenRotary().run(graph, rw)
+        return outcome
+
+    def pattern(self, x: Capture, pairs: Capture, cos: Capture, sin: Capture) -> Pattern:
+        """Concat(-x[D/2:], x[:D/2]) as exported; pairs (2i, 2i+1) taken apart and stacked; or the fused operator."""
         low = op.Slice(x, ..., axes=[3], starts=[0]).named("low")
         high = op.Slice(x, ..., axes=[3]).named("high")
         chain = x * cos + op.Concat(op.Neg(high), low, axis=-1) * sin
-        return chain | op.RotaryEmbedding(x, cos, sin, interleaved=0, rotary_embedding_dim=0)
+        even, odd = op.Gather(pairs, 0, axis=4), op.Gather(pairs, 1, axis=4)
+        turned = op.Unsqueeze(even * cos - odd * sin, ...), op.Unsqueeze(odd * cos + even * sin, ...)
+        interleaved = op.Reshape(op.Concat(*turned).named("stack"), ...)
+        return chain | interleaved | op.RotaryEmbedding(x, cos, sin, interleaved=0, rotary_embedding_dim=0)
 
     def check(self, m: Match) -> Iterator[Reason]:
-        """Decline halves that are not halves, and cos/sin that depend on more than the positions."""
-        depth = m.x.shape[-1] if m.x.rank == 4 else None
-        if not isinstance(depth, int):
-            yield m.reason("x is {x}, [batch,heads,seq,D] is expected", x=m.x.type)
+        """Decline parts that are not halves or pairs of x, and cos/sin that depend on more than the positions."""
+        x = rotated(m)
+        if x is None:
+            yield m.reason("x is {x}, [batch,heads,seq,D] or another order is expected", x=(m.get("x") or m.pairs).type)
             return
-        low, high = m.get("low"), m.get("high")
-        if low is not None and (low.output.shape[-1] != depth // 2 or attribute(high, "starts") != (depth // 2,)):
-            yield m.reason("the slices do not halve the last axis of {x}", x=m.x)
-        if low is not None and any(len(n.inputs) > 4 and attribute(n, "steps") != (1,) for n in (low, high)):
-            yield m.reason("the slices skip channels of {x}", x=m.x)
-        for name in ("cos", "sin"):
-            tables = self._tables(m, name)
-            if tables.why:
-                yield m.reason("{name}: {why}", name=name, why=tables.why)
+        yield from why_not_parts(m, x)
+        cos, sin = self._table(m, m.cos), self._table(m, m.sin)
+        for name, table in (("cos", cos), ("sin", sin)):
+            if table.why:
+                yield m.reason("{name}: {why}", name=name, why=table.why)
+        if not cos.why and not sin.why and (cos.positions, cos.axes) != (sin.positions, sin.axes):
+            yield m.reason("cos and sin are of other positions")
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
-        """Gather from the shared tables by position."""
+        """Gather from the shared tables by position; another layout is turned to [batch,heads,seq,D] and back."""
         rw.raise_opset(23)
-        cos, sin = (self._tables(m, name) for name in ("cos", "sin"))
-        constants = []
-        for name, tables in (("cos", cos), ("sin", sin)):
-            with rw.on_behalf_of(*ancestors(m.graph, m.captures[name])):
-                constants.append(rw.shared_const(tables.table, f"rotary_{name}"))
-        return rw.op.RotaryEmbedding(m.x, *constants, cos.positions)
+        tables = []
+        for name, value in (("rotary_cos", m.cos), ("rotary_sin", m.sin)):
+            with rw.on_behalf_of(*ancestors(m.graph, value)):
+                tables.append(rw.shared_const(self._table(m, value).rows, name))
+        x, (batch, seq), positions = rotated(m), self._table(m, m.cos).axes, self._table(m, m.cos).positions
+        assert x is not None
+        perm = (0, 1, 2, 3) if m.root.op == "RotaryEmbedding" else (batch, 3 - batch - seq, seq, 3)
+        interleaved = 1 if m.get("pairs") is not None else None
+        y = rw.op.RotaryEmbedding(arranged(rw, x, perm), *tables, positions, interleaved=interleaved)
+        return arranged(rw, y, tuple(perm.index(i) for i in range(4)))
 
     def done(self, node: Node) -> bool:
-        """Already fused, or a negation that has nothing to do with rotary."""
+        """Already fused, or a negation or difference that has nothing to do with rotary."""
         if node.op == "RotaryEmbedding":
             return node.input(3) is not None
+        if node.op == "Sub":
+            return not all(v is not None and v.producer is not None and v.producer.op == "Mul" for v in node.inputs)
         return not any(u.op == "Concat" for u in node.output.users())
 
-    def _tables(self, m: Match, name: str) -> _Tables:
-        value: Value = m.captures[name]
-        halved = m.root.op == "RotaryEmbedding"
-        tables: _Tables = m.once((name, value), lambda: _tabulate(m.graph, value, self.positions, halved))
-        return tables
+    def _table(self, m: Match, value: Value) -> Table:
+        half = m.get("low") is not None
 
+        def make() -> Table:
+            table = tabulate(m.graph, value, self.positions)
+            return halved(table) if half else table
 
-def _tabulate(graph: Graph, value: Value, positions: int, halved: bool) -> _Tables:
-    nodes = list(ancestors(graph, value))
-    sources = [v for v in graph.inputs if any(u in nodes for u in v.users())]
-    if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
-        return _Tables(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
-    if value.rank != (3 if halved else 4):
-        return _Tables(why=f"has type {value.type}, [batch,{'seq,D/2' if halved else '1,seq,D'}] is expected")
-    region = extract(graph, nodes, "rotary", keep=[value])
-    order = np.arange(positions, dtype=np.int64)
-    # the lower half backwards: neither the order, nor the count, nor the largest position may matter
-    few = order[positions // 2 :: -max(1, positions // 7)]
-    try:
-        found, probe = (evaluate(region, {sources[0].name: p[None]})[value.name] for p in (order, few))
-    except VaccError as error:
-        return _Tables(why=f"cannot be evaluated: {error.message}")
-    if found.shape[-2] != positions:
-        return _Tables(why=f"has type {value.type}, positions are expected on the last axis but one")
-    table = found.reshape(positions, -1)
-    # the same function of a position up to the rounding of another evaluation, in units of cos and sin
-    if probe.size != few.size * table.shape[1] or not np.allclose(probe.reshape(len(few), -1), table[few], atol=1e-3):
-        return _Tables(why=f"is no function of each entry of {sources[0].name!r} alone")
-    if halved:
-        return _Tables(table, sources[0])
-    half = table.shape[1] // 2
-    if not np.array_equal(table[:, :half], table[:, half:]):
-        return _Tables(why="its two halves differ: the rotation is not half-rotated")
-    return _Tables(np.ascontiguousarray(table[:, :half]), sources[0])
+        table: Table = m.once((half, value), make)
+        fused = m.root.op == "RotaryEmbedding"
+        if table.why or (value.rank == 3 and table.axes == (0, 1) if fused else value.rank == 4):
+            return table
+        return Table(why=f"has type {value.type}, {'[batch,seq,D/2] is' if fused else 'four axes are'} expected")

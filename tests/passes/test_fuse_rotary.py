@@ -164,9 +164,116 @@ def test_a_table_of_more_than_positions_is_refused(case: str) -> None:
     assert_no_match(PASS, chain(angle, head=head), reason)
 
 
-def test_another_layout_is_refused() -> None:
+def test_a_layout_with_heads_inside_is_turned_and_turned_back() -> None:
     angle = ANGLE.replace("cos = Unsqueeze (c, one)", "cos = Unsqueeze (c, two)").replace(
         "sin = Unsqueeze (s, one)", "sin = Unsqueeze (s, two)"
     )
     head = "rope (float[B,S,2,8] x, int64[B,S] position_ids) => (float[B,S,2,8] y)"
-    assert_no_match(PASS, chain(angle, head=head), "positions are expected on the last axis but one")
+    assert_rewrites(PASS, before=chain(angle, head=head), after=f"{head} {{ {TURNED} }}\n{TABLE}")
+
+
+TURNED = """
+    t = Transpose <perm = [0, 2, 1, 3]> (x)
+    r = RotaryEmbedding (t, cos, sin, position_ids)
+    y = Transpose <perm = [0, 2, 1, 3]> (r)"""
+TABLE = f"""# const "cos" = {Literal(table(np.cos))}
+# const "sin" = {Literal(table(np.sin))}
+"""
+
+# [seq, batch, heads, D] and a table of pairs (cos, sin), gathered by position, as ChatGLM2 has it
+PAIRED_HEAD = "rope (float[S,B,2,8] x, int64[B,S] position_ids) => (float[S,B,2,8] y)"
+PAIRED_ANGLE = """
+    rows = Gather (cache, position_ids)
+    steps = Transpose <perm = [1, 0, 2, 3]> (rows)
+    wide = Reshape (steps, one_head)
+    cos = Gather <axis = 4> (wide, first)
+    sin = Gather <axis = 4> (wide, second)"""
+PAIRED = """
+    pairs = Reshape (x, in_pairs)
+    even = Gather <axis = 4> (pairs, first)
+    odd = Gather <axis = 4> (pairs, second)
+    ec = Mul (even, cos)
+    os = Mul (odd, sin)
+    a = Sub (ec, os)
+    oc = Mul (odd, cos)
+    es = Mul (even, sin)
+    b = Add (oc, es)
+    au = Unsqueeze (a, last)
+    bu = Unsqueeze (b, last)
+    stack = Concat <axis = -1> (au, bu)
+    y = Reshape (stack, joined)"""
+PAIRED_AFTER = """
+    t = Transpose <perm = [1, 2, 0, 3]> (x)
+    r = RotaryEmbedding <interleaved = 1> (t, cos, sin, position_ids)
+    y = Transpose <perm = [2, 0, 1, 3]> (r)"""
+CACHE = f'# const "cache" = {Literal(np.stack([table(np.cos), table(np.sin)], axis=-1))}\n'
+
+
+def paired(rotate: str = PAIRED, head: str = PAIRED_HEAD, angle: str = PAIRED_ANGLE) -> str:
+    consts = (
+        ints(last=-1, three=3, zero=0, half=4, end=99, one=1)
+        + """
+        first = Constant <value_int = 0> () second = Constant <value_int = 1> () in_pairs = Constant <value_ints = [0, 0, 2, 4, 2]> ()
+        one_head = Constant <value_ints = [0, 0, 1, 4, 2]> () joined = Constant <value_ints = [0, 0, 2, 8]> ()
+        heads = Constant <value_ints = [0, 0, 4, 4]> () few = Constant <value_ints = [0, 0, 2, 4]> () two_pairs = Constant <value_ints = [0, 0, 2, 2, 2]> ()
+        short = Constant <value_ints = [0, 0, 1, 2, 2]> ()"""
+    )
+    return f"{head} {{ {consts} {angle} {rotate} }}\n{CACHE}"
+
+
+def test_neighbouring_channels_are_an_interleaved_rotary() -> None:
+    assert_rewrites(
+        FuseRotary(positions=32, expect=1), before=paired(), after=f"{PAIRED_HEAD} {{ {PAIRED_AFTER} }}\n{TABLE}"
+    )
+
+
+TABLE_OF_TWO = f"""# const "cos" = {Literal(np.ascontiguousarray(table(np.cos)[:, :2]))}
+# const "sin" = {Literal(np.ascontiguousarray(table(np.sin)[:, :2]))}
+"""
+
+
+def test_a_rotary_of_the_first_channels_takes_the_rest_along() -> None:
+    rotate = PAIRED.replace("(x, in_pairs)", "(front, two_pairs)").replace(
+        "Reshape (stack, joined)", "Concat <axis = -1> (turned, rest)"
+    )
+    rotate = "front = Slice (x, zero, half, three) rest = Slice (x, half, end, three)" + rotate
+    rotate = rotate.replace("y = Concat", "turned = Reshape (stack, few) y = Concat")
+    angle = "two = Constant <value_ints = [2]> () small = Slice (cache, zero, two, one)" + PAIRED_ANGLE
+    angle = angle.replace("(cache, position_ids)", "(small, position_ids)").replace("one_head", "short")
+    after = PAIRED_AFTER.replace("interleaved = 1", "interleaved = 1, rotary_embedding_dim = 4")
+    assert_rewrites(
+        FuseRotary(positions=32, expect=1),
+        before=paired(rotate, angle=angle),
+        after=f"{PAIRED_HEAD} {{ {after} }}\n{TABLE_OF_TWO}",
+    )
+
+
+WRONG_PAIRS = {
+    "the other sign": (
+        PAIRED.replace("Sub (ec, os)", "Sub (os, ec)"),
+        "second is the constant 1, expected the constant 0",
+    ),
+    "added, not turned": (PAIRED.replace("Add (oc, es)", "Sub (oc, es)"), "found Sub b, expected Add"),
+    "put together as other heads": (PAIRED.replace("joined)", "heads)"), "is not taken apart into pairs of channels"),
+    "stacked the other way round": (PAIRED.replace("(au, bu)", "(bu, au)"), "found Add b, expected Sub"),
+    "an extra operation": (
+        PAIRED.replace("b = Add (oc, es)", "c = Add (oc, es) b = Exp (c)"),
+        "found Exp b, expected Add",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PAIRS)
+def test_another_interleaved_rotation_is_left_with_a_reason(case: str) -> None:
+    rotate, reason = WRONG_PAIRS[case]
+    head = PAIRED_HEAD.replace("2,8] y", "4,4] y") if "heads)" in rotate else PAIRED_HEAD
+    assert_no_match(PASS, paired(rotate, head=head), reason)
+
+
+def test_cos_and_sin_of_other_positions_are_refused() -> None:
+    angle = PAIRED_ANGLE.replace(
+        "sin = Gather <axis = 4> (wide, second)",
+        "other = Gather (cache, others) turned = Transpose <perm = [1, 0, 2, 3]> (other) w = Reshape (turned, one_head) sin = Gather <axis = 4> (w, second)",
+    )
+    head = PAIRED_HEAD.replace("position_ids)", "position_ids, int64[B,S] others)")
+    assert_no_match(PASS, paired(angle=angle, head=head), "cos and sin are of other positions")
