@@ -29,7 +29,8 @@ def why_not_causal_padding(graph: Graph, attentions: Sequence[Node], context: in
 
     Otherwise one sentence that names the attention and the first query and key that differ. The probes cover several
     lengths, a past, and padding on both sides; one has ``context`` keys, so that a sliding window shorter than the
-    buffers is seen. Rows whose keys are all hidden are not compared.
+    buffers is seen. Rows of queries that are padding, or whose keys are all hidden, are not compared: nothing reads
+    them, and models differ in what they let them see.
     """
     seen: set[Value] = set()
     for node in attentions:
@@ -85,7 +86,8 @@ def _feeds(
         elif value.name == "input_ids" or value.rank == 4:
             feeds[value.name] = np.zeros(shape, value.type.dtype.numpy)
     causal = np.arange(past + seq)[None, :] <= np.arange(seq)[:, None] + past
-    return feeds, causal[None] & (keep[:, None, :] == 1)
+    # a row without any key to see stands for "not compared"
+    return feeds, causal[None] & (keep[:, None, :] == 1) & (keep[:, past:, None] == 1)
 
 
 def _compare(found: npt.NDArray[np.generic], expected: npt.NDArray[np.bool_], probe: Sequence[object]) -> str:

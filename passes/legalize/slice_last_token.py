@@ -12,8 +12,11 @@ from vacc_opt.passes.infra.adapters import Adapter, LastToken
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import as_linear
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.views import arranged
 
 VALID = "valid"
+SWAPPED = (1, 0, 2)
+AFTER_HEAD = ("Add", "Cast", "Mul", "Div", "Tanh")
 
 
 @register
@@ -22,7 +25,8 @@ class SliceLastToken(Pass):
     """Let lm_head see only the last valid token: logits become [batch, 1, vocab].
 
     Adds the input ``valid`` [batch] int64, the number of tokens of this call up to and including the last real one;
-    row ``valid - 1`` is kept, so right padding is correct, and with left padding ``valid`` is the whole length.
+    row ``valid - 1`` is kept, so right padding is correct, and with left padding ``valid`` is the whole length. A model
+    that works on [seq, batch, hidden] and turns its logits is turned before lm_head instead.
     """
 
     name: ClassVar[str] = "slice-last-token"
@@ -32,13 +36,17 @@ class SliceLastToken(Pass):
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Insert the gather before the last linear; raises CheckError when the output does not come from one."""
-        head = self._head(graph)
+        head, turns = self._head(graph)
         linear = as_linear(head)
         assert linear is not None
         x = linear.x
         if x.shape is None or len(x.shape) != 3:
             raise CheckError(f"the input of lm_head is {x.type}, [batch,seq,hidden] is expected")
         with rw.applying([head]):
+            for turn in turns:
+                x = arranged(rw, x, SWAPPED)
+                rw.set_attribute(turn, "perm", (0, 1, 2))
+            assert x.shape is not None
             valid = graph.input_named(VALID) or rw.add_input(VALID, TensorType(DType.INT64, (x.shape[0],)))
             row = rw.op.Unsqueeze(rw.op.Sub(valid, rw.const(1, "one", "int64")), rw.ints(1))
             last = rw.op.Unsqueeze(rw.op.GatherND(x, row, batch_dims=1), rw.ints(1))
@@ -54,14 +62,21 @@ class SliceLastToken(Pass):
         """The kept row of the logits is what it was."""
         return LastToken(self.logits, VALID)
 
-    def _head(self, graph: Graph) -> Node:
+    def _head(self, graph: Graph) -> tuple[Node, list[Node]]:
+        """The linear behind the logits, and the nodes after it that swap batch and sequence."""
         value: Value | None = graph.outputs.get(self.logits)
         if value is None:
             raise CheckError(f"the graph has no output {self.logits!r}", f"outputs: {', '.join(graph.outputs)}")
         node = value.producer
+        turns: list[Node] = []
         # a bias, a cast or a logit scale may follow the linear
-        while node is not None and as_linear(node) is None and node.op in ("Add", "Cast", "Mul", "Div", "Tanh"):
+        while node is not None and as_linear(node) is None and (node.op in AFTER_HEAD or _swaps(node)):
+            turns += [node] if _swaps(node) else []
             node = next((v.producer for v in node.inputs if v is not None and v.producer is not None), None)
         if node is None or as_linear(node) is None:
             raise CheckError(f"{self.logits!r} does not come from a linear layer")
-        return node
+        return node, turns
+
+
+def _swaps(node: Node) -> bool:
+    return node.op == "Transpose" and node.attributes.get("perm") == SWAPPED

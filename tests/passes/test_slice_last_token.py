@@ -58,6 +58,19 @@ def test_each_row_is_the_one_of_its_last_valid_token(tail: str) -> None:
         assert_close(found, expected, REASSOCIATED)
 
 
+def test_logits_that_were_turned_come_from_a_turned_input() -> None:
+    graph = from_text(
+        f"g (float[S,B,8] x) => (float[B,S,20] logits) {{ h = Neg (x) a = MatMul (h, w) s = Add (a, b) logits = Transpose <perm = [1, 0, 2]> (s) }}\n{W}{BIAS}"
+    )
+    before = copy(graph)
+    run_pass(SliceLastToken(), graph)
+    assert str(graph.outputs["logits"].type) == "float[B,1,20]"
+    x = RNG.standard_normal((6, 3, 8)).astype(np.float32)
+    full = Executable(before).run({"x": x})[0]["logits"]
+    found = Executable(graph).run({"x": x, "valid": np.array([1, 4, 6])})[0]["logits"]
+    assert_close(found, np.stack([full[r, v - 1 : v] for r, v in enumerate((1, 4, 6))]), REASSOCIATED)
+
+
 def test_other_outputs_keep_all_tokens() -> None:
     graph = from_text(f"g (float[B,S,8] x) => (logits, h) {{ h = Neg (x) logits = MatMul (h, w) }}\n{W}")
     run_pass(SliceLastToken(), graph)
