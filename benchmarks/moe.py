@@ -81,8 +81,8 @@ class _Builder:
         inverse = self.op.Reciprocal(self.op.Sqrt(self.op.Add(mean, self.eps)))
         return self.op.Mul(self.weight(f"{name}.weight", HIDDEN), self.op.Mul(x, inverse))
 
-    def heads(self, x: Value, count: int) -> Value:
-        split = self.op.Reshape(x, self.rw.ints(0, 0, count, WIDTH))
+    def heads(self, x: Value) -> Value:
+        split = self.op.Reshape(x, self.rw.ints(0, 0, -1, WIDTH))
         return self.op.Transpose(split, perm=(0, 2, 1, 3))
 
     def rotary(self, x: Value) -> Value:
@@ -108,9 +108,9 @@ class _Builder:
 
     def attention(self, x: Value, layer: int) -> Value:
         name = f"model.layers.{layer}.self_attn"
-        q = self.rotary(self.heads(self.linear(x, f"{name}.q_proj", HEADS * WIDTH, HIDDEN), HEADS))
-        k = self.rotary(self.heads(self.linear(x, f"{name}.k_proj", KV * WIDTH, HIDDEN), KV))
-        v = self.heads(self.linear(x, f"{name}.v_proj", KV * WIDTH, HIDDEN), KV)
+        q = self.rotary(self.heads(self.linear(x, f"{name}.q_proj", HEADS * WIDTH, HIDDEN)))
+        k = self.rotary(self.heads(self.linear(x, f"{name}.k_proj", KV * WIDTH, HIDDEN)))
+        v = self.heads(self.linear(x, f"{name}.v_proj", KV * WIDTH, HIDDEN))
         keys = self.repeated(self.past(k, layer, "key"))
         values = self.repeated(self.past(v, layer, "value"))
         scores = self.op.Mul(self.op.MatMul(q, self.op.Transpose(keys, perm=(0, 1, 3, 2))), self.scale)
