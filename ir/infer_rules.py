@@ -123,6 +123,20 @@ def _product(dims: Sequence[Dim]) -> Dim:
     return result
 
 
+def _place(ctx: Context, axis: int, rank: int, what: str = "axis") -> int:
+    """The axis counted from the front; one that is not there is an error."""
+    if not -rank <= axis < rank:
+        raise ctx.error(f"{what} {axis} is not in -{rank} to {rank - 1}")
+    return axis % rank
+
+
+def _places(ctx: Context, axes: Sequence[int], rank: int) -> set[int]:
+    places = {_place(ctx, axis, rank) for axis in axes}
+    if len(places) != len(axes):
+        raise ctx.error(f"axes {list(axes)} name one twice")
+    return places
+
+
 @rule("Gather")
 def _gather(ctx: Context) -> Result:
     data, indices = ctx.shape(0), ctx.shape(1)
@@ -130,10 +144,10 @@ def _gather(ctx: Context) -> Result:
     elements: Elements | None = None
     known, wanted = ctx.elements(0), ctx.ints(1)
     if known is not None and wanted is not None and data is not None and len(data) == 1:
-        elements = tuple(known[i] for i in wanted)
+        elements = tuple(known[_place(ctx, i, len(known), "index")] for i in wanted)
     if data is None or indices is None:
         return Result(TensorType(ctx.dtype(0)), elements)
-    axis %= len(data)
+    axis = _place(ctx, axis, len(data))
     return Result(TensorType(ctx.dtype(0), (*data[:axis], *indices, *data[axis + 1 :])), elements)
 
 
@@ -157,10 +171,13 @@ def _concat(ctx: Context) -> Result:
     elements = tuple(e for p in known for e in p) if flat else None
     if len(ranked) != len(shapes):
         return Result(TensorType(ctx.dtype(0)), elements)
-    axis = int(ctx.attributes["axis"]) % len(ranked[0])
+    axis = _place(ctx, int(ctx.attributes["axis"]), len(ranked[0]))
     for other in ranked[1:]:
         if len(other) != len(ranked[0]):
             raise ctx.error(f"shapes {shape_text(ranked[0])} and {shape_text(other)} differ in rank")
+        for at, (a, b) in enumerate(zip(ranked[0], other, strict=True)):
+            if at != axis and isinstance(a, int) and isinstance(b, int) and a != b:
+                raise ctx.error(f"shapes {shape_text(ranked[0])} and {shape_text(other)} differ beside axis {axis}")
     total: Dim = 0
     for shape in ranked:
         total = total + shape[axis]
@@ -174,7 +191,7 @@ def _unsqueeze(ctx: Context) -> Result:
     if shape is None or axes is None:
         return Result(TensorType(ctx.dtype(0)), ctx.elements(0))
     rank = len(shape) + len(axes)
-    places = {a % rank for a in axes}
+    places = _places(ctx, axes, rank)
     rest = iter(shape)
     return Result(
         TensorType(ctx.dtype(0), tuple(1 if i in places else next(rest) for i in range(rank))), ctx.elements(0)
@@ -186,7 +203,9 @@ def _squeeze(ctx: Context) -> Result:
     shape, axes = ctx.shape(0), ctx.ints(1)
     if shape is None or (ctx.has(1) and axes is None):
         return Result(TensorType(ctx.dtype(0)), ctx.elements(0))
-    places = {a % len(shape) for a in axes} if axes is not None else {i for i, d in enumerate(shape) if d == 1}
+    places = _places(ctx, axes, len(shape)) if axes is not None else {i for i, d in enumerate(shape) if d == 1}
+    if any(isinstance(shape[i], int) and shape[i] != 1 for i in places):
+        raise ctx.error(f"axes {sorted(places)} of {shape_text(shape)} are not all of size 1")
     return Result(TensorType(ctx.dtype(0), tuple(d for i, d in enumerate(shape) if i not in places)), ctx.elements(0))
 
 
@@ -278,7 +297,7 @@ def _slice(ctx: Context) -> Result:
     dims = list(shape)
     picked: list[tuple[int, int]] = []
     for n, axis in enumerate(axes):
-        at = axis % len(shape)
+        at = _place(ctx, axis, len(shape))
         box = None
         if starts is not None and stops is not None and steps is not None:
             box = slice_bounds(shape[at], starts[n], stops[n], steps[n])
@@ -348,7 +367,7 @@ def _reduce(ctx: Context) -> Result:
         return Result(TensorType(ctx.dtype(0)))
     if not axes:
         axes = () if ctx.attributes.get("noop_with_empty_axes", 0) else tuple(range(len(shape)))
-    places = {a % len(shape) for a in axes}
+    places = {_place(ctx, a, len(shape)) for a in axes}
     keep = ctx.attributes.get("keepdims", 1)
     dims = tuple(1 if i in places else d for i, d in enumerate(shape) if keep or i not in places)
     return Result(TensorType(ctx.dtype(0), dims))
@@ -373,7 +392,7 @@ def _split(ctx: Context) -> Sequence[Result]:
     shape, sizes, count = ctx.shape(0), ctx.ints(1), ctx.outputs
     if shape is None:
         return [Result(ctx.type(0))] * count
-    axis = ctx.attributes.get("axis", 0) % len(shape)
+    axis = _place(ctx, ctx.attributes.get("axis", 0), len(shape))
     parts: Sequence[Dim] = sizes if sizes is not None else [ctx.unknown(axis, of=n) for n in range(count)]
     if len(parts) != count or ctx.attributes.get("num_outputs", count) != count:
         raise ctx.error(f"{count} outputs, but {ctx.attributes.get('num_outputs', len(parts))} parts")

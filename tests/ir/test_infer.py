@@ -129,6 +129,14 @@ MISFITS = [
     ("y = Vastai.SwiGLU (x, m)", "gate .* and up .* differ"),
     ("y = Gemm (x, x)", "are not matrices"),
     ("y = Gemm (m, m)", r"\[3,4\] and \[3,4\] do not multiply: 4 is not 3"),
+    ("y = Concat <axis = 3> (x, x)", "axis 3 is not in -3 to 2"),
+    ("n = Transpose <perm = [1, 0]> (m) y = Concat <axis = 0> (m, n)", r"\[3,4\] and \[4,3\] differ beside axis 0"),
+    (f"{ints('a', 4)} y = Unsqueeze (x, a)", "axis 4 is not in -4 to 3"),
+    (f"{ints('a', 1, 1)} y = Unsqueeze (x, a)", r"axes \[1, 1\] name one twice"),
+    (f"{ints('a', 2)} y = Squeeze (x, a)", r"axes \[2\] of \[B,S,8\] are not all of size 1"),
+    (f"{ints('a', -4)} y = ReduceSum (x, a)", "axis -4 is not in -3 to 2"),
+    (f"{ints('i', 3)} s = Shape (x) y = Gather (s, i)", "index 3 is not in -3 to 2"),
+    (f"{ints('a', 3)} {ints('l', 0)} y = Slice (x, l, l, a)", "axis 3 is not in -3 to 2"),
 ]
 
 
