@@ -28,7 +28,8 @@ class Recognize(Preset):
 
     def text(self) -> str:
         """Recognizers only: the interface stays."""
-        return f"simplify,fuse-rms-norm,fuse-rotary{{positions={self.context}}},fuse-gqa,fuse-swiglu"
+        rotary = f"fuse-rotary{{positions={self.context}}}"
+        return f"simplify,fuse-rms-norm,{rotary},split-packed-linear,fuse-gqa,fuse-swiglu"
 
 
 @dataclass(frozen=True)
