@@ -18,6 +18,7 @@ from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.passes.infra.instrument import Report
+from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.remarks import Entry, entries, to_yaml
 from vacc_opt.runtime import plan as planning
@@ -69,7 +70,7 @@ class _Run:
 
     def passes(self, graph: Graph, pipeline: str) -> Report:
         """Run passes, keeping their remarks and counts."""
-        report = run_pipeline(graph, pipeline)
+        report = run_pipeline(graph, pipeline, instruments=[KeepOrigins()])
         self.remarks += entries(report.records)
         for record in report.records:
             if record.name in COUNTED and record.fused is not None:
