@@ -10,7 +10,7 @@ is larger than that of every node they read: that is how a new operand is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from operator import itemgetter
 from typing import Any
@@ -233,28 +233,26 @@ class Graph:
 
     def _sort(self) -> list[Node]:
         order: list[Node] = []
-        state: dict[Node, bool] = {}  # False: on the stack, True: placed
-        roots = [v.producer for v in self.outputs.values()] + list(self._structure)
-        for root in roots:
-            if root is None or root in state:
-                continue
-            stack: list[tuple[Node, Iterator[Value | None]]] = [(root, iter(root.inputs))]
-            state[root] = False
+        placed: dict[Node, bool] = {}  # False: on the way from the root to the present node
+        for root in (*[v.producer for v in self.outputs.values() if v.producer is not None], *self._node):
+            stack = [root]
             while stack:
-                node, rest = stack[-1]
-                for value in rest:
-                    producer = value.producer if value is not None else None
-                    if producer is None or state.get(producer) is True:
-                        continue
-                    if producer in state:
-                        raise ValueError(f"the graph has a cycle through {producer!r}")
-                    state[producer] = False
-                    stack.append((producer, iter(producer.inputs)))
-                    break
+                node = stack[-1]
+                known = placed.get(node)
+                if known is None:
+                    placed[node] = False
+                    for value in reversed(node.inputs):
+                        producer = value.producer if value is not None else None
+                        if producer is None or placed.get(producer):
+                            continue
+                        if producer in placed:
+                            raise ValueError(f"a cycle passes through {producer!r}")
+                        stack.append(producer)
                 else:
                     stack.pop()
-                    state[node] = True
-                    order.append(node)
+                    if not known:
+                        placed[node] = True
+                        order.append(node)
         return order
 
     # writing: for Rewriter and the importers only

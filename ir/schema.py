@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from vacc_opt.ir import ops
+from vacc_opt.ir.attributes import Subgraph, subgraphs
 from vacc_opt.ir.errors import CheckError, did_you_mean
 from vacc_opt.ir.graph import Node
 
@@ -27,46 +28,73 @@ class Schema:
     kinds: tuple[tuple[str, str, bool], ...] = ()  # of a standard operator: name, type, required
 
 
+Problem = tuple[str, str | None]  # what, and what to do
+_Signature = tuple[str, str, int, int, int, tuple[tuple[str, type], ...]]
+_known: set[_Signature] = set()  # that have no problem
+
+
 def check_schema(node: Node, outputs: int, opset: int, by: str) -> None:
-    """Check arity and attributes.
+    """Check operator, arity and attributes.
 
     Raises:
         RewriteError: naming ``by``, the operator and what it takes.
     """
-    schema = _own_schema(node.op_type, by) if node.domain == ops.DOMAIN else _standard_schema(node.op_type, opset)
-    _check_attributes(node, schema, by)
+    problem = schema_problem(node, outputs, opset)
+    if problem is not None:
+        raise RewriteError(f"{by}: {problem[0]}", problem[1])
+
+
+def schema_problem(node: Node, outputs: int, opset: int) -> Problem | None:
+    """What the declaration of its operator says against a node, if anything; foreign operators have none."""
+    kinds = tuple([(name, type(value)) for name, value in node.attributes.items()])
+    signature = (node.domain, node.op_type, opset, len(node.inputs), outputs, kinds)
+    if signature in _known:
+        return None
+    problem = _problem(node, outputs, opset)
+    # what is inside a tuple or a subgraph is not part of the signature
+    if problem is None and not any(kind in (tuple, Subgraph) for _, kind in kinds):
+        _known.add(signature)
+    return problem
+
+
+def _problem(node: Node, outputs: int, opset: int) -> Problem | None:
+    if node.domain not in ("", ops.DOMAIN):
+        return None
+    schema = _own_schema(node.op_type) if node.domain else _standard_schema(node.op_type, opset)
+    if not isinstance(schema, Schema):
+        return schema
     low, high = schema.inputs
-    if not low <= len(node.inputs) <= high:
+    given = len(node.inputs) - sum(len(graph.captures) for _, graph in subgraphs(node.attributes))
+    if not low <= given <= high:
         wanted = str(low) if low == high else f"{low} to {high}"
-        raise RewriteError(f"{by}: {node.op} takes {wanted} inputs, got {len(node.inputs)}")
+        return f"{node.op} takes {wanted} inputs, got {given}", None
     if outputs > schema.outputs:
-        raise RewriteError(f"{by}: {node.op} has at most {schema.outputs} outputs, {outputs} were asked for")
+        return f"{node.op} has at most {schema.outputs} outputs, {outputs} were asked for", None
     for name in node.attributes:
         if name not in schema.attributes:
             hint = did_you_mean(name, schema.attributes or {"(none)"})
-            raise RewriteError(f"{by}: {node.op} has no attribute {name!r}", hint)
+            return f"{node.op} has no attribute {name!r}", hint
+    return _attribute_problem(node, schema)
 
 
-def _own_schema(op_type: str, by: str) -> Schema:
+def _own_schema(op_type: str) -> Schema | Problem:
     op = ops.get(op_type)
     if op is None:
-        raise RewriteError(f"{by}: no operator Vastai::{op_type}", did_you_mean(op_type, ops.OPS))
+        return f"no operator Vastai::{op_type}", did_you_mean(op_type, ops.OPS)
     return Schema((len(op.inputs), len(op.inputs)), len(op.outputs), frozenset(a for a, _ in op.attributes))
 
 
 @cache
-def _standard_schema(op_type: str, opset: int) -> Schema:
+def _standard_schema(op_type: str, opset: int) -> Schema | Problem:
     try:
         found = onnx.defs.get_schema(op_type, opset)
     except onnx.defs.SchemaError:
         names = {s.name for s in onnx.defs.get_all_schemas()}
-        if op_type in names:
-            newest = onnx.defs.get_schema(op_type).since_version
-            raise RewriteError(
-                f"{op_type} is an operator of opset {newest}, the graph imports {opset}",
-                f"call rw.raise_opset({newest}) first",
-            ) from None
-        raise RewriteError(f"ONNX has no operator {op_type!r} at opset {opset}", did_you_mean(op_type, names)) from None
+        if op_type not in names:
+            return f"ONNX has no operator {op_type!r} at opset {opset}", did_you_mean(op_type, names)
+        newest = onnx.defs.get_schema(op_type).since_version
+        what = f"{op_type} is an operator of opset {newest}, the graph imports {opset}"
+        return what, f"call rw.raise_opset({newest}) first"
     kinds = tuple((name, a.type.name, bool(a.required)) for name, a in found.attributes.items())
     return Schema((found.min_input, found.max_input), found.max_output, frozenset(found.attributes), kinds)
 
@@ -82,15 +110,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_attributes(node: Node, schema: Schema, by: str) -> None:
+def _attribute_problem(node: Node, schema: Schema) -> Problem | None:
     """Required attributes are there, and each has the declared type."""
     for name, kind, required in schema.kinds:
         if name not in node.attributes:
             if required:
-                raise RewriteError(f"{by}: {node.op} needs the attribute {name!r}")
+                return f"{node.op} needs the attribute {name!r}", None
             continue
         value = node.attributes[name]
         items = value if kind.endswith("S") and isinstance(value, tuple) else (value,)
         listed = kind.endswith("S") == isinstance(value, tuple)
         if kind in _KINDS and not (listed and all(isinstance(i, _KINDS[kind]) for i in items)):
-            raise RewriteError(f"{by}: attribute {name!r} of {node.op} is {value!r}, {kind.lower()} is expected")
+            return f"attribute {name!r} of {node.op} is {value!r}, {kind.lower()} is expected", None
+    return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import networkx as nx
-
 from vacc_opt.ir.errors import CheckError
-from vacc_opt.ir.graph import Graph, Node
+from vacc_opt.ir.functions import call_problem
+from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.infer import InferenceError, infer, shape_text
 from vacc_opt.ir.origins import without_origin
-from vacc_opt.ir.tensor import PerRank
+from vacc_opt.ir.schema import schema_problem
+from vacc_opt.ir.tensor import PerRank, TensorExpr
 
 
 class InvalidGraph(CheckError):
@@ -18,12 +18,20 @@ class InvalidGraph(CheckError):
 
 
 def verify(graph: Graph, *, after: str = "", origins: bool = False) -> None:
-    """Check order, use lists, index, names and types; with ``origins`` also that all nodes and constants have one.
+    """Check order, use lists, index, names, arity and types, also inside the bodies of the model's functions.
+
+    With ``origins`` also that all nodes and constants have one.
 
     Raises:
         InvalidGraph: with up to five broken invariants, and the pass that broke them when ``after`` is given.
     """
-    _report(graph, list(_problems(graph)) + (list(without_origin(graph)) if origins else []), after)
+    problems = [*_problems(graph), *(without_origin(graph) if origins else ())]
+    for op, body in graph.functions.items():
+        if graph in graph.functions.values():
+            break  # a body is checked alone
+        inside = [*_problems(body), *(without_origin(body) if origins else ())]
+        problems += [f"in {op}: {problem}" for problem in inside]
+    _report(graph, problems, after)
 
 
 def verify_origins(graph: Graph, *, after: str = "") -> None:
@@ -39,64 +47,105 @@ def _report(graph: Graph, problems: list[str], after: str) -> None:
 
 
 def _problems(graph: Graph) -> Iterator[str]:
-    if not nx.is_directed_acyclic_graph(graph._structure):
-        cycle = nx.find_cycle(graph._structure)
-        yield f"a cycle passes through {cycle[0][0]!r}"
+    try:
+        nodes = graph.nodes()
+    except ValueError as error:
+        yield str(error)
         return
-    yield from _uses(graph)
-    yield from _types(graph)
+    for node in nodes:
+        yield from _links(graph, node)
+        problem = schema_problem(node, len(node.outputs), graph.opset)
+        if problem is not None:
+            yield f"{node!r}: {problem[0]}"
+        elif (misfit := type_problem(graph, node)) is not None:
+            yield misfit
+    yield from _values(graph)
+    yield from _nothing_more(graph)
     yield from _interface(graph)
 
 
-def _uses(graph: Graph) -> Iterator[str]:
-    structure = graph._structure
-    for node in graph.nodes():
-        for position, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            if graph.values.get(value.name) is not value:
-                yield f"{node!r} reads {value.name!r}, which nothing defines"
-            elif (node, position) not in value.uses:
-                yield f"{value.name!r} does not know its use by {node!r}"
-            if value.producer is not None and not structure.has_edge(value.producer, node, position):
+_NO_EDGES: dict[Node, dict[int, dict[str, object]]] = {}
+
+
+def _links(graph: Graph, node: Node) -> Iterator[str]:
+    """What a node reads is there, and knows it; for both of them the multigraph has the edge."""
+    values, before = graph.values, graph._pred[node]
+    for position, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        if values.get(value.name) is not value:
+            yield f"{node!r} reads {value.name!r}, which nothing defines"
+        elif (node, position) not in value.uses:
+            yield f"{value.name!r} does not know its use by {node!r}"
+        producer = value.producer
+        if producer is not None:
+            edges = graph._succ.get(producer, _NO_EDGES).get(node)
+            if edges is None or position not in edges or before.get(producer) is not edges:
                 yield f"the edge from {value.name!r} to {node!r} is missing"
-        if node not in graph._by_op.get((node.domain, node.op_type), {}):
-            yield f"{node!r} is missing from the operator index"
+
+
+def _values(graph: Graph) -> Iterator[str]:
+    inputs = set(graph.inputs)
     for name, value in graph.values.items():
-        if value.producer is None and value.const is None and value not in graph.inputs:
-            yield f"{name!r} is neither an input, a constant nor computed"
         if value.name != name:
             yield f"{value.name!r} is filed under {name!r}"
-        for user, position in value.uses:
-            if user not in graph or user.inputs[position] is not value:
-                yield f"{name!r} lists a use by {user!r} that does not exist"
+        producer = value.producer
+        if producer is None:
+            if value.const is None and value not in inputs:
+                yield f"{name!r} is neither an input, a constant nor computed"
+            elif value.const is not None:
+                yield from _constant(graph, value, value.const)
+        elif producer not in graph or producer.outputs[value.index] is not value:
+            yield f"{name!r} is not an output of {producer!r}"
+
+
+def _constant(graph: Graph, value: Value, expr: TensorExpr) -> Iterator[str]:
+    if expr.type != value.type:
+        yield f"constant {value.name!r} is {value.type}, its expression {expr.type}"
+    if isinstance(expr, PerRank) and len(expr.parts) != graph.ranks:
+        yield f"constant {value.name!r} has {len(expr.parts)} parts, the graph has {graph.ranks} ranks"
+
+
+def _nothing_more(graph: Graph) -> Iterator[str]:
+    """Use lists, index and multigraph hold what the nodes say; that they hold nothing else is a matter of counting."""
+    reads = [v for node in graph.nodes() for v in node.inputs if v is not None]
+    if sum(len(value.uses) for value in graph.values.values()) != len(reads):
+        for name, value in graph.values.items():
+            for user, position in value.uses:
+                if user not in graph or user.inputs[position] is not value:
+                    yield f"{name!r} lists a use by {user!r} that does not exist"
+    if sum(len(edges) for users in graph._succ.values() for edges in users.values()) != sum(
+        value.producer is not None for value in reads
+    ):
+        yield "the multigraph has an edge that no operand stands for"
+    indexed = 0
+    for op, nodes in graph._by_op.items():
+        indexed += len(nodes)
+        for node in nodes:
+            if (node.domain, node.op_type) != op or node not in graph:
+                yield f"the operator index has {node!r} under {op[1]}"
+    if indexed < len(graph):
+        missing = next(n for n in graph.nodes() if n not in graph._by_op.get((n.domain, n.op_type), ()))
+        yield f"{missing!r} is missing from the operator index"
 
 
 def type_problem(graph: Graph, node: Node) -> str | None:
     """What the operator's type rule says against the types of a node, if anything; foreign operators have no rule."""
+    if node.domain and node.op in graph.functions:
+        return call_problem(node, graph.functions[node.op])
     label = node.output.name
     try:
         found = infer(node.op, node.inputs, node.attributes, len(node.outputs), opset=graph.opset, label=label)
     except InferenceError as error:
         return error.message if _has_rule(node.op) else None
     for value, result in zip(node.outputs, found, strict=True):
+        if value.type is result.type:
+            continue
         if value.type.dtype is not result.type.dtype:
             return f"{value.name!r} is {value.type.dtype.value}, {node.op} gives {result.type.dtype.value}"
         if not _agree(value.type.shape, result.type.shape):
             return f"{value.name!r} is {shape_text(value.shape)}, {node.op} gives {shape_text(result.type.shape)}"
     return None
-
-
-def _types(graph: Graph) -> Iterator[str]:
-    for node in graph.nodes():
-        problem = type_problem(graph, node)
-        if problem is not None:
-            yield problem
-    for value in graph.constants():
-        if value.const is not None and value.const.type != value.type:
-            yield f"constant {value.name!r} is {value.type}, its expression {value.const.type}"
-        if isinstance(value.const, PerRank) and len(value.const.parts) != graph.ranks:
-            yield f"constant {value.name!r} has {len(value.const.parts)} parts, the graph has {graph.ranks} ranks"
 
 
 def _has_rule(op: str) -> bool:
