@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.ir import Graph
+from vacc_opt.ir import Graph, Value
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable, random_feeds
 from vacc_opt.ir.text import from_text, to_text
@@ -58,23 +58,21 @@ def assert_examples(cls: type[Pass]) -> None:
 def canonical(graph: Graph) -> str:
     """The text without names of nodes, values and constants, and without provenance: what a rewrite is about."""
     graph = copy(graph)
-    names = {v.name for v in graph.inputs} | set(graph.outputs)
+    kept = {v.name for v in graph.inputs} | set(graph.outputs)
+    wanted: dict[Value, str] = {}
     for index, node in enumerate(graph.nodes()):
         node.name = ""
-        for position, value in enumerate(node.outputs):
-            _rename(graph, value.name, f"v{index}_{position}", names)
-    for index, value in enumerate(sorted(graph.constants(), key=lambda v: (v.const.key if v.const else "", v.name))):
-        _rename(graph, value.name, f"c{index}", names)
+        wanted |= {value: f"v{index}_{position}" for position, value in enumerate(node.outputs)}
+    constants = sorted(graph.constants(), key=lambda v: (v.const.key if v.const else "", v.name))
+    wanted |= {value: f"c{index}" for index, value in enumerate(constants)}
+    for value in graph.values.values():
+        if value.name not in kept:
+            value.name = wanted.get(value, value.name)
+            while value.name in kept:
+                value.name += "_"
+    graph.values = {value.name: value for value in graph.values.values()}
     lines = to_text(graph).splitlines()
     return "\n".join(line for line in lines if not line.startswith("# from"))
-
-
-def _rename(graph: Graph, old: str, new: str, keep: set[str]) -> None:
-    if old in keep:
-        return
-    value = graph.values.pop(old)
-    value.name = new
-    graph.values[new] = value
 
 
 def assert_no_match(item: Pass, text: str, reason: str) -> None:
