@@ -113,6 +113,6 @@ def test_a_preset_hands_its_options_on() -> None:
 
 
 def test_an_order_is_checked_inside_scopes_and_presets_too() -> None:
-    with pytest.raises(UserError, match="column 26: 'split-tp' must come after 'fuse-gqa'") as error:
+    with pytest.raises(UserError, match="column 26: 'split-packed-linear' must come before 'split-tp'") as error:
         parse_pipeline("fixpoint(split-tp{tp=2}),vacc-default")
     assert error.value.hint is not None
