@@ -27,11 +27,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint.open_checkpoint(path)
 
 
-def load_onnx(path: str | os.PathLike[str]) -> Graph:
+def load_onnx(path: str | os.PathLike[str], *, keep_functions: bool = False) -> Graph:
     """The graph of an .onnx file; see :mod:`vacc_opt.frontends.onnx_file`."""
     from vacc_opt.frontends import onnx_file
 
-    return onnx_file.load_onnx(path)
+    return onnx_file.load_onnx(path, keep_functions=keep_functions)
 
 
 def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] | list[str] = ()) -> CompileConfig:

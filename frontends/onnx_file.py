@@ -65,7 +65,8 @@ def import_model(
         UserError: the model is not valid, or holds something that the intermediate representation has no form for.
     """
     graph = from_onnx(_raise_opset(_inline(model, keep_functions)), constants, origins)
-    name_origins(graph)
+    for one in (graph, *graph.functions.values()):
+        name_origins(one)
     return graph
 
 

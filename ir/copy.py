@@ -16,10 +16,22 @@ def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
     >>> copy(Graph("g"), {"seq": 4}).name
     'g'
     """
+    result = _copied(graph, sizes)
+    copy_functions(graph.functions, result, sizes)
+    result.phases = {name: copy(phase, sizes) for name, phase in graph.phases.items()}
+    return result
+
+
+def copy_functions(functions: Mapping[str, Graph], into: Graph, sizes: Mapping[str, int] | None = None) -> None:
+    """Give ``into`` copies of bodies, which know each other as the bodies of one model do."""
+    into.functions = {op: _copied(body, sizes) for op, body in functions.items()}
+    for body in into.functions.values():
+        body.functions = into.functions
+
+
+def _copied(graph: Graph, sizes: Mapping[str, int] | None) -> Graph:
     result = _empty(graph, graph.name)
     result.metadata = dict(graph.metadata)
-    result.functions = {op: copy(body, sizes) for op, body in graph.functions.items()}
-    result.phases = {name: copy(phase, sizes) for name, phase in graph.phases.items()}
     made: dict[Value, Value] = {}
     for value in graph.inputs:
         made[value] = Value(value.name, value.type.bind(sizes or {}))
@@ -75,7 +87,7 @@ def extract(graph: Graph, nodes: Iterable[Node], name: str, keep: Iterable[Value
             if value in kept or graph.is_output(value) or any(u not in inside for u, _ in value.uses):
                 result._set_output(value.name, made[value])
     result.functions = graph.functions
-    result.functions = {op: copy(body) for op, body in called_functions(result).items()}
+    copy_functions(called_functions(result), result)
     return result
 
 

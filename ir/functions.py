@@ -13,7 +13,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto
 
 from vacc_opt.ir import ops
-from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.graph import Graph, Node
 from vacc_opt.ir.subgraph import inner_graphs, nodes_inside
 from vacc_opt.ir.types import Dim, SymbolicDim, TensorType
 
@@ -106,6 +106,21 @@ def agrees(type: TensorType, declared: TensorType) -> bool:
         return False
     pairs = zip(type.shape, declared.shape, strict=True)
     return all(a == b or not isinstance(a, int) or not isinstance(b, int) for a, b in pairs)
+
+
+def call_problem(call: Node, body: Graph) -> str | None:
+    """How a call does not fit the body, if it does not."""
+    ends = (("input", call.inputs, body.inputs), ("output", call.outputs, list(body.outputs.values())))
+    for what, given, formal in ends:
+        if len(given) != len(formal):
+            return f"{call!r} has {len(given)} {what}s, the body of {call.op} has {len(formal)}"
+        for value, inner in zip(given, formal, strict=True):
+            if value is None:
+                return f"{call!r} leaves the {what} {inner.name!r} out"
+            known = value.shape is not None and inner.shape is not None
+            if value.type.dtype is not inner.type.dtype or (known and not agrees(value.type, inner.type)):
+                return f"{value.name!r} is {value.type}, the {what} {inner.name!r} of {call.op} is {inner.type}"
+    return None
 
 
 def caller_dims(

@@ -102,7 +102,8 @@ def _export_node(node: Node, names: Mapping[Value, str], taken: Collection[str],
     inputs = ["" if v is None else names[v] for v in node.inputs]
     outputs = ["" if isinstance(v, Absent) else names[v] for v in node.outputs]
     proto = make_node((node.domain, node.op_type), inputs, outputs, node.attributes, taken)
-    proto.name = node.name
+    if node.name:
+        proto.name = node.name
     if provenance and node.provenance != Provenance():
         proto.metadata_props.add(key=PROVENANCE_KEY, value=provenance_to_json(node.provenance))
     return proto

@@ -283,6 +283,7 @@ class _Functions:
         self._open.append(key)
         function = self.table[key]
         body.opset, domains = _versions(function.opset_import, self._root.opset)
+        body.functions = self._root.functions  # bodies call each other by the same names
         constants, sources = self._extras.get(op, ({}, {}))
         trusted = _declared_types(function).items() >= types.items()
         known = {i.name: i.type for i in function.value_info} if trusted else {}

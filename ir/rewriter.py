@@ -13,7 +13,7 @@ import numpy.typing as npt
 import vacc_opt.ir.infer_rules  # noqa: F401 - registers the type rules
 from vacc_opt.ir import ops
 from vacc_opt.ir.graph import Graph, Node, Value
-from vacc_opt.ir.infer import RULES_OPSET, Elements, Result, infer
+from vacc_opt.ir.infer import RULES_OPSET, Elements, InferenceError, Result, infer
 from vacc_opt.ir.provenance import Provenance, merge
 from vacc_opt.ir.schema import RewriteError, check_schema
 from vacc_opt.ir.tensor import Literal, TensorExpr
@@ -202,8 +202,11 @@ class Rewriter:
         domain: str = "",
         outputs: int = 1,
         name: str = "",
+        declared: Sequence[TensorType] | None = None,
     ) -> Node:
         """Add a node whose operator, arity, attributes and operand types are checked.
+
+        ``declared`` are the types of the outputs of an operator that has no type rule.
 
         Raises:
             RewriteError: unknown operator or attribute, wrong arity, an operand that is not in the graph.
@@ -220,7 +223,12 @@ class Rewriter:
         check_schema(node, outputs, self.graph.opset, self.by)
         stem = name or self._stem(node)
         label = self.graph.fresh_name(stem)
-        results = infer(node.op, given, kept, outputs, opset=self.graph.opset, label=label)
+        try:
+            results = infer(node.op, given, kept, outputs, opset=self.graph.opset, label=label)
+        except InferenceError:
+            if declared is None or domain in ("", ops.DOMAIN):
+                raise
+            results = [Result(type) for type in declared]
         values = [self._value(label if i == 0 else f"{label}_{i}", r) for i, r in enumerate(results)]
         node.name = label
         node.provenance = self._heritage()
@@ -298,13 +306,19 @@ class Rewriter:
         if old is new:
             return
         self._check_own(new, "a replacement")
-        self._check_types(old, new)
-        self._check_order([node for node, _ in old.uses], new, f"{old.name!r} and cannot replace it")
-        for name in self.graph.output_names(old):
-            self.set_output(name, new)
-        for node, position in list(old.uses):
-            self._rewire(node, position, old, new)
+        if old.type is not new.type:
+            self._check_types(old, new)
+        if new.producer is not None:
+            self._check_order([node for node, _ in old.uses], new, f"{old.name!r} and cannot replace it")
+        if self.graph.is_output(old):
+            for name in self.graph.output_names(old):
+                self.set_output(name, new)
+        moved = self.graph._move_uses(old, new)
+        for node, _ in moved:
+            self._changed[node] = True
+        self._journal.append((Graph._restore_uses, old, moved))
         if old.producer is not None:
+            self._changed.setdefault(old.producer, False)
             self.erase_dead(old.producer)
         elif old.const is not None and not self.graph.use_count(old):
             self._erase_const(old)
@@ -314,7 +328,8 @@ class Rewriter:
         producer = value.producer
         if producer is None:
             return
-        late = [user for user in users if user.place <= producer.place]
+        place = producer.place
+        late = [user for user in users if user.place <= place]
         if late:
             moved = self.graph._lift(late, producer)
             if moved is None:
