@@ -189,7 +189,11 @@ def _names_its_node(result: Result) -> bool:
 def _infer(ctx: Context, outputs: int) -> list[Result]:
     op, opset, label = ctx.op, ctx.opset, ctx.label
     if op in RULES and (opset >= RULES_OPSET or "::" in op):
-        found = RULES[op](ctx)
+        try:
+            found = RULES[op](ctx)
+        except (IndexError, KeyError) as error:  # a rule that looked for an axis or attribute that is not there
+            types = ", ".join("absent" if v is None else str(v.type) for v in ctx.inputs)
+            raise ctx.error(f"operands ({types}) do not fit") from error
         results = [found] if isinstance(found, Result) else list(found)
         if len(results) >= outputs:
             return results[:outputs]

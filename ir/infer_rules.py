@@ -294,6 +294,8 @@ def _slice(ctx: Context) -> Result:
     steps = ctx.ints(4) if ctx.has(4) else None if count is None else (1,) * count
     if axes is None:
         return Result(TensorType(ctx.dtype(0), tuple(ctx.unknown(i) for i in range(len(shape)))))
+    if len({len(given) for given in (starts, stops, axes, steps) if given is not None}) > 1 or (steps and 0 in steps):
+        raise ctx.error("starts, ends, axes and steps are not as many, or a step is 0")
     dims = list(shape)
     picked: list[tuple[int, int]] = []
     for n, axis in enumerate(axes):
@@ -346,6 +348,8 @@ def _range(ctx: Context) -> Result:
     start, limit, step = ctx.elements(0), ctx.elements(1), ctx.elements(2)
     if not start or not limit or not step or not isinstance(step[0], int):
         return Result(TensorType(ctx.dtype(0), (ctx.unknown(0),)))
+    if step[0] == 0:
+        raise ctx.error("the step is 0")
     length = divide(limit[0] - start[0], step[0])
     if length is None or isinstance(length, int):
         first, last = start[0], limit[0]

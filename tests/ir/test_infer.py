@@ -137,6 +137,13 @@ MISFITS = [
     (f"{ints('a', -4)} y = ReduceSum (x, a)", "axis -4 is not in -3 to 2"),
     (f"{ints('i', 3)} s = Shape (x) y = Gather (s, i)", "index 3 is not in -3 to 2"),
     (f"{ints('a', 3)} {ints('l', 0)} y = Slice (x, l, l, a)", "axis 3 is not in -3 to 2"),
+    (f"{ints('a', 1, 2)} {ints('l', 0)} y = Slice (x, l, l, a)", "are not as many"),
+    (f"{ints('l', 0)} y = Slice (x, l, l, l, l)", "a step is 0"),
+    (
+        f"{ints('a', 0)} q = Unsqueeze (x, a) y = Attention (q, x, x)",
+        r"operands \(float\[1,B,S,8\], float\[B,S,8\], .* do not fit",
+    ),
+    (f"{ints('n', 0)} z = Squeeze (n) y = Range (z, z, z)", "the step is 0"),
 ]
 
 
