@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache
 
 from vacc_opt.frontends.origins import OriginReader
+from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
 OPSET = 23  # at 24 the exporter loses its rotary and RMSNormalization operators
@@ -103,6 +104,7 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     _weights_to_inputs(program.model.graph, _canonical_names(module))
     _resolve_cast_like(program.model.graph)
     model = onnx_ir.to_proto(program.model)
+    resolve_sequences(model)
     _strip(model)
     return Skeleton(model, origins)
 
