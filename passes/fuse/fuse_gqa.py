@@ -25,6 +25,21 @@ class FuseGqa(PatternPass):
     ``[batch, heads, seq, D]``. KV heads that the model repeats are read once: query head h uses KV head h // group. A
     cache that is joined in the model's own layout is joined in that of the interface.
     Source: Ainslie et al. 2023, "GQA"; ONNX Attention-23.
+
+    Before:
+        g (float[B,4,S,8] q, float[B,4,T,8] k, float[B,4,T,8] v, float[B,1,S,T] mask) => (float[B,4,S,8] y)
+        <float scale = {0.25}> {
+            turned = Transpose <perm = [0, 1, 3, 2]> (k)
+            product = MatMul (q, turned)
+            scaled = Mul (product, scale)
+            scores = Add (scaled, mask)
+            weights = Softmax <axis = -1> (scores)
+            y = MatMul (weights, v)
+        }
+    After:
+        g (float[B,4,S,8] q, float[B,4,T,8] k, float[B,4,T,8] v, float[B,1,S,T] mask) => (float[B,4,S,8] y) {
+            y = Attention <is_causal = 0, scale = 0.25> (q, k, v, mask)
+        }
     """
 
     name: ClassVar[str] = "fuse-gqa"

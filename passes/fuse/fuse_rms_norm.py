@@ -21,6 +21,22 @@ class FuseRmsNorm(PatternPass):
     """Fuse the RMS normalization that exporters write as a chain of primitives.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; ONNX RMSNormalization-23.
+
+    Before:
+        g (float[B,S,4] x) => (float[B,S,4] y)
+        <float[4] w = {1, 2, 3, 4}, float two = {2}, float eps = {1e-6}, int64[1] last = {-1}> {
+            square = Pow (x, two)
+            mean = ReduceMean (square, last)
+            shifted = Add (mean, eps)
+            root = Sqrt (shifted)
+            inverse = Reciprocal (root)
+            normed = Mul (x, inverse)
+            y = Mul (normed, w)
+        }
+    After:
+        g (float[B,S,4] x) => (float[B,S,4] y) <float[4] w = {1, 2, 3, 4}> {
+            y = RMSNormalization <axis = -1, epsilon = 1e-6> (x, w)
+        }
     """
 
     name: ClassVar[str] = "fuse-rms-norm"

@@ -26,6 +26,28 @@ class FuseRotary(PatternPass):
     The subgraph is evaluated for positions 0 to ``positions`` - 1, so every scaling rule that depends on the position
     alone is covered. x may be in any layout; one that is partly rotated becomes one node too (``widen-rotary``).
     Source: Su et al. 2021, "RoFormer", eq. 34; ONNX RotaryEmbedding-23.
+
+    Before:
+        g (float[B,1,N,2] x, int64[B,N] positions) => (float[B,1,N,2] y)
+        <float[4,2] cosines = {1, 1, 0, 0, -1, -1, 0, 0}, float[4,2] sines = {0, 0, 1, 1, 0, 0, -1, -1},
+         int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] last = {3}> {
+            gathered = Gather (cosines, positions)
+            cos = Unsqueeze (gathered, one)
+            picked = Gather (sines, positions)
+            sin = Unsqueeze (picked, one)
+            low = Slice (x, zero, one, last)
+            high = Slice (x, one, two, last)
+            minus = Neg (high)
+            turned = Concat <axis = -1> (minus, low)
+            left = Mul (x, cos)
+            right = Mul (turned, sin)
+            y = Add (left, right)
+        }
+    After fuse-rotary{positions=4}:
+        g (float[B,1,N,2] x, int64[B,N] positions) => (float[B,1,N,2] y)
+        <float[4,1] cos = {1, 0, -1, 0}, float[4,1] sin = {0, 1, 0, -1}> {
+            y = RotaryEmbedding (x, cos, sin, positions)
+        }
     """
 
     name: ClassVar[str] = "fuse-rotary"

@@ -21,6 +21,17 @@ class FuseSwiglu(PatternPass):
     """Fuse the gated activation of Llama-like feed-forward blocks.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", SwiGLU with beta = 1.
+
+    Before:
+        g (float[B,S,64] gate, float[B,S,64] up) => (float[B,S,64] y) {
+            opened = Sigmoid (gate)
+            silu = Mul (gate, opened)
+            y = Mul (silu, up)
+        }
+    After:
+        g (float[B,S,64] gate, float[B,S,64] up) => (float[B,S,64] y) {
+            y = Vastai.SwiGLU (gate, up)
+        }
     """
 
     name: ClassVar[str] = "fuse-swiglu"

@@ -23,7 +23,20 @@ class SplitPackedLinear(Pass):
     Split, Slice, Gather and Reshape behind the layer are followed back to weight rows, so groups such as
     ``[kv, (q.., k, v), D]`` are taken apart as well as plain halves. Weights stay expressions; the bias is split too.
     Layers over joined axes are written out before (``unfold-gemm``).
-    Before: ``q, k, v = Split(MatMul(x, w))``; after: ``q = MatMul(x, w[:, :a])`` and so on.
+
+    Before:
+        g (float[B,8] x) => (gate, up) {
+            packed = MatMul (x, w)
+            gate, up = Split <axis = -1, num_outputs = 2> (packed)
+        }
+        # const "w" = Seeded('w', 'float', (8, 6))
+    After:
+        g (float[B,8] x) => (gate, up) {
+            gate = MatMul (x, w0)
+            up = MatMul (x, w1)
+        }
+        # const "w0" = Sliced(Seeded('w', 'float', (8, 6)), (0, 0), (8, 3))
+        # const "w1" = Sliced(Seeded('w', 'float', (8, 6)), (0, 3), (8, 6))
     """
 
     name: ClassVar[str] = "split-packed-linear"

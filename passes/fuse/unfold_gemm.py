@@ -20,8 +20,23 @@ from vacc_opt.passes.infra.registry import register
 class UnfoldGemm(PatternPass):
     """Write a linear layer as MatMul and Add, without joining the tokens' axes before it and splitting them after.
 
-    Before: ``y = Reshape(Gemm(Reshape(x, [-1, 64]), w, b), [.., 96])``; after: ``y = Add(MatMul(x, w), b)``. Two steps:
-    a Gemm becomes MatMul and Add; a MatMul between two Reshapes of the tokens' axes reads x itself.
+    Two steps: a Gemm becomes MatMul and Add; a MatMul between two Reshapes of the tokens' axes reads x itself.
+
+    Before:
+        g (float[2,S,8] x) => (float[2,S,3] y) <int64[2] flat = {-1, 8}, int64[3] apart = {2, -1, 3}> {
+            tokens = Reshape (x, flat)
+            product = Gemm (tokens, w, b)
+            y = Reshape (product, apart)
+        }
+        # const "w" = Seeded('w', 'float', (8, 3))
+        # const "b" = Seeded('b', 'float', (3,))
+    After unfold-gemm{expect=2}:
+        g (float[2,S,8] x) => (float[2,S,3] y) {
+            product = MatMul (x, w)
+            y = Add (product, b)
+        }
+        # const "w" = Seeded('w', 'float', (8, 3))
+        # const "b" = Seeded('b', 'float', (3,))
     """
 
     name: ClassVar[str] = "unfold-gemm"

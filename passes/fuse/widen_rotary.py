@@ -23,8 +23,20 @@ from vacc_opt.passes.infra.views import arranged
 class WidenRotary(PatternPass):
     """Let one RotaryEmbedding read all channels of a head of which it rotates the first ones.
 
-    Before: ``y = Concat(RotaryEmbedding(x[..., :64], ...), x[..., 64:])``; after: ``y = RotaryEmbedding(x, ...)`` with
-    ``rotary_embedding_dim = 64``. Part of ``fuse-rotary``. Source: ONNX RotaryEmbedding-23.
+    Part of ``fuse-rotary``. Source: ONNX RotaryEmbedding-23.
+
+    Before:
+        g (float[B,2,S,8] x, int64[B,S] positions, float[16,2] cos, float[16,2] sin) => (float[B,2,S,8] y)
+        <int64[1] zero = {0}, int64[1] four = {4}, int64[1] eight = {8}, int64[1] last = {3}> {
+            first = Slice (x, zero, four, last)
+            rest = Slice (x, four, eight, last)
+            turned = RotaryEmbedding (first, cos, sin, positions)
+            y = Concat <axis = -1> (turned, rest)
+        }
+    After:
+        g (float[B,2,S,8] x, int64[B,S] positions, float[16,2] cos, float[16,2] sin) => (float[B,2,S,8] y) {
+            y = RotaryEmbedding <rotary_embedding_dim = 4> (x, cos, sin, positions)
+        }
     """
 
     name: ClassVar[str] = "widen-rotary"

@@ -58,7 +58,7 @@ def assert_examples(cls: type[Pass]) -> None:
 def canonical(graph: Graph) -> str:
     """The text without names of nodes, values and constants, and without provenance: what a rewrite is about."""
     graph = copy(graph)
-    kept = {v.name for v in graph.inputs} | set(graph.outputs)
+    kept = {v.name for v in graph.inputs} | {name for name, v in graph.outputs.items() if v.name == name}
     wanted: dict[Value, str] = {}
     for index, node in enumerate(graph.nodes()):
         node.name = ""

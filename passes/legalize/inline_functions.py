@@ -22,8 +22,32 @@ from vacc_opt.passes.infra.registry import register
 class InlineFunctions(Pass):
     """Replace calls of local functions by their bodies, those inside bodies included.
 
-    Before: ``y = other::Twice(x)`` with ``Twice (a) => (b) { b = Add(a, a) }``; after: ``y = Add(x, x)``. A function
-    whose operators mean something else at the opset of the graph is kept.
+    A function whose operators mean something else at the opset of the graph is kept.
+
+    Before:
+        <ir_version: 10, opset_import: ["" : 24, "other" : 1]>
+        g (float[B,8] x) => (float[B,8] y) {
+            double = other.Twice (x)
+            y = other.Less (double)
+        }
+        <domain: "other", opset_import: ["" : 24]>
+        Twice (a) => (b) {
+            b = Add (a, a)
+        }
+        <domain: "other", opset_import: ["" : 24]>
+        Less (a) => (b) {
+            b = Neg (a)
+        }
+    After inline-functions{only=other::Twice}:
+        <ir_version: 10, opset_import: ["" : 24, "other" : 1]>
+        g (float[B,8] x) => (float[B,8] y) {
+            double = Add (x, x)
+            y = other.Less (double)
+        }
+        <domain: "other", opset_import: ["" : 24]>
+        Less (a) => (b) {
+            b = Neg (a)
+        }
     """
 
     name: ClassVar[str] = "inline-functions"

@@ -33,6 +33,25 @@ class KvCache(Pass):
     The interface becomes input_ids [batch, seq], pos [batch] (tokens already cached), valid [batch] and the buffers;
     position ids are pos + arange(seq), attention is causal over the first pos + seq slots (bottom-right aligned), and
     slots past the valid ones hold what no query may see. Masks other than causal with padding are refused.
+
+    Before:
+        g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
+           float[B,1,past,2] "past.0.key", float[B,1,past,2] "past.0.value")
+        => (y, "present.0.key", "present.0.value") {
+            "present.0.key" = Concat <axis = 2> ("past.0.key", k)
+            "present.0.value" = Concat <axis = 2> ("past.0.value", v)
+            y = Attention <is_causal = 1> (q, "present.0.key", "present.0.value")
+        }
+    After kv-cache{context=16}:
+        g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
+           float[B,1,16,2] "past.0.key", float[B,1,16,2] "past.0.value", int64[B] pos, int64[B] valid)
+        => (y, "present.0.key", "present.0.value") {
+            "present.0.key" = TensorScatter <axis = 2, mode = "linear"> ("past.0.key", k, pos)
+            "present.0.value" = TensorScatter <axis = 2, mode = "linear"> ("past.0.value", v, pos)
+            length = Shape <start = 1, end = 2> (input_ids)
+            seen = Add (pos, length)
+            y = Attention <is_causal = 1> (q, "present.0.key", "present.0.value", , , , seen)
+        }
     """
 
     name: ClassVar[str] = "kv-cache"

@@ -53,7 +53,19 @@ SUPPORTED = frozenset(
 class Legalize(Pass):
     """Raise the graph to opset 24, store weights as [N, K], and check that every operator has a kernel.
 
-    Before: ``y = MatMul(x, w)`` with w [K, N]; after: ``y = MatMul(x, Transpose(w'))`` with w' [N, K], stored once.
+    A weight that several layers read is turned, and stored, once.
+
+    Before:
+        g (float[B,3] x) => (float[B,8] y) {
+            y = MatMul (x, w)
+        }
+        # const "w" = Seeded('w', 'float', (3, 8))
+    After:
+        g (float[B,3] x) => (float[B,8] y) {
+            t = Transpose <perm = [1, 0]> (rows)
+            y = MatMul (x, t)
+        }
+        # const "rows" = Transposed(Seeded('w', 'float', (3, 8)), (1, 0))
     """
 
     name: ClassVar[str] = "legalize"

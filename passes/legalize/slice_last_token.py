@@ -27,6 +27,24 @@ class SliceLastToken(Pass):
     Adds the input ``valid`` [batch] int64, the number of tokens of this call up to and including the last real one;
     row ``valid - 1`` is kept, so right padding is correct, and with left padding ``valid`` is the whole length. A model
     that works on [seq, batch, hidden] and turns its logits is turned before lm_head instead.
+
+    Before:
+        g (float[B,S,8] x) => (float[B,S,3] logits) {
+            t = Transpose <perm = [1, 0]> (w)
+            logits = MatMul (x, t)
+        }
+        # const "w" = Seeded('w', 'float', (3, 8))
+    After:
+        g (float[B,S,8] x, int64[B] valid) => (float[B,1,3] logits)
+        <int64 one = {1}, int64[1] axis = {1}, int64[1] tokens = {1}> {
+            index = Sub (valid, one)
+            row = Unsqueeze (index, axis)
+            token = GatherND <batch_dims = 1> (x, row)
+            last = Unsqueeze (token, tokens)
+            t = Transpose <perm = [1, 0]> (w)
+            logits = MatMul (last, t)
+        }
+        # const "w" = Seeded('w', 'float', (3, 8))
     """
 
     name: ClassVar[str] = "slice-last-token"

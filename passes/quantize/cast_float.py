@@ -28,7 +28,18 @@ class CastFloat(Pass):
     """Run the model in another float type: weights, activations, float KV buffers and logits.
 
     Weights are cast as they are written, by rounding to nearest even. Put it after w8a16, whose codes come from the
-    unrounded weights. Before: ``float[B,S,64] x``; after: ``float16[B,S,64] x``.
+    unrounded weights.
+
+    Before:
+        g (float[B,3] x) => (float[B,3] y) {
+            y = Mul (x, w)
+        }
+        # const "w" = Seeded('w', 'float', (3,))
+    After:
+        g (float16[B,3] x) => (float16[B,3] y) {
+            y = Mul (x, w)
+        }
+        # const "w" = Casted(Seeded('w', 'float', (3,)), 'float16')
     """
 
     name: ClassVar[str] = "cast-float"

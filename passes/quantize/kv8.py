@@ -34,6 +34,21 @@ class Kv8(Pass):
     Only new tokens are quantized, once: the cache is never requantized. With ``new_tokens=float`` (the default) the
     tokens of the current call are attended unquantized, with ``quantized`` as they will be read later.
     ``scales`` names a safetensors file with layers.N.{key,value}.{scale,zero}, each float [kv_heads, head_dim].
+
+    Before:
+        g (float[1,1,S,2] k, int64[1] pos, float[1,1,8,2] "past.0.key") => ("present.0.key", keys) {
+            "present.0.key" = TensorScatter <axis = 2> ("past.0.key", k, pos)
+            keys = Identity ("present.0.key")
+        }
+    After kv8{scales=kv.safetensors}:
+        g (float[1,1,S,2] k, int64[1] pos, int8[1,1,8,2] "past.0.key") => (int8[1,1,8,2] "present.0.key", keys)
+        <float[1,2] scale = {0.5, 0.25}, float[1,2] zero = {0, 0}> {
+            codes = Vastai.QuantizeKV (k, scale, zero)
+            "present.0.key" = TensorScatter <axis = 2> ("past.0.key", codes, pos)
+            past = Vastai.DequantizeKV <to = 1> ("past.0.key", scale, zero)
+            attended = TensorScatter <axis = 2> (past, k, pos)
+            keys = Identity (attended)
+        }
     """
 
     name: ClassVar[str] = "kv8"

@@ -47,8 +47,21 @@ class W8A16(Pass):
     """Quantize constant-weight linear layers to int8 by rounding to nearest, one scale an output channel.
 
     ``scale = max|row| / 127``, ``q = clip(rint(w / scale), -127, 127)``, all in fp32; weights stay expressions, so no
-    weight is read here. Before: ``y = MatMul(x, Transpose(w))``; after: ``y = QuantizedLinearPerChannel(x, q, s)``.
+    weight is read here.
     The embedding is no linear layer; lm_head stays as it is unless asked for.
+
+    Before:
+        g (float[B,8] x) => (float[B,3] y) {
+            t = Transpose <perm = [1, 0]> (w)
+            y = MatMul (x, t)
+        }
+        # const "w" = Seeded('w', 'float', (3, 8))
+    After:
+        g (float[B,8] x) => (float[B,3] y) {
+            y = Vastai.QuantizedLinearPerChannel (x, codes, scales)
+        }
+        # const "codes" = Codes(Seeded('w', 'float', (3, 8)))
+        # const "scales" = Scales(Seeded('w', 'float', (3, 8)))
     """
 
     name: ClassVar[str] = "w8a16"

@@ -22,6 +22,22 @@ class ExpandRanks(Pass):
 
     KV buffers become one input and output a rank, named ``<name>.rank<i>``; the logits are those of rank 0, which every
     rank has. Adapter: feed the buffers of rank i to ``<name>.rank<i>``.
+
+    Before:
+        g (float[B,4] input_ids) => (logits) {
+            part = MatMul (input_ids, w)
+            logits = Vastai.AllReduce <ranks = 2> (part)
+        }
+        # meta ranks = 2
+        # const "w" = PerRank((Seeded('w0', 'float', (4, 4)), Seeded('w1', 'float', (4, 4))))
+    After:
+        g (float[B,4] input_ids) => (logits) {
+            part0 = MatMul (input_ids, w0)
+            part1 = MatMul (input_ids, w1)
+            logits = Add (part0, part1)
+        }
+        # const "w0" = Seeded('w0', 'float', (4, 4))
+        # const "w1" = Seeded('w1', 'float', (4, 4))
     """
 
     name: ClassVar[str] = "expand-ranks"

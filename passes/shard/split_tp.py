@@ -77,7 +77,38 @@ class SplitTp(Pass):
     Heads that do not divide are padded inside their KV group or by whole groups, KV heads replicated: the cheapest, and
     said. Two AllReduce a layer, one for the embedding, one AllGather for the logits. Nothing is read or copied.
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
-    """
+
+    Before:
+        g (float[B,S,4] x) => (float[B,S,4] y) <int64[4] heads = {0, 0, -1, 2}, int64[3] joined = {0, 0, -1}> {
+            qkv = Transpose <perm = [1, 0]> (w)
+            projected = MatMul (x, qkv)
+            parted = Reshape (projected, heads)
+            turned = Transpose <perm = [0, 2, 1, 3]> (parted)
+            attended = Attention (turned, turned, turned)
+            back = Transpose <perm = [0, 2, 1, 3]> (attended)
+            hidden = Reshape (back, joined)
+            out = Transpose <perm = [1, 0]> (o)
+            y = MatMul (hidden, out)
+        }
+        # const "w" = Seeded('w', 'float', (4, 4))
+        # const "o" = Seeded('o', 'float', (4, 4))
+    After split-tp{tp=2}:
+        g (float[B,S,4] x) => (float[B,S,4] y) <int64[4] heads = {0, 0, -1, 2}, int64[3] joined = {0, 0, -1}> {
+            qkv = Transpose <perm = [1, 0]> (w)
+            projected = MatMul (x, qkv)
+            parted = Reshape (projected, heads)
+            turned = Transpose <perm = [0, 2, 1, 3]> (parted)
+            attended = Attention (turned, turned, turned)
+            back = Transpose <perm = [0, 2, 1, 3]> (attended)
+            hidden = Reshape (back, joined)
+            out = Transpose <perm = [1, 0]> (o)
+            part = MatMul (hidden, out)
+            y = Vastai.AllReduce <ranks = 2> (part)
+        }
+        # meta ranks = 2
+        # const "w" = PerRank((Sliced(Seeded('w', 'float', (4, 4)), (0, 0), (2, 4)), Sliced(Seeded('w', 'float', (4, 4)), (2, 0), (4, 4))))
+        # const "o" = PerRank((Sliced(Seeded('o', 'float', (4, 4)), (0, 0), (4, 2)), Sliced(Seeded('o', 'float', (4, 4)), (0, 2), (4, 4))))
+    """  # noqa: E501
 
     name: ClassVar[str] = "split-tp"
     kind: ClassVar[Kind] = Kind.INTERFACE

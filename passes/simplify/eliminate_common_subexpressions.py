@@ -19,7 +19,17 @@ from vacc_opt.passes.simplify.fold_constants import is_random
 class EliminateCommonSubexpressions(Pass):
     """Merge nodes with the same operator, attributes and inputs, and constants with the same value.
 
-    Before: ``a = Neg(x); b = Neg(x); y = Add(a, b)``; after: ``a = Neg(x); y = Add(a, a)``.
+    Before:
+        g (float[B,8] x) => (float[B,8] y) {
+            a = Neg (x)
+            b = Neg (x)
+            y = Add (a, b)
+        }
+    After:
+        g (float[B,8] x) => (float[B,8] y) {
+            a = Neg (x)
+            y = Add (a, a)
+        }
     """
 
     name: ClassVar[str] = "eliminate-common-subexpressions"

@@ -14,7 +14,18 @@ from vacc_opt.passes.infra.registry import register
 @register
 @dataclass(frozen=True)
 class EliminateDeadCode(Pass):
-    """Remove nodes and constants that no output depends on; the inputs of the graph stay."""
+    """Remove nodes and constants that no output depends on; the inputs of the graph stay.
+
+    Before:
+        g (float[B,8] x) => (float[B,8] y) {
+            unread = Exp (x)
+            y = Neg (x)
+        }
+    After:
+        g (float[B,8] x) => (float[B,8] y) {
+            y = Neg (x)
+        }
+    """
 
     name: ClassVar[str] = "eliminate-dead-code"
     kind: ClassVar[Kind] = Kind.EXACT

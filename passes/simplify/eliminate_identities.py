@@ -22,8 +22,19 @@ Rule = Callable[[Node, Rewriter], Value | None]
 class EliminateIdentities(Pass):
     """Drop Identity, full Slice, same-shape Reshape and Expand, same-type Cast, x*1, x+0, transpose pairs and the like.
 
-    Before: ``y = Neg(Slice(x, [0], [9223372036854775807]))``; after: ``y = Neg(x)``. A Reshape whose target entries are
+    A Reshape whose target entries are
     dimensions of its input gets a constant target with 0 (same) and -1 (the rest), which ends Shape and Concat chains.
+
+    Before:
+        g (float[B,8] x) => (float[B,8] y) <float zero = {0}> {
+            a = Add (x, zero)
+            b = Identity (a)
+            y = Neg (b)
+        }
+    After:
+        g (float[B,8] x) => (float[B,8] y) {
+            y = Neg (x)
+        }
     """
 
     name: ClassVar[str] = "eliminate-identities"

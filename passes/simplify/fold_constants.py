@@ -28,8 +28,18 @@ RANDOM = frozenset(
 class FoldConstants(Pass):
     """Replace nodes over small constants, and integer tensors whose entries are known, by constants.
 
-    Before: ``y = Reshape(x, Concat(Shape<end=1>(x), [64]))``, x ``float[2,8,8]``; after: ``y = Reshape(x, [2, 64])``.
     Floats are computed by onnxruntime, in one session for the whole graph, so that the values stay the same bits.
+
+    Before:
+        g (float[2,8,8] x) => (float[2,64] y) <int64[1] rest = {64}> {
+            batch = Shape <end = 1> (x)
+            shape = Concat <axis = 0> (batch, rest)
+            y = Reshape (x, shape)
+        }
+    After:
+        g (float[2,8,8] x) => (float[2,64] y) <int64[2] shape = {2, 64}> {
+            y = Reshape (x, shape)
+        }
     """
 
     name: ClassVar[str] = "fold-constants"

@@ -21,7 +21,20 @@ MAX_ROUNDS = 20
 @register
 @dataclass(frozen=True)
 class Simplify(Pass):
-    """Fold constants, drop no-ops, merge equal nodes and remove dead code, until nothing changes."""
+    """Fold constants, drop no-ops, merge equal nodes and remove dead code, until nothing changes.
+
+    Before:
+        g (float[2,8,8] x) => (float[2,64] y) <int64[1] rest = {64}, float one = {1}> {
+            batch = Shape <end = 1> (x)
+            shape = Concat <axis = 0> (batch, rest)
+            flat = Reshape (x, shape)
+            y = Mul (flat, one)
+        }
+    After:
+        g (float[2,8,8] x) => (float[2,64] y) <int64[2] shape = {2, 64}> {
+            y = Reshape (x, shape)
+        }
+    """
 
     name: ClassVar[str] = "simplify"
     kind: ClassVar[Kind] = Kind.EXACT
