@@ -352,7 +352,8 @@ class Casted(TensorExpr):
         return self.base.shape
 
     def _read(self, index: Index) -> Array:
-        return self.base.read(index).astype(self.dtype.numpy)
+        with np.errstate(over="ignore"):  # a mask's -3.4e38 becomes -infinity in fp16, and means the same
+            return self.base.read(index).astype(self.dtype.numpy)
 
 
 @dataclass(frozen=True)

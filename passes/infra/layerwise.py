@@ -82,13 +82,13 @@ class Layerwise:
         return [{name: _read(v, rank, value) for name, value in graph.outputs.items()} for rank, v in enumerate(values)]
 
     def _pieces(self, graph: Graph) -> list[list[Node]]:
-        pieces: list[list[Node]] = []
+        pieces: list[list[Node]] = [[]]
         held: set[Value] = set()
-        size = self.layer_bytes
+        size = 0
         for node in graph.nodes():
             new = {v for v in node.inputs if v is not None and is_stored(v) and v not in held}
             more = sum(v.const.rank(r).nbytes for v in new if v.const is not None for r in range(graph.ranks))
-            if size + more > self.layer_bytes and (more or not pieces):
+            if pieces[-1] and more and size + more > self.layer_bytes:
                 pieces.append([])
                 held, size = set(), 0
             pieces[-1].append(node)

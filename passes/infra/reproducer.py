@@ -282,8 +282,8 @@ def check_replay(reproducer: Reproducer, error: Exception | None) -> str:
         CheckError: it failed, the same way as then or another.
     """
     if error is None:
-        then = "the pipeline failed then" if reproducer.failure else "as it did then"
-        return f"the pipeline runs without an error, {then}"
+        then = "; then it failed" if reproducer.failure else ", as it did then"
+        return f"the pipeline runs without an error{then}"
     if reproducer.failure and failure_of(error) == reproducer.failure:
         raise CheckError(f"it fails the same way: {error}") from error
     before = f"then: {reproducer.error.splitlines()[0]}" if reproducer.error else "then it did not fail"
