@@ -94,8 +94,8 @@ def explain(path: Path, subject: str, *, phase: str | None = None, rank: int | N
     Raises:
         UserError: no such model, phase, rank or subject; the nearest name is given.
     """
-    models: list[_Model] = []
-    for model in _models(path, phase, rank):
+    models: list[Explainer] = []
+    for model in explainers(path, phase, rank):
         found = model.find(subject)
         if found is not None:
             return found
@@ -103,14 +103,16 @@ def explain(path: Path, subject: str, *, phase: str | None = None, rank: int | N
     raise UserError(f"{path}: no {subject!r} in {', '.join(m.title for m in models)}", _hint(subject, models))
 
 
-def _models(path: Path, phase: str | None, rank: int | None) -> Iterator[_Model]:
-    """The graphs to look in, each read only when it is asked for."""
+def explainers(path: Path, phase: str | None = None, rank: int | None = None) -> Iterator[Explainer]:
+    """The graphs that :func:`explain` looks in, each read only when it is asked for; raises UserError as it does."""
     if path.is_file() and path.suffix in (".onnx", TEXT_SUFFIX):
         if phase is not None or (rank is not None and path.suffix == ".onnx"):
             option = "--phase" if phase is not None else "--rank"
-            raise UserError(f"{path}: {option} chooses among the graphs of an artifact; this is one graph")
+            raise UserError(
+                f"{path}: {option} chooses among the graphs of an artifact", "leave it out: this is one graph"
+            )
         graph = load_model(str(path))
-        yield _Model(graph, path.name, _checked_rank(path, rank, graph.ranks))
+        yield Explainer(graph, path.name, _checked_rank(path, rank, graph.ranks))
         return
     if path.is_dir() and not is_artifact(path) and (files := sorted(p.name for p in path.glob("*.onnx"))):
         raise UserError(f"{path}: not an artifact", f"name one of its files, such as {path / files[0]}")
@@ -122,7 +124,7 @@ def _models(path: Path, phase: str | None, rank: int | None) -> Iterator[_Model]
     rank = _checked_rank(path, rank, artifact.ranks)
     for name in (phase,) if phase is not None else artifact.phases:
         program = Program.from_text(artifact.schedule(name))
-        yield _Model(load_onnx(path / f"{name}.rank{rank}.onnx"), name, rank, program)
+        yield Explainer(load_onnx(path / f"{name}.rank{rank}.onnx"), name, rank, program)
 
 
 def _checked_rank(path: Path, rank: int | None, ranks: int) -> int:
@@ -132,7 +134,7 @@ def _checked_rank(path: Path, rank: int | None, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Model:
+class Explainer:
     """A graph with what its schedule makes of it."""
 
     graph: Graph
@@ -269,7 +271,7 @@ def _inside(origin: Origin, path: str) -> bool:
     return origin.module == path or origin.module.startswith(f"{path}.")
 
 
-def _hint(subject: str, models: list[_Model]) -> str:
+def _hint(subject: str, models: list[Explainer]) -> str:
     names = list(dict.fromkeys(name for model in models for name in model.names()))
     if difflib.get_close_matches(subject, names, n=1, cutoff=0.6):
         return did_you_mean(subject, names)
