@@ -40,6 +40,7 @@ class Attention:
     value_bias: tuple[Value, ...]
     caches: tuple[Value, ...]
     kv_constants: tuple[Value, ...]
+    reshapes: tuple[tuple[Node, int], ...]  # and the axis of the result that holds heads
 
 
 @dataclass
@@ -47,6 +48,7 @@ class _Path:
     """What lies between a projection and the attention."""
 
     linear: Linear
+    reshapes: list[Node]
     biases: list[Value]
     constants: list[Value]
     caches: list[Value]
@@ -67,6 +69,7 @@ def attention_block(node: Node) -> Attention:
     if mask is not None and mask.shape is not None and len(mask.shape) > 2 and mask.shape[-3] != 1:
         raise CheckError(f"the mask of {where(node)} is {mask.type}: one a head, which is not split")
     query, key, value = (_upstream(x, width) for x in (q, k, v))
+    out, joins = _downstream(node.output)
     return Attention(
         node,
         (heads, kv),
@@ -74,12 +77,13 @@ def attention_block(node: Node) -> Attention:
         query.linear,
         key.linear,
         value.linear,
-        _downstream(node.output),
+        out,
         tuple(query.biases),
         tuple(key.biases),
         tuple(value.biases),
         tuple(dict.fromkeys(key.caches + value.caches)),
         tuple(dict.fromkeys(key.constants + value.constants)),
+        (*((n, -2) for path in (query, key, value) for n in path.reshapes), *((n, -1) for n in joins)),
     )
 
 
@@ -87,11 +91,14 @@ def _upstream(value: Value, width: int) -> _Path:
     biases: list[Value] = []
     constants: list[Value] = []
     caches: list[Value] = []
+    reshapes: list[Node] = []
     while value.producer is not None:
         node = value.producer
         linear = as_linear(node)
         if linear is not None:
-            return _Path(linear, biases, constants, caches)
+            return _Path(linear, reshapes, biases, constants, caches)
+        if node.op == "Reshape":
+            reshapes.append(node)
         if node.op == "Add":
             sides = [v for v in node.inputs if v is not None and not v.is_const]
             vectors = [v for v in node.inputs if v is not None and v.is_const]
@@ -124,16 +131,20 @@ def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
     return [value] if value is not None else []
 
 
-def _downstream(value: Value) -> Linear:
+def _downstream(value: Value) -> tuple[Linear, list[Node]]:
+    """The linear that reads a value, and the Reshapes on the way."""
+    reshapes: list[Node] = []
     while True:
         users = value.users()
         if len(users) != 1:
             raise CheckError(f"{value.name} has {len(users)} users; one output projection is expected")
         linear = as_linear(users[0])
         if linear is not None and linear.x is value:
-            return linear
+            return linear, reshapes
         if users[0].op not in _DOWNSTREAM:
             raise CheckError(f"no linear layer follows the attention: stopped at {where(users[0])}")
+        if users[0].op == "Reshape":
+            reshapes.append(users[0])
         value = users[0].output
 
 
@@ -144,5 +155,5 @@ def feed_forward_blocks(graph: Graph) -> list[tuple[Linear, Linear, Linear]]:
         gate, up = (as_linear(v.producer) if v is not None and v.producer is not None else None for v in node.inputs)
         if gate is None or up is None:
             raise CheckError(f"{where(node)} is not fed by two linear layers")
-        blocks.append((gate, up, _downstream(node.output)))
+        blocks.append((gate, up, _downstream(node.output)[0]))
     return blocks

@@ -9,6 +9,7 @@ import numpy as np
 
 from vacc_opt.ir import Graph, Literal, Node, PerRank, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.adapters import Adapter, Ranks, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
@@ -61,6 +62,15 @@ class _Split:
             self.set(linear.weight, ("columns", columns), _flip(split) if flip else split)
         with self.rw.on_behalf_of(linear.node):
             self.rw.insert_after(linear.node.output, lambda v: self.rw.vastai.AllReduce(v, ranks=self.tp))
+
+
+def _free(rw: Rewriter, node: Node, axis: int) -> None:
+    """Let -1 stand for the heads in the target of a Reshape: a rank has another number of them."""
+    target = node.inputs[1]
+    entries = [e for e in elements_of(target) or () if isinstance(e, int)] if target is not None else []
+    if target is not None and target.const is not None and -1 not in entries and any(entries[axis:][:1]):
+        entries[axis] = -1
+        rw.set_input(node, 1, rw.ints(*entries))
 
 
 def _flip(expr: PerRank) -> PerRank:
@@ -164,6 +174,8 @@ class SplitTp(Pass):
         for linear, bias in ((block.key, block.key_bias), (block.value, block.value_bias)):
             split.outputs(linear, kv, bias)
         split.inputs(block.out, query)
+        for node, axis in block.reshapes:
+            _free(split.rw, node, axis)
         # a padded KV head writes zeros; any finite scale will do, the first head's is one
         real = tuple(tuple(max(h, 0) for h in heads) for heads in plan.kv)
         for value in block.kv_constants:
