@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, FunctionProto, NodeProto
 
 from vacc_opt.ir import ops
@@ -60,7 +61,7 @@ def specialized(
     for node in function.node:
         made = NodeProto()
         made.CopyFrom(node)
-        for one in (made, *(n for graph in inner_graphs(made) for n in nodes_inside(graph))):
+        for one in (*(n for graph in inner_graphs(made) for n in nodes_inside(graph)), made):
             one.input[:] = ["" if name in gone else name for name in one.input]
             _fill_in(one, values)
         result.append(made)

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from vacc_opt.ir import ops
 from vacc_opt.ir.attributes import make_node, subgraphs
-from vacc_opt.ir.functions import called_functions, split_op
+from vacc_opt.ir.functions import called_functions, free_name, split_op
 from vacc_opt.ir.graph import Absent, Graph, Node, Value
 from vacc_opt.ir.infer import RULES, type_proto
 from vacc_opt.ir.provenance import Origin, Provenance
@@ -26,7 +26,12 @@ External = Callable[[Value], tuple[str, int, int]]
 
 
 def to_onnx(
-    graph: Graph, external: External | None = None, *, provenance: bool = True, rank: int = 0
+    graph: Graph,
+    external: External | None = None,
+    *,
+    provenance: bool = True,
+    rank: int = 0,
+    embed: Callable[[Value], bool] = lambda value: True,
 ) -> onnx.ModelProto:
     """The graph as a model; output values take their interface names.
 
@@ -36,10 +41,11 @@ def to_onnx(
             as typed names (a skeleton).
         provenance: write the provenance of nodes and constants, and the formulas of weights, as ``metadata_props``.
         rank: whose weights ``external`` places.
+        embed: which constants of function bodies are written, there only as data; the others appear nowhere.
     """
     names = export_names(graph)
     initializers: list[onnx.TensorProto] = []
-    infos = [_info(names[value], value.type) for value in _untold(graph, graph)]
+    infos = [_info(names[value], value.type) for value in _untold(graph)]
     for value in graph.constants():
         if is_inline(value):
             assert value.const is not None
@@ -52,7 +58,7 @@ def to_onnx(
         if provenance:
             _describe(initializers[-1], value, rank)
     proto = helper.make_graph(
-        _nodes(graph, names, provenance),
+        _nodes(graph, names, graph.outputs, provenance),
         graph.name,
         [_info(v.name, v.type) for v in graph.inputs],
         [_info(name, value.type) for name, value in graph.outputs.items()],
@@ -60,7 +66,7 @@ def to_onnx(
         value_info=infos,
     )
     bodies = called_functions(graph)
-    functions = [function_proto(op, body, graph, provenance=provenance) for op, body in bodies.items()]
+    functions = [_function(op, body, provenance, embed) for op, body in bodies.items()]
     own = [
         op.function(graph.opset)
         for op in ops.OPS.values()
@@ -87,12 +93,14 @@ def _imports(graph: Graph) -> list[onnx.OperatorSetIdProto]:
     return [helper.make_opsetid("", graph.opset)] + [helper.make_opsetid(d, v) for d, v in sorted(used.items()) if d]
 
 
-def _nodes(graph: Graph, names: Mapping[Value, str], provenance: bool) -> list[onnx.NodeProto]:
-    taken = {name for value, name in names.items() if not isinstance(value, Absent)} | set(graph.outputs)
+def _nodes(
+    graph: Graph, names: Mapping[Value, str], outputs: Mapping[str, Value], provenance: bool
+) -> list[onnx.NodeProto]:
+    taken = {name for value, name in names.items() if not isinstance(value, Absent)} | set(outputs)
     nodes = [_export_node(node, names, taken, provenance) for node in graph.nodes()]
     nodes += [
         helper.make_node("Identity", [names[value]], [name], name=f"{OUTPUT_PREFIX}{name}")
-        for name, value in graph.outputs.items()
+        for name, value in outputs.items()
         if names[value] != name
     ]
     return nodes
@@ -109,24 +117,17 @@ def _export_node(node: Node, names: Mapping[Value, str], taken: Collection[str],
     return proto
 
 
-def _untold(graph: Graph, root: Graph) -> Iterator[Value]:
+def _untold(graph: Graph) -> Iterator[Value]:
     """Values whose type a reader could not infer: results of foreign operators and of subgraphs."""
     for node in graph.nodes():
         op = node.op
-        foreign = "::" in op and op not in RULES and op not in root.functions
+        foreign = "::" in op and op not in RULES and op not in graph.functions
         if foreign or subgraphs(node.attributes):
             yield from (v for v in node.outputs if not isinstance(v, Absent) and not graph.is_output(v))
 
 
-def function_proto(
-    op: str,
-    body: Graph,
-    root: Graph,
-    *,
-    provenance: bool = True,
-    embed: Callable[[Value], bool] = lambda value: True,
-) -> onnx.FunctionProto:
-    """A body as a function, with the types of its inputs; constants to ``embed`` become ``Constant`` nodes."""
+def _function(op: str, body: Graph, provenance: bool, embed: Callable[[Value], bool]) -> onnx.FunctionProto:
+    """A body as a function, with the types of its inputs and with constants as ``Constant`` nodes."""
     names = export_names(body)
     constants: list[onnx.NodeProto] = []
     for value in body.constants():
@@ -136,11 +137,12 @@ def function_proto(
             if provenance and value.provenance != Provenance():
                 prop = provenance_to_json(value.provenance)
                 constants[-1].metadata_props.add(key=PROVENANCE_KEY, value=prop)
-    domain, name = split_op(op)
     inputs = [value.name for value in body.inputs]
-    nodes = constants + _nodes(body, names, provenance)
-    function = helper.make_function(domain, name, inputs, list(body.outputs), nodes, _imports(body))
-    typed = [*body.inputs, *(value for value in _untold(body, root))]
+    # onnxruntime wants an output that is an input to have another name
+    outputs = {free_name(name, inputs): value for name, value in body.outputs.items()}
+    nodes = constants + _nodes(body, names, outputs, provenance)
+    function = helper.make_function(*split_op(op), inputs, list(outputs), nodes, _imports(body))
+    typed = [*body.inputs, *_untold(body)]
     function.value_info.extend(_info(names[value], value.type) for value in typed)
     return function
 

@@ -246,6 +246,8 @@ class _Functions:
     ) -> tuple[Node, list[str], list[Result]]:
         """The call of a body that has the types, attributes and outputs of this call, its outputs' names and types."""
         key = key_of(proto)
+        if key in self._open:
+            raise UserError(f"the function {key[0]}::{key[1]} calls itself")
         function = self.table[key]
         given = {f: v for f, v in zip(function.input, inputs, strict=False) if v is not None}
         outputs = {f: name for f, name in zip(function.output, proto.output, strict=False) if name}
@@ -278,8 +280,6 @@ class _Functions:
         attributes: Mapping[str, onnx.AttributeProto],
         outputs: Sequence[str],
     ) -> None:
-        if key in self._open:
-            raise UserError(f"the function {op} calls itself")
         self._open.append(key)
         function = self.table[key]
         body.opset, domains = _versions(function.opset_import, self._root.opset)

@@ -21,7 +21,6 @@ from vacc_opt.ir.graph import Absent, Graph, Value
 from vacc_opt.ir.onnx_export import (
     IR_VERSION,
     export_names,
-    function_proto,
     is_inline,
     provenance_from_json,
     provenance_to_json,
@@ -45,12 +44,12 @@ _SAFE = (onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT, onnx.AttributeProto
 
 def to_text(graph: Graph) -> str:
     """The graph as text, weights as expressions; the same graph gives the same bytes."""
-    model = to_onnx(graph, provenance=False)
+    model = to_onnx(graph, provenance=False, embed=_inline)
+    bodies = called_functions(graph)
+    functions = [f for f in model.functions if f"{f.domain}::{f.name}" in bodies]
     del model.functions[:]
     del model.metadata_props[:]
     model.producer_name = ""
-    bodies = called_functions(graph)
-    functions = [function_proto(op, b, graph, provenance=False, embed=_inline) for op, b in bodies.items()]
     lines = [f"# meta {key} = {value}" for key, value in sorted(graph.metadata.items())]
     if graph.ranks > 1:
         lines.append(f"# meta ranks = {graph.ranks}")
