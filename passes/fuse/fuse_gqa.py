@@ -8,7 +8,15 @@ from typing import ClassVar
 
 from vacc_opt.ir import Node, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.attention import added_mask, is_plain, operands, total_scale, why_not_grouped, why_not_masked
+from vacc_opt.passes.infra.attention import (
+    added_mask,
+    is_plain,
+    operands,
+    total_scale,
+    why_not_grouped,
+    why_not_masked,
+    why_not_scaled,
+)
 from vacc_opt.passes.infra.base import Kind
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.pattern import Pattern, maybe, op
@@ -73,7 +81,8 @@ class FuseGqa(PatternPass):
                 yield m.reason("{name} is {x}: no [B,H,S,D] tensor is behind it", name=name, x=m.captures[name].type)
         if q is not None and k is not None and v is not None:
             yield from why_not_grouped(m, q, k, v)
-            yield from why_not_masked(m, q)
+            yield from why_not_masked(m, q, k)
+        yield from why_not_scaled(m)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """One node; the scale is explicit."""

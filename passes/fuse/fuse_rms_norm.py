@@ -60,6 +60,8 @@ class FuseRmsNorm(PatternPass):
             yield m.reason("epsilon {eps:g} is above {most:g}", eps=m.number("eps"), most=self.max_eps)
         if m.weight.rank != 1 or m.weight.shape[0] != m.x.shape[-1]:
             yield m.reason("weight is {weight}, a vector over the last axis of {x} is expected", weight=m.weight, x=m.x)
+        if m.root.output.shape != m.x.shape:
+            yield m.reason("the result is {y}, x is {x}: a constant is broadcast", y=m.root.output.type, x=m.x.type)
         if m.weight.type.dtype is not m.x.type.dtype:
             yield m.reason("weight {weight} and x {x} differ in type", weight=m.weight.type, x=m.x.type)
 

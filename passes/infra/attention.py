@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from vacc_opt.ir import Value
+from vacc_opt.ir import Dim, Value
+from vacc_opt.ir.infer import shape_text
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.heads import ROWS_LAST, TRANSPOSED, Heads, as_heads
 from vacc_opt.passes.infra.masks import BLOCKED
@@ -38,15 +40,26 @@ def why_not_grouped(m: Match, q: Heads, k: Heads, v: Heads) -> Iterator[Reason]:
             yield m.reason(what, name=name, own=own, heads=heads)
     if k.sizes[1] != v.sizes[1]:
         yield m.reason("k has {k} heads, v has {v}", k=k.sizes[1], v=v.sizes[1])
-    if m.root.output.rank != 4 or (m.root.output.shape or ())[:2] != q.sizes[:2]:
+    if m.root.output.rank != 4 or (m.root.output.shape or ())[:3] != q.sizes[:3]:
         yield m.reason("the result is {y}, [B,H,S,D] of q's heads is expected", y=m.root.output.type)
+    alike = (("q", q, "k", k, 0), ("q", q, "v", v, 0), ("k", k, "v", v, 2), ("q", q, "k", k, 3))
+    for one, a, other, b, axis in alike:
+        if _differ(a.sizes[axis], b.sizes[axis]):
+            what = "{one} is {a}, {other} is {b}: one is broadcast"
+            yield m.reason(what, one=one, a=shape_text(a.sizes), other=other, b=shape_text(b.sizes))
 
 
-def why_not_masked(m: Match, q: Heads) -> Iterator[Reason]:
+def _differ(a: Dim, b: Dim) -> bool:
+    """True for sizes of which one is a number; two names of an exporter may mean the same."""
+    return a != b and (isinstance(a, int) or isinstance(b, int))
+
+
+def why_not_masked(m: Match, q: Heads, k: Heads) -> Iterator[Reason]:
     """What speaks against the ``mask`` that is added, or the ``fill`` of hidden scores."""
     mask, fill, softmax = m.get("mask"), m.get("fill"), m.get("softmax")
-    if mask is not None and (mask.rank is None or mask.rank > 4):
-        yield m.reason("the mask is {mask}", mask=mask.type)
+    one = mask if mask is not None else m.get("hidden")
+    if one is not None and not _is_mask(one, q, k):
+        yield m.reason("{mask} is no mask of {s} queries by {t} keys", mask=one, s=q.sizes[2], t=k.sizes[2])
     masked = mask is not None or fill is not None
     if softmax is not None and masked and (softmax.output.shape or ())[:-2] != q.sizes[:2]:
         yield m.reason("{x} is masked, [B,H,S,T] is expected", x=softmax.output.type)
@@ -54,12 +67,30 @@ def why_not_masked(m: Match, q: Heads) -> Iterator[Reason]:
         yield m.reason("masked scores become {number:g}, which hides no key", number=m.number("blocked"))
 
 
+def _is_mask(value: Value, q: Heads, k: Heads) -> bool:
+    """True for [S,T], [H,S,T] or [B,H,S,T] where B and H may be 1: onnxruntime does not broadcast the last two."""
+    shape, sizes = value.shape, (q.sizes[0], q.sizes[1], q.sizes[2], k.sizes[2])
+    if shape is None or not 2 <= len(shape) <= 4:
+        return False
+    lead, last = shape[:-2], shape[-2:]
+    fits = all(d == 1 or not _differ(d, size) for d, size in zip(lead, sizes[2 - len(lead) : 2], strict=True))
+    return fits and not any(_differ(d, size) for d, size in zip(last, sizes[2:], strict=True))
+
+
+def why_not_scaled(m: Match) -> Iterator[Reason]:
+    """What speaks against the scale: Attention takes the root of it."""
+    scale = total_scale(m)
+    if not 0 < scale < math.inf:
+        yield m.reason("the scale is {scale:g}, a positive number is expected", scale=scale)
+
+
 def total_scale(m: Match) -> float:
     """The product of the scales of q, k and the scores."""
     result = 1.0
     for name in ("scale", "q_scale", "k_scale"):
         result *= m.number(name) if m.get(name) is not None else 1.0
-    return result / m.number("divisor") if m.get("divisor") is not None else result
+    divisor = m.number("divisor") if m.get("divisor") is not None else 1.0
+    return result / divisor if divisor else math.inf
 
 
 def added_mask(m: Match, rw: Rewriter) -> Value | None:

@@ -83,6 +83,14 @@ OTHER = {
         chain(weight=f'# const "w" = {Literal(np.ones(1, np.float32))}\n'),
         "a vector over the last axis of",
     ),
+    "an epsilon that adds an axis": (
+        chain(
+            consts=CONSTS.replace(
+                "eps = Constant <value = float {0.000001}> ()", "eps = Constant <value = float[1,1,1,1] {0.000001}> ()"
+            )
+        ),
+        "the result is float[1,B,S,64], x is float[B,S,64]: a constant is broadcast",
+    ),
     "a weight that is computed": (
         chain(inputs="float[B,S,64] x, float[64] w", weight=""),
         "weight is the input w, expected a constant",

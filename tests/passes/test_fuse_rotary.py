@@ -277,3 +277,7 @@ def test_cos_and_sin_of_other_positions_are_refused() -> None:
     )
     head = PAIRED_HEAD.replace("position_ids)", "position_ids, int64[B,S] others)")
     assert_no_match(PASS, paired(angle=angle, head=head), "cos and sin are of other positions")
+
+
+def test_one_row_that_is_turned_for_all_positions_stays() -> None:
+    assert_no_match(PASS, chain(head=HEAD.replace("float[B,2,S,8] x", "float[1,2,S,8] x")), "x is broadcast")
