@@ -18,7 +18,7 @@ from vacc_opt.passes.infra.files import write_whole
 from vacc_opt.passes.infra.pattern_pass import PatternPass
 from vacc_opt.passes.infra.reference import page
 from vacc_opt.passes.infra.registry import GROUPS
-from vacc_opt.passes.infra.skeleton import DOC, PASS, PASS_TEST, PLUGIN_TEST, PYPROJECT
+from vacc_opt.passes.infra.skeleton import DOC, PASS, PASS_TEST, PLUGIN_TEST, PYPROJECT, TESTING
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _RESERVED = ("new", "show")  # words of `vacc-opt passes`
@@ -52,9 +52,9 @@ def new_pass(name: str, group: str = "fuse", kind: str = "exact", root: Path | N
     if not tests.is_dir() or not docs.is_file():
         hint = f"for a distribution of your own: `vacc-opt passes new {name} --plugin DIR`"
         raise UserError("vacc-opt is installed without its sources, where the passes of a checkout lie", hint)
-    module = f"vacc_opt.passes.{group}.{words['file']}"
+    imports = [f"from vacc_opt.passes.{group}.{words['file']} import {words['class_name']}", TESTING]
     path, test = root / f"passes/{group}/{words['file']}.py", tests / f"test_{words['file']}.py"
-    files = {path: PASS.substitute(words), test: PASS_TEST.substitute(words, module=module)}
+    files = {path: PASS.substitute(words), test: PASS_TEST.substitute(words, imports="\n".join(sorted(imports)))}
     _write_new(files, lambda: write_whole(docs, _page_with(name, kind)))
     shown, tested = _near(path), _near(test)
     return Made(
@@ -150,7 +150,8 @@ def _words(name: str, kind: str) -> dict[str, str]:
 
 def _page_with(name: str, kind: str) -> str:
     """The page of all passes and of the one that has just been written, which this process did not import."""
-    made = type("_New", (PatternPass,), {"__doc__": DOC, "name": name, "kind": Kind(kind)})
+    said = {"__doc__": DOC, "__module__": __name__, "name": name, "kind": Kind(kind)}
+    made = type("_New", (PatternPass,), said)
     known = entries(plugins=False)
     passes = {n: e for n, e in known.items() if e.what == "pass"} | {name: entry_of(made)}
     return page([*(passes[n] for n in sorted(passes)), *(e for e in known.values() if e.what != "pass")])

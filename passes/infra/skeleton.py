@@ -71,6 +71,7 @@ def test_integers_are_left_with_a_reason() -> None:
     )
 """
 
+TESTING = "from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites"
 # the examples in the docstrings of our own passes are run by a test of all of them
 PASS_TEST = Template(
     '''\
@@ -78,8 +79,7 @@ PASS_TEST = Template(
 
 from __future__ import annotations
 
-from $module import $class_name
-from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites
+$imports
 '''
     + _CASES
 )
