@@ -1,4 +1,4 @@
-"""Build the unmodified transformers module of a config: fake float32 parameters, real buffers, evaluation mode."""
+"""Build the unmodified module of a config: fake float32 parameters, real buffers, evaluation mode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from vacc_opt.frontends.models import OWN
 from vacc_opt.ir.errors import UserError, did_you_mean
 
 ATTENTION = ("eager", "sdpa")
@@ -28,6 +29,10 @@ def build_module(config: Mapping[str, Any], attention: str = "eager") -> tuple[n
         raise UserError(f"unknown attention `{attention}`", did_you_mean(attention, ATTENTION))
     settings = dict(config)
     model_type = str(settings.pop("model_type", ""))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if model_type in OWN:
+        with fake_parameters(mode), no_init_weights():
+            return OWN[model_type](settings, attention).eval(), mode
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if "auto_map" in settings:
@@ -42,7 +47,6 @@ def build_module(config: Mapping[str, Any], attention: str = "eager") -> tuple[n
     except (TypeError, ValueError, KeyError) as error:
         message = f"config.json does not fit a {model_type} model: {error}"
         raise UserError(message, "compare it with the original") from error
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_parameters(mode), no_init_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(
             parsed, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
