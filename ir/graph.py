@@ -95,7 +95,7 @@ class Absent(Value):
 class Node:
     """One operation: ``outputs = domain::op_type<attributes>(inputs)``. Compared by identity."""
 
-    __slots__ = ("attributes", "domain", "inputs", "name", "op_type", "outputs", "place", "provenance", "serial")
+    __slots__ = ("attributes", "domain", "inputs", "name", "op", "op_type", "outputs", "place", "provenance", "serial")
 
     def __init__(
         self,
@@ -109,18 +109,14 @@ class Node:
     ) -> None:
         self.op_type: str = op_type
         self.domain: str = domain
+        self.op: str = f"{domain}::{op_type}" if domain else op_type  # ``MatMul`` or ``Vastai::AllReduce``
         self.inputs: tuple[Value | None, ...] = tuple(inputs)
         self.attributes: dict[str, Attribute] = dict(attributes or {})
         self.name: str = name
         self.outputs: tuple[Value, ...] = ()
-        self.provenance: Provenance = provenance or Provenance()
+        self.provenance: Provenance = provenance or _UNKNOWN
         self.place: int = 0
         self.serial: int = 0
-
-    @property
-    def op(self) -> str:
-        """``MatMul`` or ``Vastai::AllReduce``."""
-        return f"{self.domain}::{self.op_type}" if self.domain else self.op_type
 
     @property
     def output(self) -> Value:
@@ -211,6 +207,13 @@ class Graph:
     def is_output(self, value: Value) -> bool:
         """True when the value leaves the graph."""
         return bool(self._output_names.get(value))
+
+    def is_read(self, node: Node) -> bool:
+        """True when a node or an output of the graph reads one of the node's values."""
+        for value in node.outputs:  # noqa: SIM110 - the generator of any() would cost more than the answer
+            if value.uses or self._output_names.get(value):
+                return True
+        return False
 
     def use_count(self, value: Value) -> int:
         """Uses by nodes plus uses as an output."""
@@ -369,6 +372,38 @@ class Graph:
         if value is not None:
             self._link(node, position, value, self._tick())
         return stamp
+
+    def _move_uses(self, old: Value, new: Value) -> dict[tuple[Node, int], int]:
+        """Let every node that reads ``old`` read ``new``, and give the uses that end, for :meth:`_restore_uses`."""
+        self._order = None
+        self.version += 1
+        moved, old.uses = old.uses, {}
+        source, target, pred = old.producer, new.producer, self._pred
+        before = {} if source is None else self._succ[source]
+        after = {} if target is None else self._succ[target]
+        uses, clock = new.uses, self._clock
+        for use in moved:
+            clock += 1
+            uses[use] = clock
+            node, position = use
+            node.inputs = (*node.inputs[:position], new, *node.inputs[position + 1 :])
+            if source is not None:
+                edges = before[node]
+                del edges[position]
+                if not edges:
+                    del before[node]
+                    del pred[node][source]
+            if target is not None:
+                if node in after:
+                    after[node][position] = {}
+                else:
+                    after[node] = pred[node][target] = {position: {}}
+        self._clock = clock
+        return moved
+
+    def _restore_uses(self, old: Value, moved: Mapping[tuple[Node, int], int]) -> None:
+        for (node, position), stamp in moved.items():
+            self._restore_use(node, position, old, stamp)
 
     def _restore_use(self, node: Node, position: int, value: Value | None, stamp: int) -> None:
         self._set_input(node, position, None)

@@ -95,6 +95,7 @@ class Context:
 Rule = Callable[[Context], Result | Sequence[Result]]
 RULES: dict[str, Rule] = {}
 _KNOWN: dict[Hashable, list[Result]] = {}
+_TYPES: dict[TensorType, TensorType] = {}
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -159,6 +160,9 @@ def infer(
     if key is not None and not any(_names_its_node(result) for result in results):
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
+            _TYPES.clear()
+        # equal types are one object, so that those who compare them mostly need not
+        results = [Result(_TYPES.setdefault(r.type, r.type), r.elements) for r in results]
         _KNOWN[key] = results
     return results
 

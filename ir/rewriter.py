@@ -184,8 +184,11 @@ class Rewriter:
     def take_changed(self) -> dict[Node, bool]:
         """The nodes that changed since the last call and are still there: True if made or rewired, False if they only
         lost a use."""
+        if not self._changed:
+            return {}
         changed, self._changed = self._changed, {}
-        return {node: rewired for node, rewired in changed.items() if node in self.graph}
+        present = self.graph._node
+        return {node: rewired for node, rewired in changed.items() if node in present}
 
     def _log(self, *undo: Any) -> None:
         self.graph.version += 1
@@ -309,34 +312,46 @@ class Rewriter:
         if old.type is not new.type:
             self._check_types(old, new)
         if new.producer is not None:
-            self._check_order([node for node, _ in old.uses], new, f"{old.name!r} and cannot replace it")
+            self._check_order(old.uses, new, old)
         if self.graph.is_output(old):
             for name in self.graph.output_names(old):
                 self.set_output(name, new)
         moved = self.graph._move_uses(old, new)
         for node, _ in moved:
             self._changed[node] = True
-        self._journal.append((Graph._restore_uses, old, moved))
+        if moved:
+            self._journal.append((Graph._restore_uses, old, moved))
         if old.producer is not None:
             self._changed.setdefault(old.producer, False)
             self.erase_dead(old.producer)
         elif old.const is not None and not self.graph.use_count(old):
             self._erase_const(old)
 
-    def _check_order(self, users: Iterable[Node], value: Value, what: str) -> None:
-        """Let ``value`` be computed before ``users``; refused when it is computed from one of them."""
-        producer = value.producer
+    def _check_order(self, uses: Iterable[tuple[Node, int]], new: Value, old: Value | None) -> None:
+        """Let ``new`` be computed before those that will use it instead of ``old``; refused when it is behind one."""
+        producer = new.producer
         if producer is None:
             return
         place = producer.place
-        late = [user for user in users if user.place <= place]
-        if late:
-            moved = self.graph._lift(late, producer)
-            if moved is None:
-                raise RewriteError(f"{self.by}: {value.name!r} is computed from {what}")
-            self._log(Graph._restore_places, moved)
+        for user, _ in uses:
+            if user.place <= place:
+                break
+        else:
+            return
+        users = [user for user, _ in uses if user.place <= place]
+        moved = self.graph._lift(users, producer)
+        if moved is None:
+            what = (
+                f"{users[0].output.name!r} and cannot be its operand"
+                if old is None
+                else f"{old.name!r} and cannot replace it"
+            )
+            raise RewriteError(f"{self.by}: {new.name!r} is computed from {what}")
+        self._log(Graph._restore_places, moved)
 
     def _check_types(self, old: Value, new: Value) -> None:
+        if old.type == new.type:
+            return
         if old.type.dtype is not new.type.dtype or not _fits(old.type.shape, new.type.shape):
             raise RewriteError(f"{self.by}: {old.name} has type {old.type}, its replacement {new.name} has {new.type}")
         if _more_known(old.type.shape, new.type.shape):
@@ -355,7 +370,7 @@ class Rewriter:
             RewriteError: ``value`` is not in the graph, or is computed from ``node``.
         """
         self._check_own(value, node.op)
-        self._check_order((node,), value, f"{node.output.name!r} and cannot be its operand")
+        self._check_order([(node, position)], value, None)
         before = node.inputs[position]
         self._rewire(node, position, before, value)
         self.touch(node)
@@ -391,20 +406,20 @@ class Rewriter:
         pending = list(nodes)
         while pending:
             node = pending.pop()
-            if node not in self.graph or any(self.graph.use_count(v) for v in node.outputs):
+            if node not in self.graph or self.graph.is_read(node):
                 continue
-            self._erase(node)
+            self._journal.append((Graph._restore_node, node, self.graph._remove_node(node)))
             removed += 1
-            for value in dict.fromkeys(v for v in node.inputs if v is not None):
+            for value in node.inputs:
+                if value is None:
+                    continue
                 if value.producer is not None:
                     self._changed.setdefault(value.producer, False)
-                    pending.append(value.producer)
-                elif value.const is not None and not self.graph.use_count(value):
+                    if not value.uses:
+                        pending.append(value.producer)
+                elif not value.uses and value.const is not None and not self.graph.is_output(value):
                     self._erase_const(value)
         return removed
-
-    def _erase(self, node: Node) -> None:
-        self._journal.append((Graph._restore_node, node, self.graph._remove_node(node)))
 
     def _erase_const(self, value: Value) -> None:
         self.graph._remove_value(value)
@@ -422,8 +437,8 @@ class Rewriter:
         new = make(value)
         for name in names:
             self.set_output(name, new)
+        self._check_order(users, new, None)
         for node, position in users:
-            self._check_order((node,), new, f"{node.output.name!r} and cannot be its operand")
             self._rewire(node, position, value, new)
             if new.type != value.type:
                 self._unchecked[node] = None

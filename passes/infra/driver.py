@@ -87,7 +87,7 @@ class _Driver:
         return nodes
 
     def _drain(self) -> None:
-        listed, queue, waiting = self._listed, self._queue, self._waiting
+        graph, listed, queue, waiting = self._graph, self._listed, self._queue, self._waiting
         while listed or queue:
             if queue and not (listed and listed[-1].place <= queue[0][0]):
                 node = heappop(queue)[2]
@@ -95,38 +95,41 @@ class _Driver:
                 node = listed.pop()
             if node in waiting:
                 waiting.discard(node)
-                if node in self._graph:
+                if node in graph:
                     self._visit(node)
 
     def _visit(self, node: Node) -> None:
-        rw, size = self._rw, len(self._graph)
-        before = rw.modified
+        graph, rw = self._graph, self._rw
+        size, version = len(graph), graph.version
         for rule in self._index.get(node.op, self._any):
-            if rule.visit(node, rw) and rw.modified != before:
+            if rule.visit(node, rw) and graph.version != version:
                 self._counts[rule.name] += 1
-                self._guard.applied(rule.name, node, size)
+                if rw.made or len(graph) >= size:
+                    self._guard.applied(rule.name, node)
                 self._follow()
                 return
 
     def _follow(self) -> None:
         """Put what the last application changed on the worklist, and remove what it left unread."""
-        graph = self._graph
-        while changed := self._rw.take_changed():
+        graph, rw, index, waiting = self._graph, self._rw, self._index, self._waiting
+        while changed := rw.take_changed():
             for node, rewired in changed.items():
-                users = [user for value in node.outputs for user, _ in value.uses]
-                if not users and not any(map(graph.is_output, node.outputs)):
-                    self._rw.erase_dead(node)
-                    continue
-                if rewired:
+                alone = True
+                for value in node.outputs:
+                    uses = value.uses
+                    alone = alone and not uses
+                    if rewired or len(uses) == 1:
+                        for user, _ in uses:
+                            if user not in waiting and (user.op in index or self._any):
+                                self._enqueue(user)
+                if alone and not graph.is_read(node):
+                    rw.erase_dead(node)
+                elif rewired and node not in waiting and (node.op in index or self._any):
                     self._enqueue(node)
-                if rewired or len(users) == 1:
-                    for user in users:
-                        self._enqueue(user)
 
     def _enqueue(self, node: Node) -> None:
-        if node not in self._waiting and (self._any or node.op in self._index):
-            self._waiting.add(node)
-            heappush(self._queue, (node.place, node.serial, node))
+        self._waiting.add(node)
+        heappush(self._queue, (node.place, node.serial, node))
 
 
 def _by_root(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
@@ -145,4 +148,4 @@ def _by_root(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
 def _unread(graph: Graph) -> list[Node]:
     """The nodes none of whose values is read; what only they keep alive is dead too."""
     last = [v.producer for v in graph.values.values() if not v.uses and v.index == 0 and v.producer is not None]
-    return [node for node in last if not any(map(graph.use_count, node.outputs))]
+    return [node for node in last if not graph.is_read(node)]

@@ -3,7 +3,7 @@
 Every node that an application made carries a trail: the application, and the trail of the node that was its root. A
 rule that undoes another one brings back an expression of its own past, over and over; a rule that feeds on its own
 result makes a trail that is longer than any graph needs. Applications that only shrink the graph cannot go on for ever
-and are not looked at.
+and are not told to it.
 """
 
 from __future__ import annotations
@@ -54,13 +54,11 @@ class Guard:
         self._numbers: dict[object, int] = {}  # of expressions over the values that were there at first
         self._of_value: dict[Value, int] = {}
 
-    def applied(self, rule: str, root: Node, size: int) -> None:
-        """Take note of an application at ``root`` of a graph that had ``size`` nodes before it."""
-        made, now = self._rw.made, len(self._graph)
-        if not made and now < size:
-            return
+    def applied(self, rule: str, root: Node) -> None:
+        """Take note of an application at ``root`` that made nodes or did not shrink the graph."""
+        made = self._rw.made
         before = self._steps.get(root)
-        result = (now, *(self._number(node) for node in (made or [root])))
+        result = (len(self._graph), *(self._number(node) for node in (made or [root])))
         step = _Step(rule, root.output.name, result, before.depth + 1 if before else 1, before)
         for node in made or [root]:
             self._steps[node] = step
