@@ -19,7 +19,7 @@ def _same(ctx: Context) -> Result:
 
 _SAME_TYPE = (
     "Identity Neg Sqrt Reciprocal Exp Log Cos Sin Tanh Erf Sigmoid Softmax LogSoftmax Relu Gelu Abs Floor Ceil Round "
-    "RMSNormalization LayerNormalization Clip Trilu RotaryEmbedding TensorScatter CumSum Not Swish HardSwish"
+    "RMSNormalization LayerNormalization Clip Trilu TensorScatter CumSum Not Swish HardSwish"
 )
 for _op in _SAME_TYPE.split():
     rule(_op)(_same)
@@ -423,6 +423,24 @@ def _gemm(ctx: Context) -> Result:
     return Result(TensorType(ctx.dtype(0), (rows, columns)))
 
 
+def _alike(ctx: Context, what: str, *sizes: Dim) -> None:
+    if len({size for size in sizes if isinstance(size, int)}) > 1:
+        raise ctx.error(f"the numbers of {what} differ: {', '.join(map(str, sizes))}")
+
+
+@rule("RotaryEmbedding")
+def _rotary(ctx: Context) -> Result:
+    x, cos, sin = ctx.shape(0), ctx.shape(1), ctx.shape(2)
+    if x is None or cos is None or sin is None or len(x) != 4:
+        return Result(ctx.type(0))
+    rotated = ctx.attributes.get("rotary_embedding_dim", 0) or x[3]
+    _alike(ctx, "rotated channels", rotated, cos[-1] * 2, sin[-1] * 2)
+    if not ctx.has(3):  # the tables are of these rows and positions
+        _alike(ctx, "rows", x[0], cos[0], sin[0])
+        _alike(ctx, "positions", x[2], cos[1], sin[1])
+    return Result(ctx.type(0))
+
+
 @rule("Attention")
 def _attention(ctx: Context) -> Sequence[Result]:
     q, k, v = ctx.shape(0), ctx.shape(1), ctx.shape(2)
@@ -433,6 +451,10 @@ def _attention(ctx: Context) -> Sequence[Result]:
             raise ctx.error(f"{q[1]} query heads are no multiple of {k[1]} KV heads")
         out: Shape = (q[0], q[1], q[2], v[3])
         heads, length, depth, value_depth = k[1], k[2], k[3], v[3]
+        _alike(ctx, "rows", q[0], k[0], v[0])
+        _alike(ctx, "KV heads", k[1], v[1])
+        _alike(ctx, "keys and values", k[2], v[2])
+        _alike(ctx, "channels", q[3], k[3])
     else:
         q_heads, heads = int(ctx.attributes["q_num_heads"]), int(ctx.attributes["kv_num_heads"])
         split = divide(v[2], heads), divide(k[2], heads)

@@ -120,6 +120,10 @@ def test_a_slice_of_a_known_size_has_the_length_of_numpys(low: int, high: int, s
         assert graph.values["y"].shape == np.zeros(8)[low:high:step].shape
 
 
+MISFIT_INPUTS = (
+    "float[B,S,8] x, float[3,4] m, float[B,2,4,6] heads, float[B,1,4,6] one_head, float[B,2,5,6] long, float[B,2,4,8] wide, "
+    "float[B,5,3] table"
+)
 MISFITS = [
     ("y = Transpose <perm = [0, 1]> (x)", r"perm \[0, 1\] does not fit \[B,S,8\]"),
     (f"{ints('t', 0, 0, 9)} y = Reshape (x, t)", r"\[B,S,8\] has 8\*B\*S elements, \[B,S,9\] has 9\*B\*S"),
@@ -129,6 +133,11 @@ MISFITS = [
     ("y = Vastai.SwiGLU (x, m)", "gate .* and up .* differ"),
     ("y = Gemm (x, x)", "are not matrices"),
     ("y = Gemm (m, m)", r"\[3,4\] and \[3,4\] do not multiply: 4 is not 3"),
+    ("y = Attention (heads, one_head, heads)", "the numbers of KV heads differ: 1, 2"),
+    ("y = Attention (heads, heads, long)", "the numbers of keys and values differ: 4, 5"),
+    ("y = Attention (heads, wide, wide)", "the numbers of channels differ: 6, 8"),
+    ("y = RotaryEmbedding (heads, m, m)", "the numbers of rotated channels differ: 6, 8, 8"),
+    ("y = RotaryEmbedding (heads, table, table)", "the numbers of positions differ: 4, 5, 5"),
     ("y = Concat <axis = 3> (x, x)", "axis 3 is not in -3 to 2"),
     ("n = Transpose <perm = [1, 0]> (m) y = Concat <axis = 0> (m, n)", r"\[3,4\] and \[4,3\] differ beside axis 0"),
     (f"{ints('a', 4)} y = Unsqueeze (x, a)", "axis 4 is not in -4 to 3"),
@@ -150,7 +159,7 @@ MISFITS = [
 @pytest.mark.parametrize(("body", "message"), MISFITS)
 def test_operands_that_do_not_fit_are_named(body: str, message: str) -> None:
     with pytest.raises(VaccError, match=message):
-        from_text(f"g (float[B,S,8] x, float[3,4] m) => (y) {{ {body} }}")
+        from_text(f"g ({MISFIT_INPUTS}) => (y) {{ {body} }}")
 
 
 def test_a_reshape_that_cannot_be_told_has_an_opaque_dimension() -> None:
