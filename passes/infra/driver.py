@@ -8,17 +8,18 @@ When it is empty everything is visited once more, for rules that look farther th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from operator import attrgetter
 
-from vacc_opt.ir import Graph, Node
+from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.guard import Guard
 
 ANY = "*"  # as a root: every operator
 Fold = Callable[[Graph, Rewriter], int]
+Make = Callable[[Node, Rewriter], Value | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Rule:
     roots: frozenset[str]
     visit: Callable[[Node, Rewriter], bool]
     priority: int = 0
+
+
+def replacement(name: str, roots: Iterable[str], make: Make, priority: int = 0) -> Rule:
+    """A rule that replaces the only output of its root by the value that ``make`` gives; None declines."""
+
+    def visit(node: Node, rw: Rewriter) -> bool:
+        if len(node.outputs) != 1:
+            return False
+        with rw.applying([node], name):
+            new = make(node, rw)
+            if new is not None:
+                rw.replace(node.output, new)
+        return new is not None
+
+    return Rule(name, frozenset(roots), visit, priority)
 
 
 def run_rules(graph: Graph, rw: Rewriter, rules: Sequence[Rule], *, fold: Fold | None = None) -> Counter[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from vacc_opt.ir import Graph, Node, Value
+from vacc_opt.ir.graph import attribute_key
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.simplify.fold_constants import is_random
 
@@ -36,34 +36,46 @@ class EliminateCommonSubexpressions(Pass):
     kind: ClassVar[Kind] = Kind.EXACT
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        """One sweep in topological order, so that merged inputs make their users equal."""
-        constants: dict[object, Value] = {}
-        for value in graph.constants():
-            assert value.const is not None
-            first = constants.setdefault(value.const.key, value)
-            if first is not value:
-                with rw.applying():
-                    rw.replace(value, first)
-        merged = 0
-        seen: dict[object, Node] = {}
-        for node in list(graph.nodes()):
-            if is_random(node, graph):
-                continue
-            twin = seen.setdefault(_key(node), node)
-            if twin is not node:
-                with rw.applying([twin, node]):
-                    for old, new in zip(node.outputs, twin.outputs, strict=True):
-                        rw.replace(old, new)
-                merged += 1
-        return Outcome(f"merged {merged} nodes")
+        """Merge until no two are equal, since merged inputs make their users equal."""
+        constants = merge_constants(graph, rw)
+        counts = run_rules(graph, rw, [merge_rule()])
+        return Outcome(f"merged {counts.total()} nodes and {constants} constants")
+
+
+def merge_constants(graph: Graph, rw: Rewriter) -> int:
+    """Let constants with the same value be one; gives the number of those that went."""
+    merged = 0
+    seen: dict[str, Value] = {}
+    for value in graph.constants():
+        assert value.const is not None
+        first = seen.setdefault(value.const.key, value)
+        if first is not value:
+            with rw.applying((), "merge-constants"):
+                rw.replace(value, first)
+            merged += 1
+    return merged
+
+
+def merge_rule() -> Rule:
+    """A rule for one run that merges a node with an equal one that it has seen before."""
+    seen: dict[object, Node] = {}
+
+    def visit(node: Node, rw: Rewriter) -> bool:
+        key = _key(node)
+        twin = seen.setdefault(key, node)
+        if twin is node or is_random(node, rw.graph):
+            return False
+        if twin not in rw.graph or _key(twin) != key:
+            seen[key] = node
+            return False
+        with rw.applying([twin, node], "merge-equal-nodes"):
+            for old, new in zip(node.outputs, twin.outputs, strict=True):
+                rw.replace(old, new)
+        return True
+
+    return Rule("merge-equal-nodes", frozenset({ANY}), visit, priority=-1)
 
 
 def _key(node: Node) -> object:
-    attributes = tuple(sorted((k, _hashable(v)) for k, v in node.attributes.items()))
-    return node.op, node.inputs, attributes, len(node.outputs)
-
-
-def _hashable(value: object) -> object:
-    if isinstance(value, np.ndarray):
-        return value.dtype.name, value.shape, value.tobytes()
-    return type(value).__name__, value
+    kinds = tuple([type(value) for value in node.outputs])
+    return node.op, node.inputs, attribute_key(node.attributes), kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,10 +10,9 @@ from vacc_opt.ir.infer import RULES_OPSET, elements_of
 from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.driver import Make, Rule, replacement, run_rules
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.infra.values import scalar
-
-Rule = Callable[[Node, Rewriter], Value | None]
 
 
 @register
@@ -22,8 +20,8 @@ Rule = Callable[[Node, Rewriter], Value | None]
 class EliminateIdentities(Pass):
     """Drop Identity, full Slice, same-shape Reshape and Expand, same-type Cast, x*1, x+0, transpose pairs and the like.
 
-    A Reshape whose target entries are
-    dimensions of its input gets a constant target with 0 (same) and -1 (the rest), which ends Shape and Concat chains.
+    A Reshape whose target entries are dimensions of its input gets a constant target with 0 (same) and -1 (the rest),
+    which ends Shape and Concat chains.
 
     Before:
         g (float[B,8] x) => (float[B,8] y) <float zero = {0}> {
@@ -41,20 +39,18 @@ class EliminateIdentities(Pass):
     kind: ClassVar[Kind] = Kind.EXACT
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        """Apply the rules in one sweep, each node after its inputs."""
+        """Apply the rules until none applies."""
         if graph.opset < RULES_OPSET:
             return Outcome(f"nothing at opset {graph.opset}: the rules are for {RULES_OPSET} and newer")
-        count = 0
-        for node in list(graph.nodes()):
-            rule = RULES.get(node.op)
-            if rule is None or node not in graph or len(node.outputs) != 1:
-                continue
-            with rw.applying([node]):
-                new = rule(node, rw)
-                if new is not None:
-                    rw.replace(node.output, new)
-                    count += 1
-        return Outcome(f"removed {count} nodes")
+        counts = run_rules(graph, rw, identity_rules(graph))
+        return Outcome(f"removed {counts.total()} nodes")
+
+
+def identity_rules(graph: Graph) -> list[Rule]:
+    """The rules, each named after what it drops or makes; none for a graph of an older opset."""
+    if graph.opset < RULES_OPSET:
+        return []
+    return [replacement(name, roots.split(), make) for name, roots, make in RULES]
 
 
 def _identity(node: Node, rw: Rewriter) -> Value | None:
@@ -108,7 +104,7 @@ def _transpose(node: Node, rw: Rewriter) -> Value | None:
     return None
 
 
-def _neutral(number: float) -> Rule:
+def _neutral(number: float) -> Make:
     def rule(node: Node, rw: Rewriter) -> Value | None:
         sides = ((0, 1), (1, 0)) if node.op in ("Add", "Mul") else ((0, 1),)
         for keep, other in sides:
@@ -181,18 +177,15 @@ def _all_true(value: Value | None) -> bool:
     return scalar(value) == 1.0
 
 
-RULES: dict[str, Rule] = {
-    "Identity": _identity,
-    "Cast": _unchanged,
-    "CastLike": _cast_like,
-    "Expand": _unchanged,
-    "Slice": _slice,
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "Concat": _concat,
-    "And": _and,
-    "Add": _neutral(0.0),
-    "Sub": _neutral(0.0),
-    "Mul": _neutral(1.0),
-    "Div": _neutral(1.0),
-}
+RULES: tuple[tuple[str, str, Make], ...] = (
+    ("drop-identity", "Identity", _identity),
+    ("drop-cast", "Cast Expand", _unchanged),
+    ("cast-like", "CastLike", _cast_like),
+    ("drop-slice", "Slice", _slice),
+    ("join-transposes", "Transpose", _transpose),
+    ("reshape-to-constant", "Reshape", _reshape),
+    ("drop-concat", "Concat", _concat),
+    ("and-true", "And", _and),
+    ("add-zero", "Add Sub", _neutral(0.0)),
+    ("multiply-by-one", "Mul Div", _neutral(1.0)),
+)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from vacc_opt.ir import DType, Graph, Literal, Node, Value
 from vacc_opt.ir.attributes import nodes_within
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.evaluate import evaluate
-from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
+from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
 from vacc_opt.passes.infra.registry import register
 
+Array = npt.NDArray[Any]
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -48,43 +51,43 @@ class FoldConstants(Pass):
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Fold integers by inference, the rest by onnxruntime."""
-        known = 0
-        for node in graph.nodes():
-            if node in graph and all(_entries(v) is not None for v in node.outputs):
-                for value in node.outputs:
-                    self._replace(rw, node, value, _entries(value))
-                known += 1
-        folded = self._fold_region(graph, rw)
-        return Outcome(f"folded {known + folded} nodes")
+        folded = 0
 
-    def _replace(self, rw: Rewriter, node: Node, value: Value, array: np.ndarray | None) -> None:
-        with rw.applying([node]):
-            rw.replace(value, rw.const(array if array is not None else 0, value.name + "_const"))
+        def fold(graph: Graph, rw: Rewriter) -> int:
+            nonlocal folded
+            now = self.fold(graph, rw)
+            folded += now
+            return now
 
-    def _fold_region(self, graph: Graph, rw: Rewriter) -> int:
+        known = run_rules(graph, rw, [FOLD_KNOWN], fold=fold)
+        return Outcome(f"folded {known.total() + folded} nodes")
+
+    def fold(self, graph: Graph, rw: Rewriter) -> int:
+        """Fold all nodes that depend on small constants alone; gives their number."""
         region = self._foldable(graph)
         inside = set(region)
         edge = [v for n in region for v in n.outputs if any(u not in inside for u, _ in v.uses) or graph.is_output(v)]
         if not edge:
             return 0
+        before = len(graph)
         values = self._evaluate(graph, region, edge)
         if not values and len(region) > 1:
-            return sum(self._fold_one(graph, rw, node) for node in region if node in graph)
-        for value in edge:
-            if value.name in values and value.producer is not None and value.producer in graph:
-                self._replace(rw, value.producer, value, values[value.name])
-        return len(region) if values else 0
+            for node in region:
+                self._fold_one(graph, rw, node)
+        for node in dict.fromkeys(v.producer for v in edge if v.producer is not None):
+            self._replace(rw, node, values)
+        return before - len(graph)
 
-    def _fold_one(self, graph: Graph, rw: Rewriter, node: Node) -> bool:
-        if not all(v is None or isinstance(v.const, Literal) for v in node.inputs):
-            return False
-        values = self._evaluate(graph, [node], list(node.outputs))
-        for value in node.outputs:
-            if value.name in values and node in graph:
-                self._replace(rw, node, value, values[value.name])
-        return bool(values)
+    def _replace(self, rw: Rewriter, node: Node, values: Mapping[str, Array]) -> None:
+        with rw.applying([node], self.name):
+            for value in [v for v in node.outputs if v.name in values]:
+                rw.replace(value, rw.const(values[value.name], f"{value.name}_const"))
 
-    def _evaluate(self, graph: Graph, region: list[Node], edge: list[Value]) -> dict[str, np.ndarray]:
+    def _fold_one(self, graph: Graph, rw: Rewriter, node: Node) -> None:
+        if node in graph and all(v is None or isinstance(v.const, Literal) for v in node.inputs):
+            self._replace(rw, node, self._evaluate(graph, [node], list(node.outputs)))
+
+    def _evaluate(self, graph: Graph, region: list[Node], edge: list[Value]) -> dict[str, Array]:
         """The values of ``edge``; empty when onnxruntime lacks one of the operators."""
         try:
             return evaluate(extract(graph, region, "fold", keep=edge), {})
@@ -112,10 +115,24 @@ def is_random(node: Node, graph: Graph) -> bool:
     return body is not None and any(is_random(inner, graph) for inner in body.nodes())
 
 
-def _entries(value: Value) -> np.ndarray | None:
+def _fold_known(node: Node, rw: Rewriter) -> bool:
+    entries = [_entries(value) for value in node.outputs]
+    known = [array for array in entries if array is not None]
+    if len(known) < len(entries):
+        return False
+    with rw.applying([node], FOLD_KNOWN.name):
+        for value, array in zip(node.outputs, known, strict=True):
+            rw.replace(value, rw.const(array, f"{value.name}_const"))
+    return True
+
+
+FOLD_KNOWN = Rule("fold-known-entries", frozenset({ANY}), _fold_known)
+
+
+def _entries(value: Value) -> Array | None:
     """The value of an integer tensor whose entries inference knows."""
-    elements, shape = elements_of(value), value.type.static_shape
-    if value.producer is None or elements is None or shape is None or value.type.dtype is DType.BOOL:
+    elements, shape = value.elements, value.type.static_shape
+    if elements is None or shape is None or value.type.dtype is DType.BOOL:
         return None
     if any(not isinstance(e, int) for e in elements) or math.prod(shape) != len(elements):
         return None

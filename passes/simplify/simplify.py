@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vacc_opt.ir import Graph
-from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.driver import run_rules
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.simplify.eliminate_common_subexpressions import EliminateCommonSubexpressions
-from vacc_opt.passes.simplify.eliminate_dead_code import EliminateDeadCode
-from vacc_opt.passes.simplify.eliminate_identities import EliminateIdentities
-from vacc_opt.passes.simplify.fold_constants import FoldConstants
-
-MAX_ROUNDS = 20
+from vacc_opt.passes.simplify.eliminate_common_subexpressions import merge_constants, merge_rule
+from vacc_opt.passes.simplify.eliminate_identities import identity_rules
+from vacc_opt.passes.simplify.fold_constants import FOLD_KNOWN, FoldConstants
 
 
 @register
@@ -40,13 +37,12 @@ class Simplify(Pass):
     kind: ClassVar[Kind] = Kind.EXACT
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        """Repeat the four passes; raises CheckError when they keep undoing each other."""
-        parts = (EliminateDeadCode(), EliminateIdentities(), FoldConstants(), EliminateCommonSubexpressions())
+        """Apply the rules of the four passes until none applies."""
         before = len(graph)
-        for _ in range(MAX_ROUNDS):
-            changes = rw.modified
-            for part in parts:
-                part.run(graph, rw)
-            if rw.modified == changes:
-                return Outcome(f"{before} nodes to {len(graph)}")
-        raise CheckError(f"simplify has not settled after {MAX_ROUNDS} rounds")
+        rules = [*identity_rules(graph), FOLD_KNOWN, merge_rule()]
+        run_rules(graph, rw, rules, fold=self._fold)
+        rw.erase_unused_constants()
+        return Outcome(f"{before} nodes to {len(graph)}")
+
+    def _fold(self, graph: Graph, rw: Rewriter) -> int:
+        return FoldConstants().fold(graph, rw) + merge_constants(graph, rw)
