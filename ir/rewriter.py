@@ -417,8 +417,8 @@ class Rewriter:
                     self._changed.setdefault(value.producer, False)
                     if not value.uses:
                         pending.append(value.producer)
-                elif not value.uses and value.const is not None and not self.graph.is_output(value):
-                    self._erase_const(value)
+                elif value.const is not None and value.name in self.graph.values and not self.graph.use_count(value):
+                    self._erase_const(value)  # once, if the node read it twice
         return removed
 
     def _erase_const(self, value: Value) -> None:

@@ -224,3 +224,11 @@ def test_an_operator_of_a_newer_opset_says_so() -> None:
     with pytest.raises(RewriteError, match="Swish is an operator of opset 24, the graph imports 23") as caught:
         Rewriter(graph, "test").op.Swish(graph.values["x"])
     assert caught.value.hint == "call rw.raise_opset(24) first"
+
+
+def test_a_dead_node_that_reads_a_constant_twice_takes_it_along_once() -> None:
+    graph = from_text("g (float[4] x) => (y) { y = Neg (x) c = Constant <value = float {1}> () z = Add (c, c) }")
+    rw = Rewriter(graph, by="test")
+    rw.erase_dead(*graph.by_op("Add"))
+    verify(graph)
+    assert list(graph.values) == ["x", "y"]
