@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,7 +70,8 @@ class EmptyList(tuple[Any, ...]):
 
 def subgraphs(attributes: Mapping[str, Any]) -> list[tuple[str, Subgraph]]:
     """The attributes that are graphs, by name; nearly always none."""
-    return [(name, a) for name, a in sorted(attributes.items()) if isinstance(a, Subgraph)]
+    found = [(name, value) for name, value in attributes.items() if isinstance(value, Subgraph)]
+    return sorted(found, key=itemgetter(0)) if found else found
 
 
 def nodes_within(node: Node) -> Iterator[NodeProto]:

@@ -127,16 +127,16 @@ def call_problem(call: Node, body: Graph) -> str | None:
 def caller_dims(
     inner: Iterable[TensorType], outer: Iterable[TensorType], results: Iterable[TensorType], label: str
 ) -> dict[str, Dim]:
-    """What the dimensions that only the body has a name for are called outside, by unifying the inputs' types.
+    """What the body's dimensions are called outside, by unifying the inputs' types.
 
     Those that the body made up in ``results`` are named after ``label``: two calls may have different ones.
     """
     found: dict[str, Dim] = {}
     for type, actual in zip(inner, outer, strict=True):
         for dim, own in zip(type.shape or (), actual.shape or (), strict=False):
-            for name in _opaque_names(dim):
-                if dim == SymbolicDim((((name,), 1),)):
-                    found.setdefault(name, own)
+            names = [] if isinstance(dim, int) else list(dim.names())
+            if len(names) == 1 and dim == SymbolicDim((((names[0],), 1),)):
+                found.setdefault(names[0], own)
     for type in results:
         for dim in type.shape or ():
             for name in _opaque_names(dim):

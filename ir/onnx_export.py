@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from vacc_opt.ir import ops
-from vacc_opt.ir.attributes import make_node, subgraphs
+from vacc_opt.ir.attributes import make_node, nodes_within, subgraphs
 from vacc_opt.ir.functions import called_functions, free_name, split_op
 from vacc_opt.ir.graph import Absent, Graph, Node, Value
 from vacc_opt.ir.infer import RULES, type_proto
@@ -89,8 +89,10 @@ def is_inline(value: Value) -> bool:
 
 
 def _imports(graph: Graph) -> list[onnx.OperatorSetIdProto]:
-    used = {split_op(op)[0]: 1 for op in graph.op_counts()} | graph.domains
-    return [helper.make_opsetid("", graph.opset)] + [helper.make_opsetid(d, v) for d, v in sorted(used.items()) if d]
+    used = {split_op(op)[0] for op in graph.op_counts()}
+    used |= {inner.domain for node in graph.nodes() for inner in nodes_within(node)}
+    versions = [("", graph.opset)] + [(d, graph.domains.get(d, 1)) for d in sorted(used) if d]
+    return [helper.make_opsetid(domain, version) for domain, version in versions]
 
 
 def _nodes(
