@@ -21,6 +21,7 @@ from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.testing import assert_close
 from vacc_opt.runtime.engines import Engine, ScheduleEngine, make_engine
+from vacc_opt.runtime.explain import explainers
 from vacc_opt.runtime.generate import decode, generate, prefill
 
 Array = npt.NDArray[Any]
@@ -65,6 +66,28 @@ def test_every_attention_rotary_and_norm_is_fused(attention: str, smollm2_graph:
     )
     assert [(r.fused, r.candidates) for r in report.records[1:]] == [(61, 61), (60, 60), (30, 30), (30, 30)]
     assert all(node.provenance.origins for node in graph.nodes())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_every_node_call_and_weight_is_traced_to_source_lines_and_the_checkpoint(
+    compiled: Callable[..., Any], phase: str
+) -> None:
+    artifact = compiled(DEMO).artifact
+    (model,) = explainers(artifact.path, phase)
+    assert model.program is not None
+    names = [node.output.name for node in model.graph.nodes()] + [value.name for value in model.graph.constants()]
+    names += [f"call {call.index}" for call in model.program.calls]
+    for found in map(model.find, names):
+        assert found is not None
+        facts = (*found.nodes, *found.weights)
+        assert facts
+        assert all(re.search(r"\.py:\d+$|\.gguf:\S+$|\.safetensors:\S+$", f.origins[0].source) for f in facts)
+    for layer in range(30):
+        part = model.find(f"model.layers.{layer}.self_attn.q_proj")
+        assert part is not None
+        assert [node.passes for node in part.nodes] == [("w8a16", "cast-float", "split-tp")]
+        assert all(weight.formula.count(f"(blk.{layer}.attn_q.weight") == 1 for weight in part.weights)
+    assert len(artifact.schedule(phase).encode()) < 1e6
 
 
 def _checkpoint() -> str:
