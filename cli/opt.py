@@ -60,6 +60,11 @@ class Seeing:
     show_default=True,
     help="Attention code to export, for a checkpoint.",
 )
+@click.option(
+    "--keep-functions",
+    is_flag=True,
+    help="Keep local functions, for `function(...)` and inline-functions; else inlined.",
+)
 @click.option("--dump-pipeline", is_flag=True, help="Print the pipeline with presets written out, and run nothing.")
 @optional_value(PRINTING, "--print-ir-before", metavar="PASS", help="Print the graph before PASS, or every pass.")
 @optional_value(PRINTING, "--print-ir-after", metavar="PASS", help="Print the graph after PASS, or every pass.")
@@ -114,6 +119,7 @@ def command(
     pipeline: str,
     output: Path | None,
     attention: str,
+    keep_functions: bool,
     dump_pipeline: bool,
     verify_each: bool,
     check_analyses: bool,
@@ -146,7 +152,12 @@ def command(
     with Steps(to_stderr=output is None, width=_width(items)) as steps:
         hears = [*_instruments(asked, items, steps.line, _in_color(output)), *checks.instruments()]
         with steps.step("load", model) as said:
-            graph = load_model(model, attention=attention, progress=lambda stage: steps.running(f"load: {stage}"))
+            graph = load_model(
+                model,
+                attention=attention,
+                keep_functions=keep_functions,
+                progress=lambda stage: steps.running(f"load: {stage}"),
+            )
             said.append(describe(graph))
         steps.running(pipeline)
         try:

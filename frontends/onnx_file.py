@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -163,22 +163,35 @@ def _external(tensor: onnx.TensorProto, file: Path) -> Source:
 
 
 def _inline(model: onnx.ModelProto, keep: bool) -> onnx.ModelProto:
-    """Without local functions, except the bodies of our own operators and those that are to be kept."""
-    kept = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN or (keep and f.domain not in _STANDARD)]
+    """Without local functions, except the bodies of our own operators and those that are to be or must be kept."""
+    kept = [(f.domain, f.name) for f in model.functions if f.domain == DOMAIN or _stays(f, model, keep)]
     if len(kept) == len(model.functions):
         return model
     inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, kept, exclude=True)
     return inlined
 
 
+def _stays(function: onnx.FunctionProto, model: onnx.ModelProto, keep: bool) -> bool:
+    """ONNX inlines nothing that is written for other versions; we keep no redefinition of a standard operator."""
+    versions = {o.domain: o.version for o in model.opset_import}
+    if any(versions.get(o.domain, o.version) != o.version for o in function.opset_import):
+        return True
+    return keep and function.domain not in _STANDARD and _opset(function.opset_import) >= RULES_OPSET
+
+
+def _opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
+    return next((o.version for o in imports if o.domain in _STANDARD), RULES_OPSET)
+
+
 def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    opset = next((o.version for o in model.opset_import if o.domain in _STANDARD), RULES_OPSET)
+    opset = _opset(model.opset_import)
     if opset >= RULES_OPSET or _is_misread(model, opset):
         return model
     try:
         raised: onnx.ModelProto = onnx.version_converter.convert_version(model, RULES_OPSET)
     except Exception:  # the converter has no exception type of its own
         return model
+    raised.functions.extend(model.functions)  # the converter leaves them out
     return raised
 
 

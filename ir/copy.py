@@ -18,7 +18,8 @@ def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
     """
     result = _copied(graph, sizes)
     copy_functions(graph.functions, result, sizes)
-    result.phases = {name: copy(phase, sizes) for name, phase in graph.phases.items()}
+    if not sizes:  # a graph for fixed sizes is a phase itself
+        result.phases = {name: copy(phase) for name, phase in graph.phases.items()}
     return result
 
 

@@ -14,6 +14,7 @@ import onnx.inliner
 from onnx import AttributeProto, FunctionProto, NodeProto
 
 from vacc_opt.ir import ops
+from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Node
 from vacc_opt.ir.subgraph import inner_graphs, nodes_inside
 from vacc_opt.ir.types import Dim, SymbolicDim, TensorType
@@ -33,7 +34,11 @@ def key_of(node: NodeProto) -> Key:
 
 
 def inline_inside_subgraphs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with those functions inlined that are called from a subgraph, which is carried as a message."""
+    """The model with those functions inlined that are called from a subgraph, which is carried as a message.
+
+    Raises:
+        UserError: such a function is written for another opset than the model.
+    """
     table = function_table(model.functions)
     if not table:
         return model
@@ -47,7 +52,11 @@ def inline_inside_subgraphs(model: onnx.ModelProto) -> onnx.ModelProto:
             pending += table[key].node
     if not found:
         return model
-    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, [key[:2] for key in found])
+    try:
+        inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, [key[:2] for key in found])
+    except RuntimeError as error:
+        names = ", ".join(f"{key[0]}::{key[1]}" for key in found)
+        raise UserError(f"{names}, called inside a subgraph, cannot be inlined: {error}") from error
     return inlined
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
+from vacc_opt.ir.infer import RULES_OPSET
 from vacc_opt.ir.storage import save_onnx, stored_tensors
 from vacc_opt.ir.text import from_text, to_text
 
@@ -43,8 +44,16 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def load_model(reference: str, *, attention: str = "eager", progress: Callable[[str], None] | None = None) -> Graph:
+def load_model(
+    reference: str,
+    *,
+    attention: str = "eager",
+    keep_functions: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Graph:
     """The graph of an .onnx file, a text form (.vacc), or a checkpoint (directory, .gguf, ``package:NAME/FILE``).
+
+    ``keep_functions``: let the local functions of an .onnx file be bodies instead of inlining them.
 
     Raises:
         UserError: the file is missing, damaged or of no known form.
@@ -57,7 +66,7 @@ def load_model(reference: str, *, attention: str = "eager", progress: Callable[[
     if not path.exists():
         raise UserError(f"{reference}: no such file or directory")
     if path.suffix == ".onnx":
-        return load_onnx(path)
+        return load_onnx(path, keep_functions=keep_functions)
     if path.suffix == TEXT_SUFFIX:
         try:
             return from_text(path.read_text(encoding="utf-8"))
@@ -76,7 +85,8 @@ def describe(graph: Graph) -> str:
     model = f"{graph.metadata['model_type']}, " if "model_type" in graph.metadata else ""
     size = f"{int(parameters) / 1e6:.0f} M parameters, " if parameters.isdigit() else ""
     ranks = f", {graph.ranks} ranks" if graph.ranks > 1 else ""
-    return f"{model}{size}{len(graph)} nodes{ranks}"
+    old = f", opset {graph.opset}: too old for most passes" if graph.opset < RULES_OPSET else ""
+    return f"{model}{size}{len(graph)} nodes{ranks}{old}"
 
 
 def check_output(path: Path) -> None:

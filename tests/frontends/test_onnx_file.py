@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from vacc_opt.frontends import load_onnx
+from vacc_opt.frontends.onnx_file import import_model
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.onnx_proto import to_onnx
@@ -202,6 +203,31 @@ def test_functions_of_other_domains_are_kept_when_asked_for(tmp_path: Path) -> N
     inlined = load_onnx(tmp_path / "model.onnx")
     np.testing.assert_array_equal(evaluate(again, given)["y"], evaluate(inlined, given)["y"])
     verify(graph, origins=True)
+
+
+OLD = """
+<ir_version: 8, opset_import: ["" : 11, "other" : 1]>
+g (float[2,4] x) => (float[2] y) { t = other.Twice(x) y = ReduceSum <axes = [1], keepdims = 0> (t) }
+<domain: "other", opset_import: ["" : 11]> Twice (a) => (b) { i = Unsqueeze <axes = [0]> (a) c = Add (i, i) b = Squeeze <axes = [0]> (c) }
+"""
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_functions_of_an_old_opset_are_inlined_and_raised(keep: bool) -> None:
+    graph = import_model(onnx.parser.parse_model(OLD), keep_functions=keep)
+    assert (graph.opset, graph.functions) == (18, {})
+    np.testing.assert_array_equal(evaluate(graph, {"x": np.ones((2, 4), np.float32)})["y"], [8, 8])
+
+
+def test_functions_of_another_opset_than_the_models_are_kept() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 17, "other" : 1]>
+        g (float[2,4] x) => (float[2,4] y) { y = other.Same (x) }
+        <domain: "other", opset_import: ["" : 18]> Same (a) => (b) { b = Split <num_outputs = 1> (a) }"""
+    graph = import_model(onnx.parser.parse_model(text))
+    assert (graph.opset, graph.functions["other::Same"].opset) == (18, 18)
+    run_pipeline(graph, "inline-functions")
+    assert graph.op_counts() == {"Split": 1}
 
 
 def test_versions_of_other_domains_are_kept(tmp_path: Path) -> None:

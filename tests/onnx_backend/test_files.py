@@ -73,3 +73,19 @@ def test_a_model_comes_back_from_files_with_the_same_outputs(text: str, tmp_path
     expected, found = on_onnxruntime(model, {"x": X}), on_onnxruntime(result, {"x": X})
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_functions_are_kept_for_passes_inside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "model.onnx"
+    onnx.save(
+        onnx.parser.parse_model(
+            MODELS["a function"].replace("b = Leaky", "i = Identity (a) b = Leaky").replace("(a) }", "(i) }")
+        ),
+        source,
+    )
+    arguments = ["opt", str(source), "--keep-functions", "-p", "function(simplify)"]
+    assert main([*arguments, "-o", str(tmp_path / "kept.onnx")]) == 0
+    (function,) = onnx.load(tmp_path / "kept.onnx").functions
+    assert [node.op_type for node in function.node] == ["LeakyRelu"]
+    assert main(arguments) == 0
+    assert "other.Leaky (x)" in capsys.readouterr().out
