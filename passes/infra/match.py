@@ -102,6 +102,13 @@ class NotMatched:
         return self.miss.matched if self.miss is not None else self.declined
 
     @property
+    def around(self) -> set[Node]:
+        """These nodes, and the one that stands where the partial match ends."""
+        value = self.miss.value if self.miss is not None else None
+        ends = () if value is None or value.producer is None else (value.producer,)
+        return {*self.nodes, *ends}
+
+    @property
     def place(self) -> Node:
         """The node to look at."""
         return (self.miss.node if self.miss is not None else None) or self.root

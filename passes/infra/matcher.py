@@ -268,7 +268,7 @@ class Matcher:
             return orders[:1]
         scores = [self._scores.pair(*order) for order in orders]
         complete = [o for o, s in zip(orders, scores, strict=True) if s[0]]
-        return complete or [orders[0] if scores[0][1] >= scores[1][1] else orders[1]]
+        return complete or [orders[scores[0][1:] < scores[1][1:]]]
 
     def _choices(self, pattern: Either, value: Value | None, user: Node) -> list[Pattern]:
         """The alternatives that can match; when none can, the one that comes nearest, none when all are equally far."""
@@ -276,7 +276,7 @@ class Matcher:
         complete = [c for c, s in zip(pattern.choices, scores, strict=True) if s[0]]
         if complete:
             return complete
-        nearest = max(range(len(scores)), key=lambda i: scores[i][1])
+        nearest = max(range(len(scores)), key=lambda i: scores[i][1:])
         if scores[nearest][1] or value is None:
             return [pattern.choices[nearest]]
         wanted = " or ".join(dict.fromkeys(" or ".join(sorted(c.roots())) or str(c) for c in pattern.choices))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.analysis import Analysis
+from vacc_opt.passes.infra.anchors import stopped
 from vacc_opt.passes.infra.base import Outcome, Pass, Remark, RuleStats, option, where
 from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
 from vacc_opt.passes.infra.match import Match, NotMatched, Reason
@@ -84,7 +85,7 @@ class PatternPass(Pass):
         missed = list(work.not_matched())
         declined = [m for m in missed if m.miss is None]
         # without an anchor that is left, what came near was something else
-        shown = missed if left else declined
+        shown = [*missed, *work.away(left, missed)] if left else declined
         size = work.matcher.size()
         remarks = [Remark("missed", self.name, m.message(size), where(m.place)) for m in shown]
         candidates = len(work.passed) + max(len(left), len(declined))
@@ -168,6 +169,13 @@ class Matching:
                     yield NotMatched(root, None, reasons, tuple(match.nodes))
             elif self.item.anchors and self.matcher.miss.depth > 1:
                 yield NotMatched(root, self.matcher.miss)
+
+    def away(self, left: Sequence[Node], missed: Sequence[NotMatched]) -> Iterator[NotMatched]:
+        """The anchors in ``left`` that none of ``missed`` came near, and what reads them instead of the pattern."""
+        covered = {node for m in missed for node in m.around}
+        for anchor in left:
+            if anchor not in covered:
+                yield NotMatched(anchor, stopped(self.matcher.patterns, self.graph, anchor))
 
     def _is_done(self, root: Node) -> bool:
         return root.op in self.item.anchors and self.item.done(root)

@@ -1,4 +1,4 @@
-"""Scores: can a subpattern match a value, captures aside, and how many of its nodes do?
+"""Scores: can a subpattern match a value, captures aside, how many of its nodes do, and how near come the rest?
 
 They are kept for each (pattern, value) while the graph stays the same, so that the score of a whole pattern costs its
 size, whatever choices it holds.
@@ -26,7 +26,8 @@ from vacc_opt.passes.infra.pattern import (
 )
 from vacc_opt.passes.infra.values import attribute, equal, is_number, operands, scalar
 
-Score = tuple[bool, int]  # all of it, and how many nodes
+Score = tuple[bool, int, int]  # all of it, how many nodes, and how well the ends fit: each 0 to FITS
+FITS = 3
 
 
 class Scores:
@@ -40,16 +41,16 @@ class Scores:
     def of(self, pattern: Pattern, value: Value | None) -> Score:
         """The score of a pattern on a value."""
         if isinstance(pattern, Var):
-            return value is not None and admits(pattern, value), 0
+            return _end(value is not None and admits(pattern, value))
         if isinstance(pattern, Where):
             return self.of(pattern.inner, value)
         if value is None:
             choices = pattern.choices if isinstance(pattern, Either) else (pattern,)
-            return any(isinstance(c, Absent) for c in choices), 0
+            return _end(any(isinstance(c, Absent) for c in choices))
         if isinstance(pattern, Number):
-            return is_number(value, pattern.value), 0
+            return _end(is_number(value, pattern.value))
         if isinstance(pattern, Anything | Absent):
-            return isinstance(pattern, Anything), 0
+            return _end(isinstance(pattern, Anything))
         if self._version != self._graph.version:
             self._kept.clear()
             self._version = self._graph.version
@@ -69,10 +70,10 @@ class Scores:
         assert isinstance(inner, Op)
         node = value.producer
         if node is None or node.op != inner.op or value.index != index:
-            return False, 0
+            return False, 0, _near(inner, node)
         for name, wanted in inner.attributes:
             if not isinstance(wanted, AttributeVar) and not equal(attribute(node, name), wanted):
-                return False, 1
+                return False, 1, 0
         return self._operands(inner, node)
 
     def _operands(self, pattern: Op, node: Node) -> Score:
@@ -81,12 +82,12 @@ class Scores:
         if wanted and isinstance(wanted[-1], Rest):
             wanted = wanted[:-1]
         elif not pattern.open_ended and any(v is not None for v in inputs[len(wanted) :]):
-            return False, 1
+            return False, 1, 0
         padded = (*inputs, *([None] * (len(wanted) - len(inputs))))
         if len(wanted) == 2 and pattern.op in COMMUTATIVE and len(inputs) > 1:
             (a, b), (x, y) = wanted, padded[:2]
-            return both((True, 1), max(self.pair(a, x, b, y), self.pair(a, y, b, x)))
-        found: Score = (True, 1)
+            return both((True, 1, 0), max(self.pair(a, x, b, y), self.pair(a, y, b, x)))
+        found: Score = (True, 1, 0)
         for operand, value in zip(wanted, padded, strict=False):
             found = both(found, self.of(operand, value))
             if not found[0]:
@@ -100,7 +101,19 @@ class Scores:
 
 def both(a: Score, b: Score) -> Score:
     """The score of two parts together."""
-    return a[0] and b[0], a[1] + b[1]
+    return a[0] and b[0], a[1] + b[1], a[2] + b[2]
+
+
+def _end(fits: bool) -> Score:
+    return fits, 0, FITS if fits else 0
+
+
+def _near(pattern: Op, node: Node | None) -> int:
+    """2 when the operator that is wanted stands right behind ``node``, 1 for another, 0 for an input or a constant."""
+    if node is None:
+        return 0
+    behind = (v.producer for v in node.inputs if v is not None)
+    return 2 if any(n is not None and n.op == pattern.op for n in behind) else 1
 
 
 def admits(pattern: Var, value: Value) -> bool:

@@ -55,30 +55,19 @@ def explain(item: PatternPass, graph: Graph) -> list[Explanation]:
     near = set(left)
     if left:
         # a root that came near by way of something else than an anchor is no news
-        missed = [m for m in missed if m.miss is None or near & _around(m)] or missed
+        missed = [m for m in missed if m.miss is None or near & m.around] or missed
     else:
         missed = [m for m in missed if m.miss is None]
-    covered = {node for m in missed for node in _around(m)}
     found = [_explained(item, m, size) for m in missed]
-    for anchor in left:
-        if anchor not in covered:
-            readers = ", ".join(dict.fromkeys(u.op for u in anchor.output.users())) or "no node"
-            roots = " or ".join(sorted(work.roots))
-            found.append(Explanation(_place(anchor), 0, size, f"a way to {roots}", f"read by {readers}"))
+    for m in work.away(left, missed):
+        assert m.miss is not None
+        top, reader, wanted = (shown(a) if isinstance(a, Value) else a for a in m.miss.arguments)
+        found.append(Explanation(_place(m.root), 0, size, f"{wanted} to read {top}", f"{reader}"))
     return found
 
 
 def _place(node: Node) -> str:
     return f"{node.op} {where(node)}"
-
-
-def _around(missed: NotMatched) -> set[Node]:
-    """The nodes of the partial match, and the one that stands where it ends."""
-    nodes = set(missed.nodes)
-    value = missed.miss.value if missed.miss is not None else None
-    if value is not None and value.producer is not None:
-        nodes.add(value.producer)
-    return nodes
 
 
 def _explained(item: PatternPass, missed: NotMatched, size: int) -> Explanation:

@@ -241,3 +241,10 @@ def test_a_misspelt_operator_is_refused_where_it_is_written() -> None:
     with pytest.raises(UserError, match="names the operator 'Sigmod'") as caught:
         op.Sigmod(x)
     assert caught.value.hint == "did you mean `Sigmoid`?"
+
+
+@pytest.mark.parametrize("body", ["r = Add (s, t)", "r = Add (t, s)"])
+def test_of_two_operands_the_one_that_comes_nearer_is_told(body: str) -> None:
+    """Neither operand is an Exp, but behind s there is one."""
+    before = "e = Abs (a) f = Exp (e) s = Neg (f) t = Sin (a)"
+    assert why_not(op.Exp(op.Abs(x)) + y, graph(f"{before} {body}")) == "found Neg s, expected Exp"
