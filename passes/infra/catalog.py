@@ -9,6 +9,7 @@ from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.examples import Example, doc_of
 from vacc_opt.passes.infra.options import Named, Option
+from vacc_opt.passes.infra.pipeline import dump_pipeline, parse_pipeline
 from vacc_opt.passes.infra.presets import PRESETS, Preset
 from vacc_opt.passes.infra.registry import ENTRY_POINTS, all_passes
 from vacc_opt.passes.infra.scopes import SCOPES, Scope
@@ -64,8 +65,8 @@ def entry_of(cls: type[Named]) -> Entry:
     doc = doc_of(cls)
     options = tuple(cls.options())
     if issubclass(cls, Preset):
-        # the options as they stand when none is given
-        return Entry(cls.name, "preset", cls.help_line(), doc.prose, options, stands_for=cls().text())
+        text = dump_pipeline(parse_pipeline(cls().text()))  # with no option given
+        return Entry(cls.name, "preset", cls.help_line(), doc.prose, options, stands_for=text)
     if issubclass(cls, Scope):
         return Entry(cls.name, "scope", cls.help_line(), doc.prose, options)
     assert issubclass(cls, Pass)
