@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from vacc_opt.ir.collector import paused
 from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.infer import InferenceError, infer
@@ -16,7 +17,8 @@ def copy(graph: Graph, sizes: Mapping[str, int] | None = None) -> Graph:
     >>> copy(Graph("g"), {"seq": 4}).name
     'g'
     """
-    result = _copied(graph, sizes)
+    with paused():
+        result = _copied(graph, sizes)
     copy_functions(graph.functions, result, sizes)
     if not sizes:  # a graph for fixed sizes is a phase itself
         result.phases = {name: copy(phase) for name, phase in graph.phases.items()}

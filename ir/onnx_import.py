@@ -13,6 +13,7 @@ from onnx import numpy_helper
 import vacc_opt.ir.infer_rules  # noqa: F401 - registers the type rules
 from vacc_opt.ir import ops
 from vacc_opt.ir.attributes import nodes_within, read_attribute, subgraphs
+from vacc_opt.ir.collector import paused
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.functions import (
     Key,
@@ -67,8 +68,9 @@ def from_onnx(
     functions = _Functions(graph, function_table(model.functions), bodies or {})
     known = {i.name: i.type for i in (*model.graph.value_info, *model.graph.output)}
     reader = _Reader(graph, known, provenance or {}, functions, model)
-    reader.interface(model.graph, constants or {})
-    reader.nodes(model.graph.node, [o.name for o in model.graph.output])
+    with paused():
+        reader.interface(model.graph, constants or {})
+        reader.nodes(model.graph.node, [o.name for o in model.graph.output])
     graph.domains = _used(domains, graph)
     ordered = sorted(graph.functions.items())
     graph.functions.clear()

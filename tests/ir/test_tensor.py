@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from vacc_opt.ir import DType, Literal, PerRank, Source, TensorExpr, UserError
 from vacc_opt.ir.tensor import (
@@ -200,3 +201,21 @@ def test_a_cast_to_bfloat16_rounds_half_to_even() -> None:
     )  # half way between neighbors, the even one below and above
     found = Casted(Literal(values), "bfloat16").read()
     np.testing.assert_array_equal(found, np.array([1.0, 1 + 2**-6], ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "int2", "float4_e2m1fn", "float6_e2m3fn"])
+def test_packed_elements_are_read_one_by_one(tmp_path: Path, name: str) -> None:
+    array = np.arange(-8, 7).reshape(3, 5).astype(getattr(ml_dtypes, name))  # rows end inside a byte
+    (tmp_path / "w.bin").write_bytes(b"abc" + numpy_helper.from_array(array).raw_data)
+    source = Source(str(tmp_path / "w.bin"), 3, DType.from_numpy(array.dtype).value, (3, 5))
+    assert source.nbytes == len(numpy_helper.from_array(array).raw_data)
+    np.testing.assert_array_equal(source.read(), array)
+    np.testing.assert_array_equal(source.read((slice(1, 3), slice(2, 4))), array[1:3, 2:4])
+
+
+def test_texts_are_literals_by_value() -> None:
+    a, b = (Literal(np.array([["x", "\u00e9'"]], object)) for _ in range(2))
+    assert (a, a.key) == (b, b.key)
+    assert str(a) == """Literal('string', (1, 2), ('x', "\u00e9'"))"""
+    assert parse_expr(str(a)) == a
+    assert a != Literal(np.array([["x", "y"]], object))

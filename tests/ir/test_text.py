@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -84,11 +85,15 @@ def test_floats_keep_every_bit(number: float, entries: list[float]) -> None:
     np.testing.assert_array_equal(const.read().view(np.uint32), np.array(entries, np.float32).view(np.uint32))
 
 
-@pytest.mark.parametrize("dtype", [d for d in DType if d not in (DType.STRING, DType.UNDEFINED)])
+@pytest.mark.parametrize("dtype", [d for d in DType if d is not DType.UNDEFINED])
 def test_small_literals_of_every_type_survive(dtype: DType) -> None:
     graph = Graph("literals")
     rw = Rewriter(graph)
-    array = np.array([0, 1, 1]).astype(dtype.numpy)
+    array = (
+        np.array(["", "a 'b'\n", "\u00e9"], object)
+        if dtype is DType.STRING
+        else np.array([0, 1, 1]).astype(dtype.numpy)
+    )
     rw.set_output("y", rw.op.Identity(rw.const(array)))
     (const,) = [v.const for v in round_trip(graph).constants() if v.const is not None]
     assert const == Literal(array)
@@ -145,3 +150,33 @@ def test_provenance_travels_in_the_metadata_of_onnx_nodes() -> None:
     node.provenance = Provenance((Origin("layers.0.mlp", "m.py:3", "aten.neg"),), ("simplify",))
     again = from_onnx(to_onnx(graph))
     assert again.nodes()[0].provenance == node.provenance
+
+
+def test_attributes_without_an_exact_text_are_carried_in_lines() -> None:
+    values = np.array([-3, 7], ml_dtypes.int4)
+    graph = from_text("g (int64[2] s) => (y, z) { y = ConstantOfShape (s) z = ConstantOfShape (s) }")
+    for node, value in zip(graph.by_op("ConstantOfShape"), (values[:1], values[1:]), strict=True):
+        node.attributes["value"] = value
+        node.output.type = TensorType(DType.INT4, node.output.shape)
+    assert to_text(graph).count("# attr ") == 2
+    found = [node.attributes["value"] for node in round_trip(graph).by_op("ConstantOfShape")]
+    np.testing.assert_array_equal(np.concatenate(found), values)
+
+
+def test_types_and_versions_of_foreign_operators_survive() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 24, "far" : 7]>
+        g (float[B,4] x) => (float[B,4] y) <seq(float["B + 1",2]) s, float[B,2] t> { s, t = far.Split (x) y = far.Join (s, t) }"""
+    graph = from_text(text.replace('"B + 1"', "C") + "\n# dim C = B + 1\n")
+    assert str(graph.values["s"].type) == "seq(float[B + 1,2])"
+    again = round_trip(graph)
+    assert (again.domains, str(again.values["s"].type)) == ({"far": 7}, "seq(float[B + 1,2])")
+
+
+def test_names_with_quotes_survive() -> None:
+    graph = Graph("quotes")
+    rw = Rewriter(graph)
+    x = rw.add_input('a "b" \\', TensorType(DType.FLOAT, (2,)))
+    weight = rw.const(Source("f.bin", 8, "float", (2,)), 'w "1"')
+    rw.set_output("y", rw.op.Mul(x, weight))
+    assert {'a "b" \\', 'w "1"'} < set(round_trip(graph).values)

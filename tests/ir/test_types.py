@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from vacc_opt.ir import Dim, DType, SymbolicDim, TensorType
-from vacc_opt.ir.types import bind_shape, divide
+from vacc_opt.ir.infer import type_from_proto, type_proto
+from vacc_opt.ir.types import OpaqueType, bind_shape, divide
 
 SIZES = {"batch": 3, "past": 11, "seq": 5}
 
@@ -115,3 +117,31 @@ def test_a_static_shape_is_one_of_numbers_only() -> None:
     assert TensorType(DType.FLOAT, (2, 3)).static_shape == (2, 3)
     assert TensorType(DType.FLOAT, (SymbolicDim.parse("seq"),)).static_shape is None
     assert TensorType(DType.FLOAT).static_shape is None
+
+
+def test_a_type_that_is_no_tensor_keeps_its_message() -> None:
+    tensor = helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", 2])
+    proto = helper.make_optional_type_proto(helper.make_sequence_type_proto(tensor))
+    type = OpaqueType.of(proto)
+    assert (str(type), type.shape, type.dtype) == ("optional(seq(float[n,2]))", None, DType.UNDEFINED)
+    assert type_proto(type) == proto
+    assert type_from_proto(proto, "x") == type
+    assert type.bind({"n": 3}) == type
+    assert OpaqueType.of(helper.make_sequence_type_proto(tensor)) != type
+    assert str(OpaqueType.of(helper.make_map_type_proto(7, tensor))) == "map(int64,float[n,2])"
+    assert str(OpaqueType.of(helper.make_sparse_tensor_type_proto(1, [4]))) == "sparse_tensor(float[4])"
+
+
+def test_elements_below_a_byte_have_their_bits() -> None:
+    assert [d.bits for d in (DType.INT4, DType.UINT2, DType.FLOAT6E2M3, DType.FLOAT8E5M2, DType.BFLOAT16)] == [
+        4,
+        2,
+        6,
+        8,
+        16,
+    ]
+
+
+def test_a_size_may_be_bound_to_another_dimension() -> None:
+    rows = TensorType(DType.FLOAT, (SymbolicDim.parse("2*k"), 4))
+    assert str(rows.bind({"k": SymbolicDim.parse("past + seq")})) == "float[2*past + 2*seq,4]"
