@@ -40,7 +40,7 @@ class Culprit:
 
     step: Step
     graph: Graph
-    total: int
+    total: int | None
     application: Application | None = None
     suspects: tuple[int, int] | None = None
     change: tuple[str, ...] = ()
@@ -53,9 +53,11 @@ class Culprit:
             one = self.application
             rule = f"{one.rule}, " if one.rule != self.step.item.name else ""
             place = f"{one.root} [{one.where}]" if one.root else "the whole graph"
-            said.append(f"application {one.index} of {self.total}: {rule}{place}")
+            of = f" of {self.total}" if self.total is not None else ""
+            said.append(f"application {one.index}{of}: {rule}{place}")
         elif self.suspects is not None:
-            said.append(f"applications {self.suspects[0]} to {self.suspects[1]} of {self.total} cannot be tested apart")
+            first, last = self.suspects
+            said.append(f"applications {first} to {last} cannot be tested apart")
         else:
             said.append("it changes the graph outside of any application, so the whole pass is it")
         said += [f"because {self.why}"] if self.why else []
@@ -163,16 +165,16 @@ class Bisection:
 
     def _within(self, step: Step, total: int | None) -> Culprit:
         start, item = self._before(step), step.item
-        if total is None:  # the pass raised: how many applications it makes until then is not known
-            total = _until_it_raises(start, item)
+        # of a pass that raised, how many applications it makes is not known
+        end = _until_it_raises(start, item) if total is None else total
 
         def after(count: int) -> Verdict:
-            return self._after(Until(step.index, count), f"{item.name}, {count} of {total} applications")
+            return self._after(Until(step.index, count), f"{count} of at most {end} applications of {item.name}")
 
         # the reasons of the last bad try are those of the culprit, so the end is asked about anew
-        if not total or after(total) is not Verdict.BAD:
+        if not end or after(end) is not Verdict.BAD:
             return Culprit(step, start, total, why=self.why)
-        good, bad = first_bad(0, total, after)
+        good, bad = first_bad(0, end, after)
         if bad - good > 1:
             return Culprit(step, start, total, suspects=(good + 1, bad), why=self.why)
         with applied(item, start, bad) as rw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -124,8 +125,6 @@ class Raises:
 
 
 _TEST = '''"""{title}"""
-
-from __future__ import annotations
 {imports}
 
 GRAPH = """
@@ -141,10 +140,10 @@ def pytest_of(failure: Failure, graph: Graph) -> str:
     """A test file that fails for as long as the pass does on ``graph``."""
     name, spec = failure.item.name.replace("-", "_").replace(".", "_"), failure.item.spec()
     imports = ["from vacc_opt.ir.text import from_text", "from vacc_opt.passes.infra.manager import run_pipeline"]
-    call = f"run_pipeline(from_text(GRAPH), {spec!r})"
+    call = f"run_pipeline(from_text(GRAPH), {json.dumps(spec)})"
     if failure.numerics is not None:
         imports.append("from vacc_opt.passes.infra.numerics import CheckNumerics")
-        call = f"run_pipeline(from_text(GRAPH), {spec!r}, instruments=[{_check(failure.numerics)}])"
+        call = f"run_pipeline(from_text(GRAPH), {json.dumps(spec)}, instruments=[{_check(failure.numerics)}])"
         title, name = f"{spec} keeps the values of a graph that it once changed.", f"{name}_keeps_the_values"
     else:
         title, name = f"{spec} runs on a graph on which it once failed.", f"{name}_runs"
@@ -161,8 +160,8 @@ def script_test_of(command: str, graph: Graph, pipeline: str = "") -> str:
         *(["from vacc_opt.passes.infra.manager import run_pipeline"] if pipeline else []),
         "from vacc_opt.passes.infra.scripts import Script",
     ]
-    run = [f"    run_pipeline(graph, {pipeline!r})"] if pipeline else []
-    check = f"    assert Script({command!r}, tmp_path)(graph) is Verdict.GOOD"
+    run = [f"    run_pipeline(graph, {json.dumps(pipeline)})"] if pipeline else []
+    check = f"    assert Script({json.dumps(command)}, tmp_path)(graph) is Verdict.GOOD"
     body = "\n".join(["    graph = from_text(GRAPH)", *run, check])
     text = _TEST.format(
         title="A script finds nothing wrong with a graph that it once did.",

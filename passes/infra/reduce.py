@@ -121,15 +121,16 @@ class Reducer:
         self._shapes()
         seeded = without_files(self.graph)
         if seeded is not None:
-            self._try(seeded, "seeded weights")
+            self._try(seeded, "seeded weights", nodes=False)
         return self.graph
 
     def _holds(self, graph: Graph) -> bool:
         self.calls += 1
         return self._interesting(copy(graph))
 
-    def _try(self, graph: Graph, what: str) -> bool:
-        if not self._holds(graph):
+    def _try(self, graph: Graph, what: str, *, nodes: bool = True) -> bool:
+        """Take ``graph`` if it is interesting, and has fewer ``nodes`` or need not."""
+        if (nodes and len(graph) >= len(self.graph)) or not self._holds(graph):
             return False
         self.graph = graph
         self._say(f"{len(graph):,} nodes, {self.calls} tries: {what}")
@@ -177,7 +178,9 @@ class Reducer:
         surgeon, nodes = Surgeon(self.graph), self.graph.nodes()
         while at > 0:
             low = max(at - size, 0)
-            if self._region(surgeon, nodes[:low] + nodes[at:], f"without {at - low} in between"):
+            what = f"without {at - low} in between"
+            past = _jumped(self.graph, nodes[low:at])
+            if self._region(surgeon, nodes[:low] + nodes[at:], what) or (past is not None and self._try(past, what)):
                 surgeon, nodes = Surgeon(self.graph), self.graph.nodes()
             at = min(low, len(nodes))
 
@@ -201,13 +204,13 @@ class Reducer:
                 if value.producer is not None:
                     rw.erase_dead(value.producer)
                 _drop_unused_inputs(tried, rw)
-                self._try(tried, f"without the output {name}")
+                self._try(tried, f"without the output {name}", nodes=False)
 
     def _shapes(self) -> None:
         for size in sizes(self.graph):
             for small in (SMALLEST, size // 2):
                 tried = resized(self.graph, size, small)
-                if tried is not None and self._try(tried, f"{small} in place of {size}"):
+                if tried is not None and self._try(tried, f"{small} in place of {size}", nodes=False):
                     break
 
 
@@ -217,6 +220,40 @@ def _neighbors(node: Node) -> Iterator[Node]:
             yield value.producer
     for value in node.outputs:
         yield from value.users()
+
+
+def _jumped(graph: Graph, run: Sequence[Node]) -> Graph | None:
+    """The graph without a run of nodes, what was computed by it taken from before it, where the types allow that."""
+    inside = set(run)
+    stands: dict[str, str] = {}
+    for value in (v for node in run for v in node.outputs):
+        if graph.is_output(value) or any(user not in inside for user in value.users()):
+            earlier = _earlier(value, inside)
+            if earlier is None or (graph.is_output(value) and earlier.producer is None):
+                return None
+            stands[value.name] = earlier.name
+    tried = copy(graph)
+    rw = Rewriter(tried)
+    for old, new in stands.items():
+        if old in tried.values and new in tried.values:
+            rw.replace(tried.values[old], tried.values[new])
+    _drop_unused_inputs(tried, rw)
+    return tried
+
+
+def _earlier(value: Value, inside: set[Node]) -> Value | None:
+    """The nearest value of the same type behind ``value`` that nothing inside computes."""
+    pending, seen = [value], {value}
+    for one in pending:
+        for operand in one.producer.inputs if one.producer is not None else ():
+            if operand is None or operand.is_const or operand in seen:
+                continue
+            if operand.producer in inside:
+                seen.add(operand)
+                pending.append(operand)
+            elif operand.type == value.type:
+                return operand
+    return None
 
 
 def _bypassed(graph: Graph, name: str) -> Iterator[Graph]:

@@ -56,7 +56,7 @@ def reduce_failure(
     before = len(failure.graph)
     reducer = Reducer(failure.graph, failure.interesting(text), focus=failure.focus(), say=say)
     small = reducer.run()
-    why = f"{failure.step} fails: {str(failure.error).splitlines()[0]}"
+    why = (str(failure.error).splitlines() or [type(failure.error).__name__])[0]
     return Reduction(small, before, reducer.calls, pytest_of(failure, small), why)
 
 
