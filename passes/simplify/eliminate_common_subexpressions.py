@@ -68,7 +68,7 @@ def merge_rule() -> Rule:
         if twin not in rw.graph or _key(twin) != key:
             seen[key] = node
             return False
-        with rw.applying([twin, node], "merge-equal-nodes"):
+        with rw.applying([node, twin], "merge-equal-nodes"):
             for old, new in zip(node.outputs, twin.outputs, strict=True):
                 rw.replace(old, new)
         return True
