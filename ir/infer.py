@@ -206,6 +206,14 @@ def _infer(ctx: Context, outputs: int) -> list[Result]:
     return _infer_by_onnx(ctx, outputs)
 
 
+_REFUSED = (
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    onnx.defs.SchemaError,
+    RuntimeError,
+)
+
+
 def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
     names = [f"i{n}" if v is not None else "" for n, v in enumerate(ctx.inputs)]
     node = make_node(("", ctx.op), names, [f"o{n}" for n in range(outputs)], ctx.attributes, names)
@@ -219,7 +227,7 @@ def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
             data[name] = numpy_helper.from_array(value.const.array, name)
     try:
         found = (_infer_with_subgraphs if subgraphs(ctx.attributes) else _infer_plain)(ctx, node, types, data)
-    except (onnx.shape_inference.InferenceError, onnx.defs.SchemaError, RuntimeError) as error:
+    except _REFUSED as error:
         raise ctx.error(str(error).splitlines()[0]) from error
     results: list[Result] = []
     for n in range(outputs):

@@ -93,6 +93,9 @@ def foreign() -> Value:
 X = "x"
 REFUSED: list[tuple[str, Callable[[Graph, Rewriter], object], str]] = [
     ("arity", lambda g, rw: rw.op.Neg(g.values[X], g.values[X]), "Neg takes 1 inputs, got 2"),
+    ("missing operand", lambda g, rw: rw.op.Clip(None, g.values[X]), "Clip needs the operand 'input'"),
+    ("element type", lambda g, rw: rw.op.Sin(rw.const(1, "one", "int64")), r"operand 'input' of Sin cannot be int64\[\]"),
+    ("types beside each other", lambda g, rw: rw.op.Concat(rw.ints(1), rw.const([1.0]), axis=0), r"operands have types int64\[1\] and double\[1\]"),
     ("no input", lambda g, rw: rw.op.MatMul(g.values[X]), "MatMul takes 2 inputs, got 1"),
     ("outputs", lambda g, rw: rw.add("Neg", [g.values[X]], outputs=2), "Neg has at most 1 outputs, 2 were asked for"),
     ("operator", lambda g, rw: rw.op.Softmx(g.values[X]), "no operator 'Softmx' at opset 24\n.*did you mean `Softmax`"),
@@ -130,7 +133,7 @@ def test_operand_types_that_do_not_fit_are_refused(graph: Graph) -> None:
     rw = Rewriter(graph)
     with pytest.raises(InferenceError, match=r"MatMul: \[2,4\] and \[2,4\] do not multiply: 4 is not 2"):
         rw.op.MatMul(graph.values["x"], graph.values["x"])
-    with pytest.raises(InferenceError, match=r"Add: operands have types float\[2,4\] and float16\[2,4\]"):
+    with pytest.raises(RewriteError, match=r"Add: operands have types float\[2,4\] and float16\[2,4\]"):
         rw.op.Add(graph.values["x"], rw.op.Cast(graph.values["x"], to=DType.FLOAT16.onnx))
 
 
