@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 
 from vacc_opt.ir import Graph, Literal, Node, Value
-from vacc_opt.ir.origins import without_origin
+from vacc_opt.ir.origins import name_origins, without_origin
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import write_safetensors
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.examples import doc_of
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
 from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.registry import all_passes
 
 DEFAULT = (
-    "simplify,fuse-rms-norm,fuse-rotary{positions=64},fuse-gqa,fuse-swiglu,slice-last-token,kv-cache{context=64},w8a16,"
-    "kv8{scales=SCALES},cast-float,split-tp{tp=3},legalize"
+    "simplify,fuse-rms-norm,fuse-rotary{positions=64},split-packed-linear,fuse-gqa,fuse-swiglu,slice-last-token,"
+    "kv-cache{context=64},w8a16,kv8{scales=SCALES},cast-float,split-tp{tp=3},legalize"
 )
-AFTER_SPLIT = ("expand-ranks",)
 
 
 def own_passes() -> list[str]:
@@ -78,19 +78,19 @@ class Watch(Instrument):
         return isinstance(one, Node) and before is not None and before[:3] == now[:3]
 
 
-def check(graph: Graph, *pipelines: str) -> int:
+def check(graph: Graph, *pipelines: str) -> None:
     watch = Watch()
     for pipeline in pipelines:
         run_pipeline(graph, pipeline, instruments=[watch, KeepOrigins()])
     assert watch.problems == []
-    return watch.passes
+    assert watch.passes
 
 
 def test_the_whole_pipeline_and_both_phases_keep_every_history(llama: Any, scales: Path) -> None:
     graph = llama.fresh()
     assert list(without_origin(graph)) == []
     pipeline = DEFAULT.replace("SCALES", str(scales))
-    assert check(graph, pipeline, "prefill{seq=16}(simplify),decode(simplify)") == 14
+    check(graph, pipeline, "prefill{seq=16}(simplify),decode(simplify)")
     weight = graph.values["model.layers.0.self_attn.q_proj.qweight"]
     assert weight.provenance.passes == ("w8a16", "split-tp")
     assert [(o.module, o.source) for o in weight.provenance.origins] == [
@@ -105,12 +105,19 @@ def test_the_whole_pipeline_and_both_phases_keep_every_history(llama: Any, scale
         assert inside == ["Vastai::QuantizedLinearPerChannel"]
 
 
-def test_every_other_pass_keeps_it_too(llama: Any, scales: Path) -> None:
-    default = DEFAULT.replace("SCALES", str(scales))
-    in_default = {item.partition("{")[0] for item in default.split(",")}
-    for name in own_passes():
-        if name not in in_default:
-            check(llama.fresh(), f"{default},{name}" if name in AFTER_SPLIT else name)
+@pytest.mark.parametrize("name", own_passes())
+def test_every_pass_keeps_it_on_the_example_of_its_documentation(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"layers.0.key.{what}": Literal(np.full((1, 2), 0.5, np.float32)) for what in ("scale", "zero")}
+    write_safetensors(tmp_path / "kv.safetensors", tensors)  # what the example of kv8 names
+    monkeypatch.chdir(tmp_path)
+    examples = doc_of(all_passes()[name]).examples
+    assert examples
+    for example in examples:
+        graph = from_text(example.before)
+        name_origins(graph)
+        check(graph, example.spec)
 
 
 def test_passes_are_named_in_the_order_in_which_they_ran(llama: Any, scales: Path) -> None:
