@@ -90,10 +90,7 @@ class FuseRotary(PatternPass):
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """Gather from the shared tables by position; another layout is turned to [batch,heads,seq,D] and back."""
         rw.raise_opset(23)
-        tables = []
-        for name, value in (("rotary_cos", m.cos), ("rotary_sin", m.sin)):
-            with rw.on_behalf_of(*ancestors(m.graph, value)):
-                tables.append(rw.shared_const(self._table(m, value).rows, name))
+        tables = [self._constant(m, rw, value, name) for value, name in ((m.cos, "rotary_cos"), (m.sin, "rotary_sin"))]
         x, (batch, seq), positions = rotated(m), self._table(m, m.cos).axes, self._table(m, m.cos).positions
         assert x is not None
         perm = (0, 1, 2, 3) if m.root.op == "RotaryEmbedding" else (batch, 3 - batch - seq, seq, 3)
@@ -108,6 +105,13 @@ class FuseRotary(PatternPass):
         if node.op == "Sub":
             return not all(v is not None and v.producer is not None and v.producer.op == "Mul" for v in node.inputs)
         return not any(u.op == "Concat" for u in node.output.users())
+
+    def _constant(self, m: Match, rw: Rewriter, value: Value, name: str) -> Value:
+        made: Value | None = m.memo.get((name, value))
+        if made is None or m.graph.values.get(made.name) is not made:  # hashing a long table for each layer takes long
+            with rw.on_behalf_of(*ancestors(m.graph, value)):
+                made = m.memo[name, value] = rw.shared_const(self._table(m, value).rows, name)
+        return made
 
     def _table(self, m: Match, value: Value) -> Table:
         half = m.get("low") is not None

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from vacc_opt.ir import DType, Graph, Node, Value
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import VaccError
-from vacc_opt.ir.evaluate import evaluate
+from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.base import ancestors, where
 
 BLOCKED = -1e4  # a float mask below this hides a key: exporters write finfo.min or -inf
@@ -52,13 +52,15 @@ def why_not_causal_padding(graph: Graph, attentions: Sequence[Node], context: in
 def _probe_all(graph: Graph, mask: Value, context: int) -> str:
     nodes = list(ancestors(graph, mask))
     region = extract(graph, nodes, "mask", keep=[mask])
+    run: Executable | None = None
     for probe in (*PROBES, (1, 1, context - 1, (0,), (0,))):
         feeds, expected = _feeds(region, probe)
         missing = [v.name for v in region.inputs if v.name not in feeds]
         if missing:
             return f"it depends on the input {missing[0]!r}"
         try:
-            found = evaluate(region, feeds)[mask.name]
+            run = run or Executable(region)
+            found = run.run(feeds)[0][mask.name]
         except VaccError as error:
             return f"it cannot be evaluated: {error.message}"
         why = _compare(found, expected, probe)

@@ -11,7 +11,7 @@ import numpy as np
 from vacc_opt.ir import DType, Graph, Node, Value
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import VaccError
-from vacc_opt.ir.evaluate import evaluate
+from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.base import ancestors
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.values import attribute
@@ -32,7 +32,7 @@ class Table:
 
 def tabulate(graph: Graph, value: Value, positions: int) -> Table:
     """Evaluate ``value`` for positions 0 to ``positions`` - 1; ``why`` says why it is no table, else it is empty."""
-    nodes = list(ancestors(graph, value))
+    nodes = set(ancestors(graph, value))
     sources = [v for v in graph.inputs if any(u in nodes for u in v.users())]
     if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
         return Table(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
@@ -41,10 +41,9 @@ def tabulate(graph: Graph, value: Value, positions: int) -> Table:
     half = positions // 2
     probe = np.array([[half, half // 2, 0], [half // 2, 0, half]], np.int64)
     try:
-        found, other = (
-            evaluate(region, {sources[0].name: p})[value.name]
-            for p in (np.arange(positions, dtype=np.int64)[None], probe)
-        )
+        run = Executable(region)
+        all_positions = np.arange(positions, dtype=np.int64)[None]
+        found, other = (run.run({sources[0].name: p})[0][value.name] for p in (all_positions, probe))
     except VaccError as error:
         return Table(why=f"cannot be evaluated: {error.message}")
     lead, channels = other.shape[:-1], found.shape[-1]
