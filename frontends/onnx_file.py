@@ -13,6 +13,7 @@ import onnx.numpy_helper
 import onnx.version_converter
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.infer import RULES_OPSET
@@ -38,6 +39,7 @@ def load_onnx(path: str | os.PathLike[str], *, keep_functions: bool = False) -> 
     file = _existing(Path(path))
     model = _parse(file)
     _embed(model, file)
+    resolve_sequences(model)
     constants = _constants(model, file)
     origins = {t.name: stored_provenance(t) for t in model.graph.initializer if t.name in constants}
     for tensor in [t for t in model.graph.initializer if t.name in constants]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
 
+from vacc_opt.frontends import load_onnx
 from vacc_opt.frontends.sequences import resolve_sequences
 
 X = np.arange(24, dtype=np.float32).reshape(2, 12)
@@ -41,6 +44,11 @@ def test_a_split_with_known_sizes_is_one_node(case: str) -> None:
     assert not {"SplitToSequence", "SequenceAt"} & {n.op_type for n in made.graph.node}
     for found, wanted in zip(run(made), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_file_with_a_split_sequence_is_a_graph_of_tensors(tmp_path: Path) -> None:
+    onnx.save(model(RESOLVED["sizes"]), tmp_path / "model.onnx")
+    assert load_onnx(tmp_path / "model.onnx").op_counts() == {"Split": 1}
 
 
 def test_a_sequence_that_is_read_as_one_stays() -> None:
