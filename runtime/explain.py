@@ -17,6 +17,7 @@ from vacc_opt.backends.vacc.schedule import Call, Program
 from vacc_opt.frontends import load_onnx
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph, Node, Value
+from vacc_opt.ir.origins import name_origins
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.storage import is_stored
 from vacc_opt.ir.types import DType
@@ -112,6 +113,7 @@ def explainers(path: Path, phase: str | None = None, rank: int | None = None) ->
                 f"{path}: {option} chooses among the graphs of an artifact", "leave it out: this is one graph"
             )
         graph = load_model(str(path))
+        name_origins(graph)  # a text may be written by hand
         yield Explainer(graph, path.name, _checked_rank(path, rank, graph.ranks))
         return
     if path.is_dir() and not is_artifact(path) and (files := sorted(p.name for p in path.glob("*.onnx"))):
@@ -191,7 +193,10 @@ class Explainer:
         if index >= len(self.program.calls):
             raise UserError(f"{self.title}: has no call {index}", f"calls are 0 to {len(self.program.calls) - 1}")
         call = _call_fact(self.program.calls[index])
-        nodes = [node for name in call.nodes if (node := self.graph.values[name].producer) is not None]
+        cited = [self.graph.values.get(name) for name in call.nodes]
+        nodes = [value.producer for value in cited if value is not None and value.producer is not None]
+        if not nodes or len(nodes) < len(cited):
+            raise UserError(f"{self.title}: call {index} does not name nodes of the graph", "compile it again")
         return self._made(f"call {index}", "call", nodes, [call])
 
     def _module(self, path: str) -> Explanation | None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from vacc_opt.cli.main import main
 from vacc_opt.ir import DType
 from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.provenance import Origin
 from vacc_opt.passes.infra.registry import all_passes
 from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.explain import Explanation, explain, explainers
@@ -218,6 +220,21 @@ def test_of_a_split_text_the_rank_is_chosen(exported: Path, tmp_path: Path) -> N
     assert main(["opt", str(exported), "-p", pipeline, "-o", str(out)]) == 0
     formulas = [explain(out, "model.layers.0.mlp.up_proj.weight", rank=rank).weights[0].formula for rank in (0, 1)]
     assert formulas == [f"model.layers.0.mlp.up_proj.weight[{rows}]" for rows in ("0:48", "48:96")]
+
+
+def test_a_text_written_by_hand_has_its_names_for_origins(tmp_path: Path) -> None:
+    file = tmp_path / "hand.vacc"
+    file.write_text("g (float[4] x) => (float[4] y) { h = Neg (x) y = Exp (h) }\n")
+    assert explain(file, "h").nodes[0].origins == (Origin("h", "", "Neg"),)
+
+
+def test_a_schedule_that_cites_nodes_of_another_graph_is_refused(artifact: Artifact) -> None:
+    (model,) = explainers(artifact.path, "decode")
+    assert model.program is not None
+    calls = (replace(model.program.calls[0], nodes=("elsewhere",)), *model.program.calls[1:])
+    other = replace(model, program=replace(model.program, calls=calls))
+    with pytest.raises(UserError, match="decode: call 0 does not name nodes of the graph"):
+        other.find("call 0")
 
 
 def test_the_command_prints_the_same_and_json_holds_everything(
