@@ -207,7 +207,9 @@ class Matcher:
         node = value.producer if value is not None else None
         if node is None or node.op != pattern.op or value is None or value.index != output:
             found = "nothing" if value is None else value
-            self._fail("found {}, expected {}", found, pattern.op, node=user, pattern=pattern, value=value)
+            other = node is not None and node.op == pattern.op
+            expected = f"output {output} of {pattern.op}" if other else pattern.op
+            self._fail("found {}, expected {}", found, expected, node=user, pattern=pattern, value=value)
             return ()
         if pattern in self._shared:
             before = self._bound.get(pattern)
