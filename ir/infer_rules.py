@@ -148,6 +148,10 @@ def _gather(ctx: Context) -> Result:
     if data is None or indices is None:
         return Result(TensorType(ctx.dtype(0)), elements)
     axis = _place(ctx, axis, len(data))
+    size = data[axis]
+    if isinstance(size, int):
+        for index in wanted or ():
+            _place(ctx, index, size, "index")
     return Result(TensorType(ctx.dtype(0), (*data[:axis], *indices, *data[axis + 1 :])), elements)
 
 

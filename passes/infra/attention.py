@@ -31,7 +31,9 @@ def is_plain(value: Value | None) -> bool:
 def why_not_grouped(m: Match, q: Heads, k: Heads, v: Heads) -> Iterator[Reason]:
     """What speaks against query head h reading KV head h // group."""
     heads = q.sizes[1]
-    if not isinstance(heads, int) or q.group != 1:
+    if q.group != 1:
+        yield m.reason("the heads of q are repeated: {x}", x=m.q)
+    if not isinstance(heads, int):
         yield m.reason("q has {heads} heads, a number is expected", heads=heads)
     for name, kv in (("k", k), ("v", v)):
         own = kv.sizes[1] * kv.group

@@ -145,6 +145,7 @@ MISFITS = [
     (f"{ints('a', 2)} y = Squeeze (x, a)", r"axes \[2\] of \[B,S,8\] are not all of size 1"),
     (f"{ints('a', -4)} y = ReduceSum (x, a)", "axis -4 is not in -3 to 2"),
     (f"{ints('i', 3)} s = Shape (x) y = Gather (s, i)", "index 3 is not in -3 to 2"),
+    (f"{ints('i', 8)} y = Gather <axis = 2> (x, i)", "index 8 is not in -8 to 7"),
     (f"{ints('a', 3)} {ints('l', 0)} y = Slice (x, l, l, a)", "axis 3 is not in -3 to 2"),
     (f"{ints('a', 1, 2)} {ints('l', 0)} y = Slice (x, l, l, a)", "are not as many"),
     (f"{ints('l', 0)} y = Slice (x, l, l, l, l)", "a step is 0"),

@@ -281,3 +281,9 @@ def test_cos_and_sin_of_other_positions_are_refused() -> None:
 
 def test_one_row_that_is_turned_for_all_positions_stays() -> None:
     assert_no_match(PASS, chain(head=HEAD.replace("float[B,2,S,8] x", "float[1,2,S,8] x")), "x is broadcast")
+
+
+def test_a_rotation_in_double_stays() -> None:
+    text = chain(ANGLE.replace("to = 1", "to = 11"), head=HEAD.replace("float[", "double["))
+    text = text.replace(FREQ, f'# const "freq" = {Literal(FREQUENCIES.astype(np.float64))}\n')
+    assert_no_match(PASS, text, "RotaryEmbedding is not defined for double")
