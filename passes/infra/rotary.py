@@ -81,6 +81,8 @@ def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
     assert x.shape is not None
     depth, low, high, stack = x.shape[3], m.get("low"), m.get("high"), m.get("stack")
     assert isinstance(depth, int)
+    if x.type.dtype is DType.DOUBLE:
+        yield m.reason("x is {x}: RotaryEmbedding is not defined for double", x=x.type)
     if stack is None and m.root.output.shape != x.shape:
         yield m.reason("the result is {y}, x is {x}: x is broadcast", y=m.root.output.type, x=x.type)
     if low is not None:
