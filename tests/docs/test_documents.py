@@ -19,17 +19,28 @@ def test_the_page_of_passes_is_what_make_docs_writes(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == (ROOT / "docs/passes.md").read_text(encoding="utf-8")
 
 
-def test_the_pass_of_the_tutorial_works_as_printed(tmp_path: Path) -> None:
-    text = (ROOT / "docs/write_a_pass.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 2
-    calls = re.findall(r"^def (test_\w+)", blocks[1], flags=re.MULTILINE)
-    assert len(calls) == 2
-    script = tmp_path / "tutorial.py"
-    script.write_text("\n".join(blocks) + "".join(f"\n{name}()" for name in calls) + "\nprint('ran', FuseSwish.name)\n")
-    # in a process of its own: the tutorial registers a pass
+def test_the_pass_of_the_readme_works_as_printed(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Write a pass")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text(
+        "from collections.abc import Iterator\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from vacc_opt.passes.api import *\nfrom vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites\n"
+        f"{block}\n"
+        "text = 'g ({0}[B,8] x) => ({0}[B,8] y) {{ s = Sigmoid (x) y = Mul (s, x) }}'.format\n"
+        "assert_rewrites(FuseSwish(), text('float'), 'g (float[B,8] x) => (float[B,8] y) { y = Swish (x) }')\n"
+        "assert_no_match(FuseSwish(), text('float16'), 'x is float16[B,8]')\n"
+        "print('ran', FuseSwish.name)\n"
+    )
+    # in a process of its own: the page registers a pass
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.stdout == "ran fuse-swish\n", done.stderr
+
+
+def test_the_readme_shows_what_the_tutorial_runs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Write a pass")[2].partition("\n## ")[0]
+    (shown,) = re.findall(r"^fuse-swiglu: 1 of 2.*?(?=^```)", readme, flags=re.DOTALL | re.MULTILINE)
+    assert shown in (ROOT / "docs/debug_a_pass.md").read_text(encoding="utf-8")
 
 
 def test_links_between_documents_lead_somewhere() -> None:
