@@ -138,7 +138,13 @@ def test_values_that_are_no_tensors_keep_their_types() -> None:
             k = OptionalGetElement (o)
         }""")
     types = {name: str(graph.values[name].type) for name in ("s", "o", "e", "t", "k")}
-    assert types == {"s": "seq(float[N])", "o": "optional(int64[])", "e": "float[N]", "t": "seq(float[N])", "k": "int64[]"}
+    assert types == {
+        "s": "seq(float[N])",
+        "o": "optional(int64[])",
+        "e": "float[N]",
+        "t": "seq(float[N])",
+        "k": "int64[]",
+    }
     verify(graph)
     assert to_text(from_text(to_text(graph))) == to_text(graph)
 
