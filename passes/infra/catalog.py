@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 
+import vacc_opt.passes
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.examples import Example, doc_of
@@ -95,9 +96,9 @@ def _order(cls: type[Pass]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _distribution(cls: type[Pass]) -> str:
-    package = cls.__module__.partition(".")[0]
-    if package == __name__.partition(".")[0]:
+    if cls.__module__.startswith(f"{vacc_opt.passes.__name__}."):
         return ""
+    package = cls.__module__.partition(".")[0]
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.module.partition(".")[0] == package and point.dist is not None:
             return f"{point.dist.name} {point.dist.version}"

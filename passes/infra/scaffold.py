@@ -18,7 +18,7 @@ from vacc_opt.passes.infra.files import write_whole
 from vacc_opt.passes.infra.pattern_pass import PatternPass
 from vacc_opt.passes.infra.reference import page
 from vacc_opt.passes.infra.registry import GROUPS
-from vacc_opt.passes.infra.skeleton import DOC, PASS, PASS_TEST, PLUGIN_TEST, PYPROJECT, TESTING
+from vacc_opt.passes.infra.skeleton import DOC, LIT_TEST, PASS, PASS_TEST, PLUGIN_TEST, PYPROJECT, TESTING
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _RESERVED = ("new", "show")  # words of `vacc-opt passes`
@@ -33,7 +33,7 @@ class Made:
 
 
 def new_pass(name: str, group: str = "fuse", kind: str = "exact", root: Path | None = None) -> Made:
-    """Write a pass into a checkout: ``passes/GROUP/NAME.py``, ``tests/passes/test_NAME.py``, ``docs/passes.md``.
+    """Write a pass into a checkout: the pass, its test, its test of the command line, and its entry in docs/passes.md.
 
     Args:
         name: as in pipeline text, ``fuse-relu``.
@@ -53,16 +53,19 @@ def new_pass(name: str, group: str = "fuse", kind: str = "exact", root: Path | N
         hint = f"for a distribution of your own: `vacc-opt passes new {name} --plugin DIR`"
         raise UserError("vacc-opt is installed without its sources, where the passes of a checkout lie", hint)
     imports = [f"from vacc_opt.passes.{group}.{words['file']} import {words['class_name']}", TESTING]
-    path, test = root / f"passes/{group}/{words['file']}.py", tests / f"test_{words['file']}.py"
-    files = {path: PASS.substitute(words), test: PASS_TEST.substitute(words, imports="\n".join(sorted(imports)))}
+    files = {
+        root / f"passes/{group}/{words['file']}.py": PASS.substitute(words),
+        tests / f"test_{words['file']}.py": PASS_TEST.substitute(words, imports="\n".join(sorted(imports))),
+        root / f"tests/lit/passes/{name}.vacc": LIT_TEST.substitute(words),
+    }
     _write_new(files, lambda: write_whole(docs, _page_with(name, kind)))
-    shown, tested = _near(path), _near(test)
+    path, test, lit, page = map(_near, (*files, docs))
     return Made(
-        ((shown, "the pass"), (tested, "its test"), (_near(docs), "its entry, generated")),
+        ((path, "the pass"), (test, "its test"), (lit, "its command line"), (page, "its entry, generated")),
         (
-            f"python -m pytest -q {tested}",
+            f"python -m pytest -q {test}",
             f"vacc-opt passes {name}",
-            f"change pattern, check and rewrite in {shown}, then `make docs`",
+            f"change pattern, check and rewrite in {path}, then `make docs`",
         ),
     )
 

@@ -101,6 +101,18 @@ def test_the_example_in_its_docstring_holds() -> None:
     + _CASES
 )
 
+LIT_TEST = Template("""\
+# RUN: vacc-opt %s -p $name 2>&1 | filecheck %s
+
+# CHECK: $name fused 1 of 1 match
+# CHECK: y = Relu (x)
+
+g (float[B,8] x) => (float[B,8] y) {
+    inner = Relu (x)
+    y = Relu (inner)
+}
+""")
+
 PYPROJECT = Template("""\
 [build-system]
 requires = ["setuptools>=77"]

@@ -24,4 +24,5 @@ def test_the_command_line_prints_what_the_files_say(tmp_path: Path) -> None:
 
 
 def test_every_pass_is_run_on_text() -> None:
-    assert {path.stem for path in (HERE / "passes").iterdir()} == set(all_passes())
+    ours = {name for name, cls in all_passes().items() if cls.__module__.startswith("vacc_opt.passes.")}
+    assert {path.stem for path in (HERE / "passes").iterdir()} == ours
