@@ -1,6 +1,6 @@
-"""Python's garbage collector stands still while a graph is built: it would walk all of it many times for nothing.
+"""Python's garbage collector stands still while a graph is built or rewritten: it would walk all of it for nothing.
 
-Importing 50,000 nodes takes 1.6 times as long with it, copying them 3.7 times.
+Importing 50,000 nodes takes 1.6 times as long with it, copying them 3.7 times; the nodes of a graph live on.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def attribute_key(attributes: Mapping[str, Attribute]) -> tuple[object, ...]:
 
 def _hashable(value: Attribute) -> tuple[object, ...]:
     if isinstance(value, np.ndarray):
-        return "array", value.dtype.name, value.shape, value.tobytes()
+        data = tuple(value.reshape(-1)) if value.dtype == object else value.tobytes()  # strings lie behind pointers
+        return "array", value.dtype.name, value.shape, data
     if isinstance(value, tuple):
         return "tuple", *((type(v).__name__, v) for v in value)
     return type(value).__name__, value

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vacc_opt.ir import Graph
+from vacc_opt.ir import Graph, collector
 from vacc_opt.ir.copy import bind, symbols
 from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
 from vacc_opt.ir.rewriter import ApplicationLimit, Rewriter
@@ -64,24 +63,12 @@ def run_pipeline(
     manager = _Manager(hears, verify_each, check_analyses, until)
     for one in hears:
         one.started(graph, items)
-    with contextlib.suppress(_Stop), _collector_paused():
+    with contextlib.suppress(_Stop), collector.paused():
         manager.run(items, graph, "")
     report = Report(tuple(manager.records))
     for one in hears:
         one.finished(report)
     return report
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Collect no cycles during a run: the graph is one that lives on, and each collection would walk all of it."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class _OnPass(Instrument):

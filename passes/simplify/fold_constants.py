@@ -19,6 +19,7 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
 from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.values import scalar
 
 Array = npt.NDArray[Any]
 RANDOM = frozenset(
@@ -109,7 +110,9 @@ class FoldConstants(Pass):
 
 def is_random(node: Node, graph: Graph) -> bool:
     """True when two runs of a node may differ, because of itself, a subgraph or the function that it calls."""
-    if node.op_type in RANDOM or any(n.op_type in RANDOM for n in nodes_within(node)):
+    # a Dropout draws in training mode, which its third operand asks for
+    drops = node.op == "Dropout" and node.input(2) is not None and scalar(node.input(2)) != 0
+    if drops or node.op_type in RANDOM or any(n.op_type in RANDOM for n in nodes_within(node)):
         return True
     body = graph.functions.get(node.op) if node.domain else None
     return body is not None and any(is_random(inner, graph) for inner in body.nodes())

@@ -77,11 +77,12 @@ g (float[4] x) => (y) {{
         "a = Sub (x, w) b = Sub (w, x)",
         "a = Neg (x) b = Neg (w)",
         "a = RandomNormalLike (x) b = RandomNormalLike (x)",
+        "a = Dropout (x, , training) b = Dropout (x, , training)",
     ],
-    ids=["attributes", "order of operands", "operands", "random"],
+    ids=["attributes", "order of operands", "operands", "random", "dropout in training mode"],
 )
 def test_different_nodes_stay_apart(body: str) -> None:
-    graph = from_text(f"g (float[4,4] x, float[4,4] w) => (y) {{ {body} y = Add (a, b) }}")
+    graph = from_text(f"g (float[4,4] x, float[4,4] w, bool training) => (y) {{ {body} y = Add (a, b) }}")
     run_pass(CSE, graph)
     assert len(graph) == 3
 
