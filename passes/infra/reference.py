@@ -63,7 +63,7 @@ def page(entries: Sequence[Entry]) -> str:
 
 
 def _section(entry: Entry) -> list[str]:
-    lines = [f"Kind: {entry.kind}: {entry.promise}."] if entry.kind else []
+    lines = [f"Kind: {entry.kind}, {entry.promise}."] if entry.kind else []
     lines += [f"Order: {_order(entry, '`{}`')}."] if entry.follows or entry.precedes else []
     lines += [f"From: {entry.distribution}."] if entry.distribution else []
     lines += ["", entry.prose] if lines else [entry.prose]
