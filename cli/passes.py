@@ -61,7 +61,7 @@ def show(name: str | None, as_json: bool, markdown: bool) -> None:
     help="Write a distribution of its own into DIR, which vacc-opt finds once it is installed.",
 )
 def new(name: str, group: str | None, kind: str, plugin: Path | None) -> None:
-    """Write a pass called NAME that works as it stands, its test, and its entry in docs/passes.md.
+    """Write a pass called NAME that works as it stands, its tests, and its entry in docs/passes.md.
 
     KIND is exact, reassociating, lossy or interface; GROUP is fuse, simplify, quantize, shard or legalize. Nothing is
     written over, and all files are written or none.

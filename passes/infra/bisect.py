@@ -128,10 +128,14 @@ class Bisection:
         verify_each: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.graph, self.items, self.test, self.say = graph, items, test, say
-        self.broken_is_bad, self.verify_each = broken_is_bad, verify_each
-        self.tries = 0
-        self.why = ""
+        self.graph = graph
+        self.items = items
+        self.test = test
+        self.say = say
+        self.broken_is_bad = broken_is_bad
+        self.verify_each = verify_each
+        self.tries: int = 0
+        self.why: str = ""
 
     def run(self) -> Culprit:
         """Search.

@@ -79,7 +79,7 @@ def listing_of(graph: Graph) -> Listing:
 
 
 # kept while the graph is unchanged, so that the listing after one pass is the listing before the next
-listing = Analysis("listing", listing_of)
+listing: Analysis[Listing] = Analysis("listing", listing_of)
 
 
 def _rows(graph: Graph) -> Iterator[Row]:

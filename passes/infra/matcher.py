@@ -57,7 +57,7 @@ class Matcher:
 
     def __init__(self, pattern: Pattern | Sequence[Pattern], graph: Graph) -> None:
         self.patterns: tuple[Pattern, ...] = (pattern,) if isinstance(pattern, Pattern) else tuple(pattern)
-        self.pattern = self.patterns[0]
+        self.pattern: Pattern = self.patterns[0]
         self.graph = graph
         self._shared = shared_ops(self.patterns)
         self._further = [_Further(p, i, climbs(p, self._shared)) for i, p in enumerate(self.patterns[1:], 1)]
@@ -73,7 +73,7 @@ class Matcher:
         self._trail: list[tuple[dict[Any, Any], Any, Any]] = []
         self._nodes: list[Node] = []
         self._products: list[tuple[str, Dim, Value, Node]] = []
-        self.steps = 0
+        self.steps: int = 0
 
     def size(self) -> int:
         """Number of nodes in the largest form of the pattern."""

@@ -267,7 +267,7 @@ class Where(Pattern):
 
 
 ANY = Anything()
-absent = Absent()
+absent: Absent = Absent()
 
 
 def _options(pattern: Pattern) -> tuple[Pattern, ...]:
@@ -309,7 +309,7 @@ def _check_operator(name: str) -> None:
         raise UserError(f"a pattern names the operator {kind!r}", did_you_mean(kind, names))
 
 
-op = _Ops()
+op: _Ops = _Ops()
 
 
 def maybe(make: Callable[..., Op]) -> Callable[..., Pattern]:

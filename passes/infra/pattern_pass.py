@@ -34,7 +34,11 @@ _CAPTURES = {
 }
 
 
-positions = Analysis("positions", lambda graph: {node: index for index, node in enumerate(graph.nodes())})
+def _positions(graph: Graph) -> dict[Node, int]:
+    return {node: index for index, node in enumerate(graph.nodes())}
+
+
+positions: Analysis[dict[Node, int]] = Analysis("positions", _positions)
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,10 @@ class Matching:
     def __init__(self, item: PatternPass, graph: Graph) -> None:
         self.item = item
         self.graph = graph
-        self.matcher = Matcher(item.compiled(), graph)
-        self.roots = self.matcher.pattern.roots()
+        self.matcher: Matcher = Matcher(item.compiled(), graph)
+        self.roots: frozenset[str] = self.matcher.pattern.roots()
         self.passed: list[Remark] = []
-        self.stats = RuleStats()
+        self.stats: RuleStats = RuleStats()
         self._memo: dict[object, Any] = {}
         self._positions = positions(graph) if len(self.matcher.patterns) > 1 else {}
 
@@ -158,7 +162,7 @@ class Matching:
                 rw.replace(old, new)
 
     def not_matched(self) -> Iterator[NotMatched]:
-        """The roots as they stand that came near the pattern (two nodes or more) or were declined, in order."""
+        """The roots as they stand that came near the pattern (two nodes or more), are anchors, or were declined."""
         for root in sorted(self.matcher.candidates(), key=positions(self.graph).__getitem__):
             if self._is_done(root):
                 continue
@@ -167,7 +171,7 @@ class Matching:
                 reasons = tuple(self._reasons(match))
                 if reasons:
                     yield NotMatched(root, None, reasons, tuple(match.nodes))
-            elif self.item.anchors and self.matcher.miss.depth > 1:
+            elif self.item.anchors and (self.matcher.miss.depth > 1 or root.op in self.item.anchors):
                 yield NotMatched(root, self.matcher.miss)
 
     def away(self, left: Sequence[Node], missed: Sequence[NotMatched]) -> Iterator[NotMatched]:

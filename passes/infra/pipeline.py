@@ -37,7 +37,7 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.at = 0
+        self.at: int = 0
         self.places: list[tuple[Named, int]] = []
 
     def items(self, closing: str) -> list[Item]:

@@ -116,7 +116,7 @@ class DumpIR(Instrument):
         if not directory.absolute().parent.is_dir():
             raise UserError(f"{directory}: the directory {directory.absolute().parent} does not exist")
         self.directory = directory
-        self.written = 0
+        self.written: int = 0
 
     def started(self, graph: Graph, items: Sequence[Item]) -> None:
         """Make the directory, remove the files of an earlier run, write the graph as it came."""

@@ -101,7 +101,7 @@ class Reducer:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.graph = graph
-        self.calls = 0
+        self.calls: int = 0
         self._interesting, self._focus, self._say = interesting, focus, say
 
     def run(self) -> Graph:

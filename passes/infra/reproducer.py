@@ -242,8 +242,10 @@ class WriteReproducer(Instrument):
         verify_each: bool = True,
         always: bool = False,
     ) -> None:
-        self.path, self.always = path, always
-        self.numerics, self.verify_each = numerics, verify_each
+        self.path = path
+        self.always = always
+        self.numerics = numerics
+        self.verify_each = verify_each
         self.written: Path | None = None
         self._items: Sequence[Item] = ()
 

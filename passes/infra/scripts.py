@@ -40,7 +40,7 @@ class Script:
         if not self.words:
             raise UserError("--script is empty", "give a command, such as --script 'python check.py'")
         self.directory = directory
-        self.calls = 0
+        self.calls: int = 0
 
     def __call__(self, graph: Graph) -> Verdict:
         """Write the graph and run the command on it.

@@ -15,7 +15,7 @@ from vacc_opt.passes.infra.registry import register
 
 TYPES = {"float16": DType.FLOAT16, "bfloat16": DType.BFLOAT16, "float": DType.FLOAT}
 # operands that the operators define as fp32: W8A16 scales, KV scales and zeros
-FP32_OPERANDS = {
+FP32_OPERANDS: dict[str, tuple[int, ...]] = {
     "Vastai::QuantizedLinearPerChannel": (2,),
     "Vastai::QuantizeKV": (1, 2),
     "Vastai::DequantizeKV": (1, 2),
