@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from vacc_opt.ir import Dim, Value
 from vacc_opt.ir.infer import shape_text
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.types import divide
 from vacc_opt.passes.infra.heads import ROWS_LAST, TRANSPOSED, Heads, as_heads
 from vacc_opt.passes.infra.masks import BLOCKED
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.values import scalar
+from vacc_opt.passes.infra.views import joins_turned
 
 
 def operands(m: Match) -> tuple[Heads | None, Heads | None, Heads | None]:
@@ -25,7 +27,7 @@ def is_plain(value: Value | None) -> bool:
     heads = as_heads(value) if value is not None else None
     if heads is None or heads.base is value:
         return True
-    return heads.group == 1 and (heads.base.producer is None or heads.base.producer.op != "Concat")
+    return heads.group == 1 and not joins_turned(heads.base)
 
 
 def why_not_grouped(m: Match, q: Heads, k: Heads, v: Heads) -> Iterator[Reason]:
@@ -35,9 +37,10 @@ def why_not_grouped(m: Match, q: Heads, k: Heads, v: Heads) -> Iterator[Reason]:
         yield m.reason("the heads of q are repeated: {x}", x=m.q)
     if not isinstance(heads, int):
         yield m.reason("q has {heads} heads, a number is expected", heads=heads)
+    fused = m.get("sdpa") is not None  # whose KV heads may be fewer as they are
     for name, kv in (("k", k), ("v", v)):
         own = kv.sizes[1] * kv.group
-        if own not in (heads, 1):
+        if own not in (heads, 1) and not (fused and divide(heads, own) is not None):
             what = "{name}: {own} heads serve {heads} query heads without a repetition"
             yield m.reason(what, name=name, own=own, heads=heads)
     if k.sizes[1] != v.sizes[1]:

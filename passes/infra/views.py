@@ -130,7 +130,7 @@ def arranged(rw: Rewriter, value: Value, perm: tuple[int, ...]) -> Value:
         assert inner is not None
         return arranged(rw, inner, tuple(node.attributes["perm"][p] for p in perm))
     turned = [u for u in value.users() if u.op == "Transpose" and u.attributes.get("perm") == perm]
-    if node is not None and node.op == "Concat" and any(_is_transpose(part) for part in node.inputs):
+    if node is not None and joins_turned(value):
         axis = perm.index(int(node.attributes["axis"]) % len(perm))
         with rw.on_behalf_of(node):
             joined = rw.op.Concat(*(arranged(rw, part, perm) for part in node.inputs if part is not None), axis=axis)
@@ -140,5 +140,8 @@ def arranged(rw: Rewriter, value: Value, perm: tuple[int, ...]) -> Value:
     return turned[0].output if turned else rw.op.Transpose(value, perm=perm)
 
 
-def _is_transpose(value: Value | None) -> bool:
-    return value is not None and value.producer is not None and value.producer.op == "Transpose"
+def joins_turned(value: Value) -> bool:
+    """True for a Concat of which a part is transposed: a layout of it is a layout of its parts."""
+    node = value.producer
+    parts = node.inputs if node is not None and node.op == "Concat" else ()
+    return any(part is not None and part.producer is not None and part.producer.op == "Transpose" for part in parts)
