@@ -22,6 +22,7 @@ from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.pattern import Pattern, maybe, op
 from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass, Scalar
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.values import shown
 
 
 @register
@@ -78,7 +79,9 @@ class FuseGqa(PatternPass):
         q, k, v = found = operands(m)
         for name, heads in zip("qkv", found, strict=True):
             if heads is None:
-                yield m.reason("{name} is {x}: no [B,H,S,D] tensor is behind it", name=name, x=m.captures[name].type)
+                x = m.captures[name]
+                what = "{name} is {x}, {type}: no [B,H,S,D] tensor is behind it"
+                yield m.reason(what, name=name, x=shown(x), type=x.type)
         if q is not None and k is not None and v is not None:
             yield from why_not_grouped(m, q, k, v)
             yield from why_not_masked(m, q, k)

@@ -33,7 +33,7 @@ class Table:
 def tabulate(graph: Graph, value: Value, positions: int) -> Table:
     """Evaluate ``value`` for positions 0 to ``positions`` - 1; ``why`` says why it is no table, else it is empty."""
     nodes = set(ancestors(graph, value))
-    sources = [v for v in graph.inputs if any(u in nodes for u in v.users())]
+    sources = [v for v in graph.inputs if v is value or any(u in nodes for u in v.users())]
     if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
         return Table(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
     region = extract(graph, nodes, "rotary", keep=[value])

@@ -177,6 +177,30 @@ def test_a_cache_joined_in_the_layout_of_the_model_is_joined_in_that_of_the_inte
     )
 
 
+def test_grouped_heads_of_a_fused_attention_are_turned_too() -> None:
+    head = (
+        HEAD.replace("{kv},T,8] k", "2,T,8] k")
+        .replace("float[B,2,T,8] k", "float[B,T,2,8] new, float[B,2,P,8] past")
+        .replace("{kv},T,8] v", "2,W,8] v")
+        .replace("S,T] mask", "S,W] mask")
+    )
+    assert_rewrites(
+        FuseGqa(expect=1),
+        before=f"""{head} {{
+            before = Transpose <perm = [0, 2, 1, 3]> (past)
+            joined = Concat <axis = 1> (before, new)
+            k = Transpose <perm = [0, 2, 1, 3]> (joined)
+            y = Attention <scale = 0.25> (q, k, v, mask)
+        }}""",
+        after=f"""{head} {{
+            turned = Transpose <perm = [0, 2, 1, 3]> (new)
+            k = Concat <axis = 2> (past, turned)
+            y = Attention <is_causal = 0, scale = 0.25> (q, k, v, mask)
+        }}""",
+        sizes={"B": 2, "S": 3, "P": 2, "T": 3, "W": 5},
+    )
+
+
 def test_a_fused_attention_is_no_candidate() -> None:
     record = run_pass(FuseGqa(), from_text(text("y = Attention (q, k, v, mask)", kv=2)))
     assert (record.fused, record.candidates, record.changes) == (0, 0, 0)
@@ -188,7 +212,7 @@ WRONG = {
     "softmax over the queries": (text(eager().replace("axis = -1", "axis = 2")), "Softmax axis is 2, expected -1"),
     "heads without a batch": (
         text("t = Transpose <perm = [0, 2, 1]> (k) product = MatMul (q, t) weights = Softmax <axis = -1> (product) y = MatMul (weights, v)", head="att (float[6,S,8] q, float[6,T,8] k, float[6,T,8] v) => (float[6,S,8] y)"),
-        "q is float[6,S,8]: no [B,H,S,D] tensor is behind it",
+        "q is the input q, float[6,S,8]: no [B,H,S,D] tensor is behind it",
     ),
     "a symbolic number of heads": (text(eager(), head=HEAD.replace("6", "H").replace("{kv}", "H")), "q has H heads, a number is expected"),
     "a fill that hides no key": (

@@ -125,6 +125,11 @@ def test_the_readers_of_an_anchor_are_followed_up_to_where_they_leave_the_patter
     ]  # fmt: skip
 
 
+def test_an_anchor_that_is_the_root_itself_is_told_by_what_it_lacks() -> None:
+    text = "g (float[B,2,S,8] x, float[B,S,4] c, float[B,S,4] s) => (y) { y = RotaryEmbedding <interleaved = 1> (x, c, s) }"
+    assert "    found     RotaryEmbedding interleaved is 1, expected 0" in why(text, "fuse-rotary", "fuse-rotary")
+
+
 def test_what_leaves_the_graph_has_no_reader() -> None:
     text = why("g (float[8,3] x) => (float[8,3] y) { y = Sigmoid (x) }", "fuse-swiglu", "fuse-swiglu")
     assert text.endswith("    expected  Mul to read Sigmoid y\n    found     an output")
