@@ -152,7 +152,7 @@ def infer(
     op: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any], outputs: int, *, opset: int, label: str
 ) -> list[Result]:
     """Types of the outputs of a node that is about to be made; raises InferenceError when its inputs do not fit."""
-    key = _key(op, inputs, attributes, outputs, opset)
+    key = inference_key(op, inputs, attributes, outputs, opset)
     known = _KNOWN.get(key) if key is not None else None
     if known is not None:
         return known
@@ -167,21 +167,21 @@ def infer(
     return results
 
 
-def _key(
+def inference_key(
     op: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any], outputs: int, opset: int
 ) -> Hashable | None:
     """What the result depends on, when that is only types and attributes: no elements and no data of a constant."""
     if op not in RULES or opset < RULES_OPSET:
         return None
-    types: list[TensorType | None] = []
+    key: list[Hashable] = [op, opset, outputs, attribute_key(attributes) if attributes else ()]
     for value in inputs:
         if value is None:
-            types.append(None)
+            key.append(None)
         elif value.elements is not None or (value.const is not None and value.type.dtype in _WITH_ELEMENTS):
             return None
         else:
-            types.append(value.type)
-    return op, opset, outputs, attribute_key(attributes), *types
+            key.append(value.type)
+    return tuple(key)
 
 
 def _names_its_node(result: Result) -> bool:

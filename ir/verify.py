@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.functions import call_problem
 from vacc_opt.ir.graph import Graph, Node, Value
-from vacc_opt.ir.infer import InferenceError, infer, shape_text
+from vacc_opt.ir.infer import InferenceError, infer, inference_key, shape_text
 from vacc_opt.ir.origins import without_origin
 from vacc_opt.ir.schema import schema_problem
 from vacc_opt.ir.tensor import PerRank, TensorExpr
@@ -53,12 +53,9 @@ def _problems(graph: Graph) -> Iterator[str]:
         yield str(error)
         return
     for node in nodes:
-        yield from _links(graph, node)
-        problem = schema_problem(node, len(node.outputs), graph.opset)
-        if problem is not None:
-            yield f"{node!r}: {problem[0]}"
-        elif (misfit := type_problem(graph, node)) is not None:
-            yield misfit
+        if not _linked(graph, node):
+            yield from _broken_links(graph, node)
+    yield from _misfits(graph, nodes)
     yield from _values(graph)
     yield from _nothing_more(graph)
     yield from _interface(graph)
@@ -67,21 +64,49 @@ def _problems(graph: Graph) -> Iterator[str]:
 _NO_EDGES: dict[Node, dict[int, dict[str, object]]] = {}
 
 
-def _links(graph: Graph, node: Node) -> Iterator[str]:
-    """What a node reads is there, and knows it; for both of them the multigraph has the edge."""
+def _linked(graph: Graph, node: Node) -> bool:
+    """What a node reads is there, and knows it; and the multigraph has the edge."""
     values, before = graph.values, graph._pred[node]
     for position, value in enumerate(node.inputs):
         if value is None:
             continue
-        if values.get(value.name) is not value:
+        if values.get(value.name) is not value or (node, position) not in value.uses:
+            return False
+        producer = value.producer
+        if producer is not None:
+            edges = before.get(producer)
+            if edges is None or position not in edges:
+                return False
+    return True
+
+
+def _broken_links(graph: Graph, node: Node) -> Iterator[str]:
+    for position, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        if graph.values.get(value.name) is not value:
             yield f"{node!r} reads {value.name!r}, which nothing defines"
         elif (node, position) not in value.uses:
             yield f"{value.name!r} does not know its use by {node!r}"
-        producer = value.producer
-        if producer is not None:
-            edges = graph._succ.get(producer, _NO_EDGES).get(node)
-            if edges is None or position not in edges or before.get(producer) is not edges:
-                yield f"the edge from {value.name!r} to {node!r} is missing"
+        elif value.producer is not None and position not in graph._pred[node].get(value.producer, ()):
+            yield f"the edge from {value.name!r} to {node!r} is missing"
+
+
+def _misfits(graph: Graph, nodes: Sequence[Node]) -> Iterator[str]:
+    """Arity, attributes and types; nodes that agree in all that decides them are looked at once."""
+    fitting: set[Hashable] = set()
+    for node in nodes:
+        key = inference_key(node.op, node.inputs, node.attributes, len(node.outputs), graph.opset)
+        if key is not None:
+            key = (key, *[value.type for value in node.outputs])
+            if key in fitting:
+                continue
+        problem = schema_problem(node, len(node.outputs), graph.opset)
+        misfit = type_problem(graph, node) if problem is None else f"{node!r}: {problem[0]}"
+        if misfit is not None:
+            yield misfit
+        elif key is not None:
+            fitting.add(key)
 
 
 def _values(graph: Graph) -> Iterator[str]:
@@ -109,14 +134,18 @@ def _constant(graph: Graph, value: Value, expr: TensorExpr) -> Iterator[str]:
 def _nothing_more(graph: Graph) -> Iterator[str]:
     """Use lists, index and multigraph hold what the nodes say; that they hold nothing else is a matter of counting."""
     reads = [v for node in graph.nodes() for v in node.inputs if v is not None]
-    if sum(len(value.uses) for value in graph.values.values()) != len(reads):
+    if sum([len(value.uses) for value in graph.values.values()]) != len(reads):
         for name, value in graph.values.items():
             for user, position in value.uses:
                 if user not in graph or user.inputs[position] is not value:
                     yield f"{name!r} lists a use by {user!r} that does not exist"
-    if sum(len(edges) for users in graph._succ.values() for edges in users.values()) != sum(
-        value.producer is not None for value in reads
-    ):
+    edges = 0
+    for producer, users in graph._succ.items():
+        for user, positions in users.items():
+            edges += len(positions)
+            if graph._pred[user].get(producer) is not positions:
+                yield f"the edge from {producer!r} to {user!r} is there in one direction only"
+    if edges != sum([value.producer is not None for value in reads]):
         yield "the multigraph has an edge that no operand stands for"
     indexed = 0
     for op, nodes in graph._by_op.items():
