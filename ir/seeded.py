@@ -55,8 +55,8 @@ class Seeded(TensorExpr):
         if dtype.is_float:
             if len(self.dims) < 2:
                 return (1 + noise / 4).astype(dtype.numpy)
-            fan = min(max(*self.dims[-2:], 1), _LARGEST_FAN)
-            return (noise * np.float32(1 / math.sqrt(fan))).astype(dtype.numpy)
+            noise *= np.float32(1 / math.sqrt(min(max(*self.dims[-2:], 1), _LARGEST_FAN)))  # in place: it may be large
+            return noise.astype(dtype.numpy, copy=False)
         if dtype.itemsize < 4 and dtype is not DType.BOOL:
             middle = 128 if dtype in (DType.UINT8, DType.UINT16) else 0
             return (np.rint(noise * 32) + middle).astype(dtype.numpy)

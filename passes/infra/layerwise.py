@@ -19,7 +19,7 @@ from vacc_opt.passes.infra.calls import Call, Results
 
 Array = npt.NDArray[Any]
 Watch = Callable[[str, list[Array]], None]  # hears the name of a computed value, and what each rank computed
-LAYER_BYTES = 256 << 20
+LAYER_BYTES = 128 << 20
 REAL_BYTES = 1 << 30  # weights of a model up to this size are read; beyond, reading them every time costs too much
 
 
@@ -69,8 +69,12 @@ class Layerwise:
         pieces = self._pieces(graph)
         last = {v.name: i for i, nodes in enumerate(pieces) for n in nodes for v in n.inputs if v is not None}
         kept = {value.name for value in graph.outputs.values()}
+        fixed: set[Value] = set()  # computed from weights alone: weights in another form, and as large
         for index, nodes in enumerate(pieces):
-            made = [v for node in nodes for v in node.outputs]
+            for node in nodes:
+                if all(v is None or v.is_const or v in fixed for v in node.inputs):
+                    fixed.update(node.outputs)
+            made = [v for node in nodes for v in node.outputs if v not in fixed]
             found = self._run(graph, nodes, made if watch is not None else [], values)
             if watch is not None:
                 for name in (v.name for v in made if v.name in found[0]):
@@ -99,6 +103,8 @@ class Layerwise:
     def _run(self, graph: Graph, nodes: list[Node], watched: list[Value], values: list[dict[str, Array]]) -> Results:
         outputs = [v for node in nodes for v in node.outputs if graph.is_output(v)]
         region = extract(graph, nodes, graph.name, keep=[*outputs, *watched])
+        if not region.outputs:
+            return [{} for _ in values]
         region.functions = graph.functions
         for value in region.values.values():
             if value.const is not None and self.seeded:

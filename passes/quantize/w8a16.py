@@ -103,7 +103,10 @@ class W8A16(Pass):
         for linear in [one for one in linears(before) if one.scale is None and one.node.output.name in roots]:
             rounded = rw.const(RoundedRows(linear.rows))
             by_rows = linear.node.op == "Gemm" and linear.node.attributes.get("transB", 0)
+            before_it = linear.node.inputs[1]
             rw.set_input(linear.node, 1, rounded if by_rows else rw.op.Transpose(rounded, perm=(1, 0)))
+            if before_it is not None and before_it.producer is not None:
+                rw.erase_dead(before_it.producer)
         return before
 
     def _head(self, graph: Graph) -> Value | None:
