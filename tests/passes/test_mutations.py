@@ -246,6 +246,28 @@ def test_places_that_share_nodes_are_all_fused_right(case: str) -> None:
     assert verdict == Verdict(2)
 
 
+HIDDEN = {"-inf": -np.inf, "the least float": np.finfo(np.float32).min, "-1e9": -1e9, "-1e4": -1e4}
+
+
+@pytest.mark.parametrize("name", ["attention", "attention, filled"])
+@pytest.mark.parametrize("fill", HIDDEN)
+def test_a_query_that_sees_no_key_stays_finite_and_leaves_the_others_alone(name: str, fill: str) -> None:
+    """What such a query gets is not defined: NaN, the mean of all values, or zeros. It is a pad, which nothing reads."""
+    text = BASES[name].text.replace("{-1e9}", f"{{{HIDDEN[fill]:.9g}}}")
+    before = replace(BASES[name], text=text).graph()
+    given = feeds(before)
+    mask = np.where(given["mask"] < -1, -1.0, 0.5)
+    mask[0, 0, 1] = -1
+    given["mask"] = (mask if "filled" in name else np.where(mask < 0, HIDDEN[fill], 0.0)).astype(np.float32)
+    after = copy(before)
+    assert run_pipeline(after, [FuseGqa()]).records[0].fused == 1
+    expected, found = (Executable(g, optimize=False).run(given)[0]["y"] for g in (before, after))
+    assert np.isfinite(found).all()
+    seen = np.ones(found.shape[:3], bool)
+    seen[0, :, 1] = False
+    assert compare([Pair("y", expected[seen], found[seen])], tolerance_of(after)).wrong is None
+
+
 # the judgement itself: passes that do not look closely must be caught
 
 
