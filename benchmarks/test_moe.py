@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 from vacc_opt.benchmarks.moe import moe
 from vacc_opt.passes.infra.manager import run_pipeline
 
