@@ -117,7 +117,7 @@ class FuseRotary(PatternPass):
         half = m.get("low") is not None
 
         def make() -> Table:
-            table = tabulate(m.graph, value, self.positions)
+            table = tabulate(m.graph, value, self.positions, rotated(m))
             return halved(table) if half else table
 
         table: Table = m.once((half, value), make)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vacc_opt.ir import DType, Graph, Node, Value
 from vacc_opt.ir.copy import extract
@@ -15,6 +18,8 @@ from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.base import ancestors
 from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.values import attribute
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,30 +35,68 @@ class Table:
     why: str = ""
 
 
-def tabulate(graph: Graph, value: Value, positions: int) -> Table:
-    """Evaluate ``value`` for positions 0 to ``positions`` - 1; ``why`` says why it is no table, else it is empty."""
+def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None) -> Table:
+    """Evaluate ``value`` for positions 0 to ``positions`` - 1; ``why`` says why it is no table, else it is empty.
+
+    ``x`` is what ``value`` is multiplied with, axis by axis: it tells the batch from other axes of size 1.
+    """
     nodes = set(ancestors(graph, value))
     sources = [v for v in graph.inputs if v is value or any(u in nodes for u in v.users())]
     if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
         return Table(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
-    region = extract(graph, nodes, "rotary", keep=[value])
-    # the lower half in another order: neither the order, nor the count, nor the largest position may matter
+    (source,) = sources
     half = positions // 2
-    probe = np.array([[half, half // 2, 0], [half // 2, 0, half]], np.int64)
+    # the lower half in another order: neither the order, nor the count, nor the largest position may matter
+    few = np.array([half, half // 2, 0, half // 3], np.int64)
     try:
-        run = Executable(region)
-        all_positions = np.arange(positions, dtype=np.int64)[None]
-        found, other = (run.run({sources[0].name: p})[0][value.name] for p in (all_positions, probe))
+        run = Executable(extract(graph, nodes, "rotary", keep=[value]))
+
+        def evaluated(grids: Ints) -> list[npt.NDArray[Any]]:
+            return [run.run({source.name: grid})[0][value.name] for grid in grids]
+
+        probe = _grids(few, source, (2, 3))[:1]
+        (again,) = evaluated(probe)
+        grids = _grids(np.arange(positions, dtype=np.int64), source, (1, positions))
+        found = evaluated(grids)
     except VaccError as error:
         return Table(why=f"cannot be evaluated: {error.message}")
-    lead, channels = other.shape[:-1], found.shape[-1]
-    if sorted(n for n in lead if n != 1) == [2, 3] and found.size == positions * channels:
-        axes, rows = (lead.index(2), lead.index(3)), found.reshape(positions, channels)
-        again = np.moveaxis(other, axes, (0, 1)).reshape(2, 3, -1)
+    for axes in _axes(again.shape[:-1], probe.shape[1:], source, x):
+        rows = np.concatenate([_by_position(part, axes) for part in found])
+        other, wanted = _by_position(again, axes), probe.reshape(-1)
         # the same function of a position up to the rounding of another evaluation, in units of cos and sin
-        if again.shape[2] == channels and np.allclose(again, rows[probe], atol=1e-3):
-            return Table(rows, sources[0], axes)
-    return Table(why=f"is no function of each entry of {sources[0].name!r} alone")
+        if (
+            len(rows) == grids.size
+            and other.shape[1:] == rows.shape[1:]
+            and np.allclose(other, rows[wanted], atol=1e-3)
+        ):
+            return Table(rows[:positions], source, axes)
+    return Table(why=f"is no function of each entry of {source.name!r} alone")
+
+
+def _grids(order: Ints, source: Value, free: tuple[int, int]) -> Ints:
+    """The positions of ``order``, repeated to fill arrays of the input's shape; its symbolic sizes become ``free``."""
+    batch, seq = (own if isinstance(own, int) else size for own, size in zip(source.shape or (), free, strict=True))
+    count = -(-len(order) // (batch * seq))
+    return np.resize(order, (count, batch, seq))
+
+
+def _axes(lead: Sequence[int], sizes: Sequence[int], source: Value, x: Value | None) -> list[tuple[int, int]]:
+    """The axes that batch and sequence can be, those first that ``x`` has from the input of positions."""
+    found = [
+        (a, b)
+        for a, b in itertools.permutations(range(len(lead)), 2)
+        if (lead[a], lead[b]) == tuple(sizes) and math.prod(lead) == math.prod(sizes)
+    ]
+    if x is None or x.shape is None or len(x.shape) != len(lead) + 1:
+        return found
+    shape = x.shape
+    return sorted(found, key=lambda axes: (shape[axes[0]], shape[axes[1]]) != source.shape)
+
+
+def _by_position(array: npt.NDArray[Any], axes: tuple[int, int]) -> npt.NDArray[Any]:
+    """[batch * seq, channels]."""
+    turned = np.moveaxis(array, axes, (0, 1))
+    return turned.reshape(turned.shape[0] * turned.shape[1], -1)
 
 
 def halved(table: Table) -> Table:

@@ -270,6 +270,16 @@ def test_another_interleaved_rotation_is_left_with_a_reason(case: str) -> None:
     assert_no_match(PASS, paired(rotate, head=head), reason)
 
 
+@pytest.mark.parametrize(("batch", "seq"), [(1, 4), (1, 1), (3, 4), (4, 4), (1, "S"), ("B", 4)])
+def test_a_graph_of_fixed_sizes_gets_the_same_table(batch: int | str, seq: int | str) -> None:
+    """The subgraph runs on as many positions at a time as the graph has; the batch is the axis that it is in x."""
+    head = PAIRED_HEAD.replace("B,S", f"{batch},{seq}").replace("S,B", f"{seq},{batch}")
+    turned = PAIRED_AFTER
+    if (batch, seq) == (1, 1):  # either axis is the batch
+        turned = PAIRED_AFTER.replace("[1, 2, 0, 3]", "[0, 2, 1, 3]").replace("[2, 0, 1, 3]", "[0, 2, 1, 3]")
+    assert_rewrites(PASS, before=paired(head=head), after=f"{head} {{ {turned} }}\n{TABLE}", sizes={"B": 2, "S": 5})
+
+
 def test_cos_and_sin_of_other_positions_are_refused() -> None:
     angle = PAIRED_ANGLE.replace(
         "sin = Gather <axis = 4> (wide, second)",
