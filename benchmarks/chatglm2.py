@@ -18,7 +18,7 @@ from vacc_opt.ir import Graph
 
 LAYERS = 28
 OPSET = 20  # the newest that the exporter of TorchScript graphs writes
-_BATCH, _SEQ, _PAST = 2, 4, 6  # example sizes; every one is symbolic in the result
+_BATCH, _SEQ, _PAST = 2, 4, 6  # example sizes, symbolic in the result
 
 
 def config(layers: int = LAYERS, core: str = "sdpa") -> ChatGLMConfig:
@@ -59,33 +59,36 @@ class _Flat(nn.Module):
         return result.logits, *(t for layer in result.past_key_values.layers for t in (layer.keys, layer.values))
 
 
-def export_raw(model: ChatGLM, path: Path) -> Path:
-    """Write the prefill graph, past included, as the exporter makes it: nothing is simplified, folded or renamed.
+def export_raw(model: ChatGLM, path: Path, fixed: int | None = None) -> Path:
+    """Write the prefill graph as the exporter makes it: nothing is simplified, folded or renamed.
 
     The TorchScript exporter (``dynamo=False``) at opset 20, with its defaults; interface as in
-    :mod:`vacc_opt.frontends.torch_export`.
+    :mod:`vacc_opt.frontends.torch_export`. With ``fixed``, one row of so many tokens and no past, as a model must be
+    exported whose code does not admit symbolic sizes.
     """
-    layers, groups, width = model.config.num_layers, model.config.multi_query_group_num, model.config.kv_channels
-    inputs, outputs = interface_names(layers)
-    tokens = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
-    mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
-    past = [torch.zeros(_BATCH, groups, _PAST, width) for _ in range(2 * layers)]
+    groups, width = model.config.multi_query_group_num, model.config.kv_channels
+    inputs, outputs = interface_names(model.config.num_layers)
+    batch, seq, before = (1, fixed, 0) if fixed else (_BATCH, _SEQ, _PAST)
+    cached = [] if fixed else inputs[3:]
+    tokens = torch.zeros(batch, seq, dtype=torch.int64)
+    mask = torch.ones(batch, before + seq, dtype=torch.int64)
+    past = [torch.zeros(batch, groups, before, width) for _ in cached]
     axes = {name: {0: "batch", 1: "seq"} for name in ("input_ids", "position_ids", "logits")}
     axes["attention_mask"] = {0: "batch", 1: "past + seq"}
-    axes |= {name: {0: "batch", 2: "past"} for name in inputs[3:]}
+    axes |= {name: {0: "batch", 2: "past"} for name in cached}
     axes |= {name: {0: "batch", 2: "past + seq"} for name in outputs[1:]}
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Flat(model),
-            (tokens, mask, torch.arange(_SEQ).expand(_BATCH, _SEQ) + _PAST, *past),
+            (tokens, mask, torch.arange(seq).expand(batch, seq) + before, *past),
             str(path),
             dynamo=False,
             opset_version=OPSET,
-            input_names=inputs,
+            input_names=inputs[:3] + cached,
             output_names=outputs,
-            dynamic_axes=axes,
+            dynamic_axes={} if fixed else axes,
         )
     logging.disable(logging.NOTSET)
     return path

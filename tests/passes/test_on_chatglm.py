@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_everything_is_recognized_and_computes_what_torch_computes(
     given = feeds(rng, 7, past, pads)
     found = Executable(recognized).run(given)[0]
     for name, expected in reference(model.module, given).items():
+        assert_close(found[name], expected, FP32, name)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "bmm"])
+def test_an_export_of_one_length_is_recognized_too(core: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """One row of 12 tokens without a past: how a model is exported whose code does not admit symbolic sizes."""
+    made = module(LAYERS, core)
+    recognized = graph(export_raw(made, tmp_path / "fixed.onnx", fixed=12))
+    run_pipeline(recognized, RECOGNIZE)
+    given = {n: v[:1] for n, v in feeds(rng, 12, 0, 3).items()}
+    found = Executable(recognized).run({v.name: given[v.name] for v in recognized.inputs})[0]
+    for name, expected in reference(made.double(), given).items():
         assert_close(found[name], expected, FP32, name)
 
 
