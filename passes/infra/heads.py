@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vacc_opt.ir import Dim, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.views import REPEAT, View, arranged, views
+from vacc_opt.passes.infra.views import REPEAT, Axis, View, arranged, views
 
 ROWS_LAST = (-2, -1)  # [..., rows, channels]
 TRANSPOSED = (-1, -2)  # [..., channels, rows]: the keys of a product written out
@@ -35,12 +35,17 @@ def as_heads(value: Value, order: tuple[int, int] = ROWS_LAST) -> Heads | None:
     return found[-1] if found else None
 
 
+def _without_ones(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return tuple(axis for axis in dim if axis.size != 1) if len(dim) > 1 else dim
+
+
 def _as_heads(view: View, order: tuple[int, int]) -> Heads | None:
     if view.base.rank != 4 or len(view.dims) < 3:
         return None
-    axes = view.axes(*range(len(view.dims) - 2))
+    rows, columns = _without_ones(view.dims[order[0]]), _without_ones(view.dims[order[1]])
+    inside = [axis for dim in order for axis in view.dims[dim] if axis not in (*rows, *columns)]
+    axes = (*view.axes(*range(len(view.dims) - 2)), *inside)  # one head, or one row of a batch, may stand anywhere
     own = [axis for axis in axes if axis.source != REPEAT]
-    rows, columns = view.dims[order[0]], view.dims[order[1]]
     if len(own) != 2 or len(axes) > 3 or len(rows) != 1 or len(columns) != 1:
         return None
     group: Dim = 1

@@ -72,7 +72,8 @@ def _reshape(node: Node, dims: Dims, shape: tuple[Dim, ...]) -> Dims | None:
     axes = [axis for dim in dims for axis in dim]
     made: list[tuple[Axis, ...]] = []
     for size in shape:
-        group: list[Axis] = []
+        # an axis of size 1 fits anywhere: it goes with the first dimension of size 1
+        group: list[Axis] = [axes.pop(0)] if size == 1 and axes and axes[0].size == 1 else []
         product: Dim = 1
         while product != size and axes:
             group.append(axes.pop(0))

@@ -276,3 +276,12 @@ def test_the_summary_counts_what_is_left() -> None:
     body = eager().replace("axis = -1", "axis = 2")
     record = run_pass(FuseGqa(), from_text(text(body)))
     assert record.summary == "fused 0 of 1 attention"
+
+
+@pytest.mark.parametrize("axis", ["two", "one"])
+def test_the_one_head_of_multi_query_attention_is_read_once(axis: str) -> None:
+    """Of one head, copies in a row and a row of copies are the same."""
+    consts = CONSTS.replace("[1, 1, 3, 1, 1]", "[1, 1, 6, 1, 1]" if axis == "two" else "[1, 6, 1, 1, 1]")
+    consts += " one = Constant <value_ints = [1]> ()"
+    body = repeat("k", axis) + repeat("v", axis) + eager("kr", "vr")
+    assert_rewrites(FuseGqa(expect=1), before=text(body, kv=1, consts=consts), after=after(kv=1))
