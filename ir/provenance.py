@@ -15,7 +15,7 @@ class Origin:
     op: str = ""
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.module, self.source, self.op) if part)
+        return " ".join([part for part in (self.module, self.source, self.op) if part])
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ def merge(provenances: Iterable[Provenance], by: str = "") -> Provenance:
     >>> merge([one, other], "kv-cache").passes
     ('fuse-rotary', 'simplify', 'fuse-gqa', 'kv-cache')
     """
+    provenances = list(provenances)
+    if len(provenances) == 1 and provenances[0].passes[-1:] == (by,):
+        return provenances[0]
     origins: dict[Origin, None] = {}
     passes: list[str] = []
     for provenance in provenances:

@@ -167,6 +167,8 @@ class Rewriter:
         self.made = []
 
     def _undo_to(self, mark: int) -> None:
+        if len(self._journal) == mark:
+            return
         while len(self._journal) > mark:
             undo, *arguments = self._journal.pop()
             undo(self.graph, *arguments)

@@ -188,6 +188,15 @@ class Literal(TensorExpr):
         """Shape of the array."""
         return tuple(self.array.shape)
 
+    @cached_property
+    def uniform(self) -> float | None:
+        """The number that all elements are, None when they differ or are no numbers."""
+        array = self.array
+        if array.size == 0 or (array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16"):
+            return None
+        first = array.reshape(-1)[0]
+        return float(first) if array.size == 1 or bool(np.all(array == first)) else None
+
     def _read(self, index: Index) -> Array:
         return self.array[index]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vacc_opt.ir import Dim, Graph, Node, Value
+from vacc_opt.passes.infra.flat import Flat
 from vacc_opt.passes.infra.match import Match, Miss
 from vacc_opt.passes.infra.pattern import (
     COMMUTATIVE,
@@ -62,6 +63,7 @@ class Matcher:
         self._shared = shared_ops(self.patterns)
         self._further = [_Further(p, i, climbs(p, self._shared)) for i, p in enumerate(self.patterns[1:], 1)]
         self._scores = Scores(graph)
+        self._flat = Flat.of(self.patterns)
         self._reset()
 
     def _reset(self) -> None:
@@ -98,6 +100,11 @@ class Matcher:
 
     def match(self, root: Node, memo: dict[object, Any] | None = None) -> Match | None:
         """The match at a root, or None with the reason in ``miss``."""
+        found = self._flat.captures(root) if self._flat is not None else None
+        if found is not None:
+            return Match(
+                self.graph, root, dict(found), [root], {} if memo is None else memo, {}, (root.output,), root.outputs
+            )
         self._reset()
         value = _root_value(self.pattern, root)
         self._values[0] = value

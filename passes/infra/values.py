@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import cache
 
-import numpy as np
 import onnx
 
 from vacc_opt.ir import DType, Literal, Node, Value
@@ -13,13 +12,8 @@ from vacc_opt.ir import DType, Literal, Node, Value
 
 def scalar(value: Value | None) -> float | None:
     """The number in a constant whose elements are all equal, else None."""
-    if value is None or not isinstance(value.const, Literal) or value.const.array.size == 0:
-        return None
-    array = value.const.array
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        return None
-    first = array.reshape(-1)[0]
-    return float(first) if array.size == 1 or bool(np.all(array == first)) else None
+    const = value.const if value is not None else None
+    return const.uniform if isinstance(const, Literal) else None
 
 
 def _stored(number: float, dtype: DType) -> float:
@@ -30,7 +24,9 @@ def _stored(number: float, dtype: DType) -> float:
 def is_number(value: Value, number: float) -> bool:
     """True for a constant whose elements all equal ``number`` as its type stores it."""
     found = scalar(value)
-    return found is not None and value.const is not None and found == _stored(number, value.const.dtype)
+    if found is None or value.const is None:
+        return False
+    return found == number or found == _stored(number, value.const.dtype)
 
 
 @cache

@@ -1,0 +1,57 @@
+"""Patterns of one node over variables and numbers: they are matched without goals, scores or a search.
+
+Only success is told here; why a root does not match is for the matcher to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vacc_opt.ir import Node, Value
+from vacc_opt.passes.infra.pattern import COMMUTATIVE, Number, Op, Pattern, Var
+from vacc_opt.passes.infra.scores import admits
+from vacc_opt.passes.infra.values import is_number
+
+Orders = tuple[tuple[int, ...], ...]
+
+
+class Flat:
+    """A pattern of one node, ready to be held against roots."""
+
+    def __init__(self, pattern: Op) -> None:
+        self._op = pattern.op
+        commutes = pattern.op in COMMUTATIVE and len(pattern.operands) == 2
+        self._operands: Sequence[Pattern] = pattern.by_structure if commutes else pattern.operands
+        self._orders: Orders = ((0, 1), (1, 0)) if commutes else (tuple(range(len(pattern.operands))),)
+
+    @staticmethod
+    def of(patterns: Sequence[Pattern]) -> Flat | None:
+        """The pattern in this form, None when there is more to it."""
+        pattern = patterns[0]
+        if len(patterns) > 1 or not isinstance(pattern, Op) or pattern.attributes or pattern.capture:
+            return None
+        return Flat(pattern) if all(isinstance(o, Var | Number) for o in pattern.operands) else None
+
+    def captures(self, root: Node) -> dict[str, Value] | None:
+        """What the variables stand for at a root that matches, else None."""
+        inputs = root.inputs
+        if root.op != self._op or len(inputs) != len(self._operands):
+            return None
+        for order in self._orders:
+            found: dict[str, Value] = {}
+            for operand, position in zip(self._operands, order, strict=True):
+                value = inputs[position]
+                if value is None or not _holds(operand, value, found):
+                    break
+            else:
+                return found
+        return None
+
+
+def _holds(operand: Pattern, value: Value, found: dict[str, Value]) -> bool:
+    if isinstance(operand, Number):
+        return is_number(value, operand.value)
+    assert isinstance(operand, Var)
+    if operand.kind != "any" and not admits(operand, value):
+        return False
+    return found.setdefault(operand.name, value) is value
