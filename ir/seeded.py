@@ -25,8 +25,8 @@ _LARGEST_FAN = 8192
 class Seeded(TensorExpr):
     """Noise that depends on ``seed`` alone, scaled so that a model of it computes numbers of about 1.
 
-    Matrices are normal with deviation ``1 / sqrt(larger side)``, vectors lie around 1 (a norm's weight, a scale), small
-    integers are codes, wide ones 0 or 1 (valid as an index). Reading a part costs that part only.
+    Matrices are normal with deviation ``1 / sqrt(larger side)``, vectors lie around 1 (a norm's weight, a scale),
+    integers of 8 and 16 bits are codes, others 0 or 1 (valid as an index). Reading a part costs that part only.
     """
 
     seed: str
@@ -57,7 +57,7 @@ class Seeded(TensorExpr):
                 return (1 + noise / 4).astype(dtype.numpy)
             noise *= np.float32(1 / math.sqrt(min(max(*self.dims[-2:], 1), _LARGEST_FAN)))  # in place: it may be large
             return noise.astype(dtype.numpy, copy=False)
-        if dtype.itemsize < 4 and dtype is not DType.BOOL:
+        if dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16):
             middle = 128 if dtype in (DType.UINT8, DType.UINT16) else 0
             return (np.rint(noise * 32) + middle).astype(dtype.numpy)
         return (noise > 0).astype(dtype.numpy)

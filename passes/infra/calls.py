@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.ir import DType, Graph, SymbolicDim, Value
-from vacc_opt.ir.types import bind_shape
+from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.types import OpaqueType, bind_shape
 
 Array = npt.NDArray[Any]
 Results = list[dict[str, Array]]  # outputs of each rank
@@ -47,6 +48,9 @@ def seeded_call(graph: Graph, sizes: Mapping[str, int] | None = None, seed: int 
         graph: inputs of known types.
         sizes: numbers for named dimensions; the others are small and different from each other.
         seed: of the noise.
+
+    Raises:
+        CheckError: an input is no tensor.
     """
     maker = _Maker(graph, _sizes(graph, sizes or {}), np.random.default_rng(seed))
     made = {value.name: maker.make(value) for value in graph.inputs}
@@ -102,8 +106,10 @@ class _Maker:
             return self._buffer(shape, dtype)
         if dtype.is_float:
             return self.rng.standard_normal(shape).astype(dtype.numpy)
-        if dtype is DType.BOOL:
-            return np.ones(shape, np.bool_)
+        if isinstance(value.type, OpaqueType):
+            raise CheckError(f"no seeded input is known of the type {value.type} ({value.name})")
+        if dtype in (DType.BOOL, DType.STRING):
+            return np.full(shape, True if dtype is DType.BOOL else "word", dtype.numpy)
         return self.rng.integers(0, min(rows_of(value), default=4), shape).astype(dtype.numpy)
 
     def _mask(self, shape: tuple[int, ...]) -> Array:

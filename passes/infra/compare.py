@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def compare(pairs: Iterable[Pair], tolerance: float | None) -> Comparison:
     step apart is the rounding of another sum, and then floats may differ by what such a step does.
     """
     result = Comparison(tolerance)
-    for pair in pairs:
+    for pair in chain.from_iterable(map(_flat, pairs)):
         result.compared += 1
         found = _misfit(pair, exact=tolerance is None) or _difference(pair, tolerance, result)
         if found is None:
@@ -87,6 +88,16 @@ def compare(pairs: Iterable[Pair], tolerance: float | None) -> Comparison:
             result.wrong = one
             break
     return result
+
+
+def _flat(pair: Pair) -> Iterator[Pair]:
+    """The pair, or for sequences those of their elements."""
+    if isinstance(pair.expected, np.ndarray):
+        yield pair
+        return
+    found = pair.found if isinstance(pair.found, list) and len(pair.found) == len(pair.expected) else None
+    for index, expected in enumerate(pair.expected or ()):
+        yield Pair(f"{pair.name}[{index}]", np.asarray(expected), None if found is None else np.asarray(found[index]))
 
 
 def _misfit(pair: Pair, exact: bool) -> Difference | None:
@@ -103,37 +114,39 @@ def _misfit(pair: Pair, exact: bool) -> Difference | None:
 
 
 def _difference(pair: Pair, tolerance: float | None, result: Comparison) -> Difference | None:
+    """The place of the largest error of a pair whose shapes agree; None for one without numbers."""
     assert pair.found is not None
-    if pair.expected.size == 0:
+    kind = pair.expected.dtype.kind
+    if kind == "O" and not np.array_equal(pair.expected, pair.found):
+        return Difference(pair.name, math.inf, 0, 0, why="differs")
+    if kind == "O" or not pair.expected.size:
         return None
-    if pair.expected.dtype.kind == "O" or pair.found.dtype.kind == "O":
-        same = np.array_equal(pair.expected, pair.found)
-        return None if same else Difference(pair.name, math.inf, 0, 0, why="differs")
     expected, found = pair.expected.astype(np.float64), pair.found.astype(np.float64)
+    error = _errors(expected, found, HIDDEN if tolerance is not None else math.inf)
     if tolerance is not None and pair.expected.dtype == np.int8:
-        step = np.abs(expected - found)
-        result.codes += step.size
-        result.flips += int((step == 1).sum())
-        expected = np.where(step == 1, found, expected)
+        result.codes += error.size
+        result.flips += int((error == 1).sum())
+        error = np.where(error == 1, 0.0, error)
+    scale = float(np.abs(expected).max(initial=0.0, where=np.abs(expected) < HIDDEN))
+    allowed: Array = np.zeros(())
+    if tolerance is not None and kind not in "iub":
+        allowed = pair.bound if pair.bound is not None else np.array(tolerance * (scale or 1.0))
+    at = tuple(int(i) for i in np.unravel_index(int(np.argmax(error - allowed)), error.shape))
+    limit = float(np.broadcast_to(allowed, error.shape)[at])
+    return Difference(pair.name, float(error[at]), scale, limit, at, float(found[at]), float(expected[at]))
+
+
+def _errors(expected: Array, found: Array, infinite: float) -> Array:
+    """``|found - expected|`` of each element: 0 for two NaN and for two infinities of a sign, infinite for only one.
+
+    Numbers from ``infinite`` on count as infinity.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(found - expected)
-    wide = ~(np.abs(expected) < HIDDEN), ~(np.abs(found) < HIDDEN)  # NaN, infinite, or as good as
-    alike = wide[0] & wide[1] & (np.isnan(expected) == np.isnan(found)) & (np.sign(expected) == np.sign(found))
-    alike |= np.isnan(expected) & np.isnan(found)
-    if tolerance is None:
-        alike = (expected == found) | (np.isnan(expected) & np.isnan(found))
-    error = np.where(alike, 0.0, np.where(np.isnan(error) | ((wide[0] | wide[1]) & ~alike), np.inf, error))
-    scale = float(np.abs(np.where(wide[0], 0.0, expected)).max())
-    integer = pair.expected.dtype.kind in "iub"
-    allowed = 0.0 if tolerance is None or integer else tolerance * (scale or 1.0)
-    if pair.bound is not None and tolerance is not None:
-        excess = error - pair.bound
-        place = np.unravel_index(int(np.argmax(excess)), excess.shape)
-        allowed = float(pair.bound[place])
-    else:
-        place = np.unravel_index(int(np.argmax(error)), error.shape)
-    at = tuple(int(i) for i in place)
-    return Difference(pair.name, float(error[place]), scale, allowed, at, float(found[place]), float(expected[place]))
+    wide = [~(np.abs(array) < infinite) for array in (expected, found)]
+    nans = [np.isnan(array) for array in (expected, found)]
+    alike = wide[0] & wide[1] & (nans[0] == nans[1]) & (nans[0] | (np.sign(expected) == np.sign(found)))
+    return np.where(alike, 0.0, np.where(wide[0] | wide[1], np.inf, error))
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class Loss:
 def loss(pairs: Iterable[Pair]) -> Loss | None:
     """The loss of the float output with the lowest signal-to-noise ratio, None where none can be compared."""
     worst: Loss | None = None
-    for pair in pairs:
+    for pair in chain.from_iterable(map(_flat, pairs)):
         if pair.found is None or pair.found.shape != pair.expected.shape or not pair.expected.size:
             continue
         expected, found = pair.expected.astype(np.float64), pair.found.astype(np.float64)

@@ -12,8 +12,10 @@ from vacc_opt.ir import Graph, Node, Source, TensorType, Value
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, VaccError
 from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.graph import Absent
 from vacc_opt.ir.seeded import stand_in, with_leaves
 from vacc_opt.ir.storage import is_stored
+from vacc_opt.ir.types import OpaqueType
 from vacc_opt.ir.weights import stored_parts
 from vacc_opt.passes.infra.calls import Call, Results
 
@@ -74,7 +76,7 @@ class Layerwise:
             for node in nodes:
                 if all(v is None or v.is_const or v in fixed for v in node.inputs):
                     fixed.update(node.outputs)
-            made = [v for node in nodes for v in node.outputs if v not in fixed]
+            made = [v for node in nodes for v in node.outputs if v not in fixed and not isinstance(v, Absent)]
             found = self._run(graph, nodes, made if watch is not None else [], values)
             if watch is not None:
                 for name in (v.name for v in made if v.name in found[0]):
@@ -105,15 +107,13 @@ class Layerwise:
         region = extract(graph, nodes, graph.name, keep=[*outputs, *watched])
         if not region.outputs:
             return [{} for _ in values]
-        region.functions = graph.functions
         for value in region.values.values():
             if value.const is not None and self.seeded:
                 value.const = with_leaves(value.const, stand_in)
-            elif value.producer is not None or value.const is None:
+            elif value.const is None and not isinstance(value.type, OpaqueType):
                 # shapes as they come: buffers may be shorter than the graph says
-                value.type = TensorType(value.type.dtype)
-        for value in region.inputs:
-            value.type = TensorType(value.type.dtype, values[0][value.name].shape)
+                given_here = value.producer is None
+                value.type = TensorType(value.type.dtype, values[0][value.name].shape if given_here else None)
         try:
             given = [{v.name: rank[v.name] for v in region.inputs} for rank in values]
             return Executable(region, threads=2, optimize=False).run({}, given)

@@ -197,7 +197,7 @@ class Ranges:
     def __call__(self, name: str, ranks: list[Array]) -> None:
         """Hear a value."""
         for array in ranks:
-            if array.dtype.kind not in "fV" or not array.size:
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fV" or not array.size:
                 continue
             low, high = float(array.min()), float(array.max())  # NaN as soon as one element is
             if np.isfinite(low) and np.isfinite(high):

@@ -132,8 +132,9 @@ class CheckNumerics(Instrument):
             self._check(_Case(self, step, graph, state, self._adapter, self._before), rw)
 
     def _start(self, graph: Graph) -> _State:
-        state = _State(graph, seeded_call(graph, self.sizes, self.seed))
+        state = _State(graph, Call({}))
         try:
+            state.call = seeded_call(graph, self.sizes, self.seed)
             state.results = self._runner.run(graph, state.call, state.ranges)
         except CheckError as error:
             state.problem = error.message
