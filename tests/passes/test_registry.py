@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from vacc_opt.ir import UserError
 from vacc_opt.passes.infra.base import Kind, Pass
+from vacc_opt.passes.infra.pattern_pass import PatternPass
 from vacc_opt.passes.infra.registry import GROUPS, all_passes, get_pass, register
 
 PASSES = all_passes()
@@ -63,3 +65,22 @@ def test_two_passes_of_one_name_are_refused() -> None:
 def test_names_come_sorted() -> None:
     assert list(PASSES) == sorted(PASSES)
     assert all(issubclass(c, Pass) for c in PASSES.values())
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code: no blank ones, comments or docstrings."""
+    source = path.read_text(encoding="utf-8")
+    docs: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docs |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for number, line in lines if number not in docs and line.strip() and not line.strip().startswith("#"))
+
+
+def test_a_pass_made_of_a_pattern_is_about_sixty_lines_of_code() -> None:
+    files = {name: Path(inspect.getfile(cls)) for name, cls in PASSES.items() if issubclass(cls, PatternPass)}
+    counts = {name: code_lines(path) for name, path in files.items()}
+    assert counts["fuse-rms-norm"] <= 60
+    assert counts["fuse-swiglu"] <= 60
+    assert {name: count for name, count in counts.items() if count > 80} == {}
