@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from vacc_opt.ir import Dim, Value
 from vacc_opt.ir.rewriter import Rewriter
@@ -14,16 +15,21 @@ TRANSPOSED = (-1, -2)  # [..., channels, rows]: the keys of a product written ou
 
 @dataclass(frozen=True)
 class Heads:
-    """``base`` permuted by ``perm`` is [batch, heads, rows, channels]; a head stands for ``group`` heads in a row."""
+    """``base`` permuted by ``perm`` is [batch, heads, rows, channels]; a head stands for ``group`` heads in a row.
+
+    Where ``base`` has five axes, the one numbered ``unit`` has size 1 and is left out first.
+    """
 
     base: Value
     perm: tuple[int, int, int, int]
     sizes: tuple[Dim, Dim, Dim, Dim]
     group: Dim = 1
+    unit: int | None = None
 
     def value(self, rw: Rewriter) -> Value:
         """The tensor in that order, without the repetition."""
-        return arranged(rw, self.base, self.perm)
+        base = self.base if self.unit is None else rw.op.Squeeze(self.base, rw.ints(self.unit))
+        return arranged(rw, base, self.perm)
 
 
 def as_heads(value: Value, order: tuple[int, int] = ROWS_LAST) -> Heads | None:
@@ -31,8 +37,25 @@ def as_heads(value: Value, order: tuple[int, int] = ROWS_LAST) -> Heads | None:
 
     Repetition counts when copies of a head follow each other: copies of the whole row of heads are another attention.
     """
-    found = [h for h in (_as_heads(view, order) for view in views(value)) if h is not None]
-    return found[-1] if found else None
+    found = [h for view in views(value) for h in _all_heads(view, order)]
+    # a tensor of five axes, one of them for the copies to come, only where it saves them
+    return max(reversed(found), key=lambda h: (h.group != 1, h.unit is None), default=None)
+
+
+def _all_heads(view: View, order: tuple[int, int]) -> Iterator[Heads]:
+    shape = view.base.shape or ()
+    if len(shape) == 4:
+        heads = _as_heads(view, order)
+        if heads is not None:
+            yield heads
+    for unit in [i for i, size in enumerate(shape) if size == 1] if len(shape) == 5 else ():
+        heads = _as_heads(View(view.base, tuple(_left_out(dim, unit) for dim in view.dims)), order)
+        if heads is not None:
+            yield replace(heads, unit=unit)
+
+
+def _left_out(dim: tuple[Axis, ...], unit: int) -> tuple[Axis, ...]:
+    return tuple(Axis(a.source - (a.source > unit), a.size) for a in dim if a.source != unit)
 
 
 def _without_ones(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -40,7 +63,7 @@ def _without_ones(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 
 def _as_heads(view: View, order: tuple[int, int]) -> Heads | None:
-    if view.base.rank != 4 or len(view.dims) < 3:
+    if len(view.dims) < 3:
         return None
     rows, columns = _without_ones(view.dims[order[0]]), _without_ones(view.dims[order[1]])
     inside = [axis for dim in order for axis in view.dims[dim] if axis not in (*rows, *columns)]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnxsim
 import pytest
 
 from vacc_opt.benchmarks.chatglm2 import export_raw, graph, module
@@ -31,9 +33,10 @@ FP32 = 1e-5  # of the scale: fp32 sums of a few hundred terms
 
 @dataclass(frozen=True)
 class Model:
-    """The module in float64 and the raw graph of its float32 form."""
+    """The module in float64, the raw export of its float32 form, and the graph of that."""
 
     module: Any
+    path: Path
     graph: Graph
 
     def fresh(self) -> Graph:
@@ -43,8 +46,8 @@ class Model:
 @pytest.fixture(scope="module", params=["sdpa", "bmm"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     made = module(LAYERS, request.param)
-    raw = graph(export_raw(made, tmp_path_factory.mktemp(request.param) / "raw.onnx"))
-    return Model(made.double(), raw)
+    path = export_raw(made, tmp_path_factory.mktemp(request.param) / "raw.onnx")
+    return Model(made.double(), path, graph(path))
 
 
 def feeds(rng: np.random.Generator, seq: int, past: int, pads: int) -> dict[str, Array]:
@@ -97,15 +100,30 @@ def test_everything_is_recognized_and_computes_what_torch_computes(
 
 
 @pytest.mark.parametrize("core", ["sdpa", "bmm"])
-def test_an_export_of_one_length_is_recognized_too(core: str, tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("simplified", [False, True], ids=["raw", "onnxsim"])
+def test_an_export_of_one_length_is_recognized_too(
+    core: str, simplified: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
     """One row of 12 tokens without a past: how a model is exported whose code does not admit symbolic sizes."""
     made = module(LAYERS, core)
-    recognized = graph(export_raw(made, tmp_path / "fixed.onnx", fixed=12))
+    path = export_raw(made, tmp_path / "fixed.onnx", fixed=12)
+    if simplified:
+        onnx.save(onnxsim.simplify(onnx.load(path))[0], path)
+    recognized = graph(path)
     run_pipeline(recognized, RECOGNIZE)
     given = {n: v[:1] for n, v in feeds(rng, 12, 0, 3).items()}
     found = Executable(recognized).run({v.name: given[v.name] for v in recognized.inputs})[0]
     for name, expected in reference(made.double(), given).items():
         assert_close(found[name], expected, FP32, name)
+
+
+def test_what_onnxsim_makes_of_the_export_is_recognized(model: Model, tmp_path: Path, rng: np.random.Generator) -> None:
+    """It joins the bias to a Gemm over joined axes, and folds what it can."""
+    onnx.save(onnxsim.simplify(onnx.load(model.path))[0], tmp_path / "simplified.onnx")
+    recognized = graph(tmp_path / "simplified.onnx")
+    run_pipeline(recognized, RECOGNIZE)
+    given = feeds(rng, 7, 5, 3)
+    assert_close(Executable(recognized).run(given)[0]["logits"], reference(model.module, given)["logits"], FP32)
 
 
 def test_each_recognizer_keeps_its_promise(model: Model, rng: np.random.Generator) -> None:

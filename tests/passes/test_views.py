@@ -73,6 +73,24 @@ def test_heads_repeated_one_by_one_group_and_rows_of_heads_do_not(axis: int, exp
     assert (heads.base.name, heads.group) == expected
 
 
+def test_heads_that_are_made_with_a_place_for_their_copies_are_read_without_it() -> None:
+    body = """
+        apart = Constant <value_ints = [0, 0, 2, 1, 8]> ()
+        times = Constant <value_ints = [1, 1, 1, 4, 1]> ()
+        joined = Constant <value_ints = [0, 0, 8, 8]> ()
+        r = Reshape (x, apart)
+        w = Expand (r, times)
+        z = Reshape (w, joined)
+        y = Transpose <perm = [0, 2, 1, 3]> (z)"""
+    g = graph(body, "g (float[B,S,16] x) => (y)")
+    heads = as_heads(g.values["y"])
+    assert heads is not None
+    assert (heads.base.name, heads.group, heads.unit) == ("r", 4, 3)
+    rw = Rewriter(g, by="test")
+    with rw.applying():
+        assert str(heads.value(rw).type) == "float[B,2,S,8]"
+
+
 def test_keys_of_a_product_are_read_from_their_other_side() -> None:
     value = graph("y = Transpose <perm = [1, 2, 3, 0]> (x)").values["y"]
     keys, values = as_heads(value, TRANSPOSED), as_heads(value, ROWS_LAST)
