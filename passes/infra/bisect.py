@@ -18,7 +18,7 @@ from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.failures import find_failure
 from vacc_opt.passes.infra.files import write_whole
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
-from vacc_opt.passes.infra.locate import Verdict, applied, first_bad, shown_change
+from vacc_opt.passes.infra.locate import Verdict, applied, first_bad, in_model, shown_change
 from vacc_opt.passes.infra.manager import Until, run_pipeline
 from vacc_opt.passes.infra.numerics import NumericMismatch
 from vacc_opt.passes.infra.reproducer import Numerics, failure_of, reproducer_of, rest_of
@@ -52,7 +52,7 @@ class Culprit:
         if self.application is not None:
             one = self.application
             rule = f"{one.rule}, " if one.rule != self.step.item.name else ""
-            place = f"{one.root} [{one.where}]" if one.root else "the whole graph"
+            place = f"{one.root or 'the whole graph'}{in_model(one.provenance)}"
             of = f" of {self.total}" if self.total is not None else ""
             said.append(f"application {one.index}{of}: {rule}{place}")
         elif self.suspects is not None:

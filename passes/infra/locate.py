@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.ir import Graph, Node, Value
+from vacc_opt.ir import Graph, Node, Provenance, Value
 from vacc_opt.ir.rewriter import Application, ApplicationLimit, Rewriter
 from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.compare import HIDDEN
@@ -120,7 +120,7 @@ class Twin:
 
     name: str
     before: str
-    where: str
+    provenance: Provenance
 
 
 def twins(item: Pass, graph: Graph, limit: int | None) -> list[Twin]:
@@ -143,7 +143,7 @@ def twins(item: Pass, graph: Graph, limit: int | None) -> list[Twin]:
             for value in node.outputs:
                 before = _counterpart(value.name, rw.replaced, names)
                 if before in names and value.name not in rw.moved:
-                    found.append(Twin(value.name, before, node.provenance.where()))
+                    found.append(Twin(value.name, before, node.provenance))
             if len(found) >= _CANDIDATES:
                 break
     del keep
@@ -171,6 +171,11 @@ def shown_change(item: Pass, graph: Graph, application: Application) -> list[str
     lines = render(compare_listings(before, after), context=0)
     more = [f"... {len(lines) - LINES_SHOWN} lines more"] if len(lines) > LINES_SHOWN else []
     return lines[:LINES_SHOWN] + more
+
+
+def in_model(provenance: Provenance) -> str:
+    """`` [module file:line]``, or nothing where the model says nothing."""
+    return f" [{provenance.where()}]" if provenance.origins else ""
 
 
 class Capture:

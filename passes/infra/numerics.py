@@ -16,7 +16,16 @@ from vacc_opt.passes.infra.calls import Call, Results, seeded_call
 from vacc_opt.passes.infra.compare import Comparison, Difference, compare, loss, tolerance_of
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
 from vacc_opt.passes.infra.layerwise import LAYER_BYTES, REAL_BYTES, Layerwise, missing_file, weight_bytes
-from vacc_opt.passes.infra.locate import Capture, Ranges, Verdict, applied, first_application, shown_change, twins
+from vacc_opt.passes.infra.locate import (
+    Capture,
+    Ranges,
+    Verdict,
+    applied,
+    first_application,
+    in_model,
+    shown_change,
+    twins,
+)
 
 if TYPE_CHECKING:
     from vacc_opt.passes.infra.pipeline import Item
@@ -107,9 +116,9 @@ class CheckNumerics(Instrument):
         return "seeded" if self._runner.seeded else "real"
 
     def before(self, step: Step, graph: Graph) -> None:
-        """Run the graph if this is the first pass on it."""
+        """Run the graph if this is the first pass on it, or if it could not be run until now."""
         state = self._states.get(step.scope)
-        if state is None or state.graph is not graph:
+        if state is None or state.graph is not graph or state.problem:
             self._states[step.scope] = self._start(graph)
         try:
             self._adapter = step.item.adapter(graph)
@@ -124,10 +133,9 @@ class CheckNumerics(Instrument):
         if not record.changes:
             self._report(step, "nothing changed")
         elif state.problem:
-            self._report(step, f"not compared: {state.problem}", compared=False)
+            self._skip(step, state.problem)
         elif self._adapter is None:
-            self._report(step, "not compared: the pass changes the interface and ships no adapter", compared=False)
-            self._states[step.scope] = self._start(graph)
+            self._skip(step, "the pass changes the interface and ships no adapter")
         else:
             self._check(_Case(self, step, graph, state, self._adapter, self._before), rw)
 
@@ -145,9 +153,7 @@ class CheckNumerics(Instrument):
         try:
             call = case.adapter.call(state.call)
         except (KeyError, IndexError, ValueError, StopIteration) as error:
-            problem = f"its adapter does not fit this model: {type(error).__name__} {error}"
-            self._report(case.step, f"not compared: {problem}", compared=False)
-            self._states[case.step.scope] = self._start(case.graph)
+            self._skip(case.step, f"its adapter does not fit this model: {type(error).__name__} {error}")
             return
         if changed := case.interface_change():
             raise self._mismatch(case, rw, changed, None)
@@ -156,8 +162,7 @@ class CheckNumerics(Instrument):
             results = self._runner.run(case.graph, call, ranges)
         except CheckError as error:
             if case.kind is Kind.LOSSY and case.before is None:
-                self._report(case.step, f"not compared: {error.message}", compared=False)
-                self._states[case.step.scope] = _State(case.graph, call, problem=error.message)
+                self._skip(case.step, error.message)
                 return
             raise self._mismatch(case, rw, f"the graph does not run any more: {error.message}", None) from error
         found = case.compare(results, [a.root for a in rw.applications])
@@ -165,6 +170,11 @@ class CheckNumerics(Instrument):
             raise self._mismatch(case, rw, str(found.wrong), found.wrong)
         self._report(case.step, case.sentence(found, results) + _range(state.ranges, ranges))
         self._states[case.step.scope] = _State(case.graph, call, results, ranges)
+
+    def _skip(self, step: Step, why: str) -> None:
+        """Say that a pass was not held to anything; what follows is held to what it left."""
+        self._report(step, f"not compared: {why}", compared=False)
+        self._states = {}
 
     def _report(self, step: Step, sentence: str, *, compared: bool = True) -> None:
         self.checked.append(Checked(step, sentence, compared))
@@ -193,7 +203,8 @@ class CheckNumerics(Instrument):
         lines: list[str] = []
         if application is not None:
             rule = f"{application.rule} at " if application.rule != case.item.name else ""
-            lines.append(f"first wrong at application {application.index} of {total}: {rule}{_at(application)}")
+            place = f"{application.root or 'the whole graph'}{in_model(application.provenance)}"
+            lines.append(f"first wrong at application {application.index} of {total}: {rule}{place}")
         value = self._first_value(case, application)
         if value is not None:
             lines.append(f"first value that differs: {value[0]}{value[1]}")
@@ -231,7 +242,7 @@ class CheckNumerics(Instrument):
             if left.shape == right.shape and left.dtype == right.dtype:
                 wrong = compare([Pair(twin.name, left, right)], case.tolerance).wrong
                 if wrong is not None:
-                    return wrong, f" [{twin.where}]"
+                    return wrong, in_model(twin.provenance)
         return None
 
 
@@ -323,7 +334,3 @@ def _range(before: Ranges, after: Ranges) -> str:
     new = [f"{kind} appears, first in {name}" for kind, name in after.turned.items() if kind not in before.turned]
     span = [f"values in [{after.low:.3g}, {after.high:.3g}]"] if after.low <= after.high else []
     return "".join(f"; {part}" for part in [*span, *new])
-
-
-def _at(application: Application) -> str:
-    return f"{application.root} [{application.where}]" if application.root else application.where

@@ -16,13 +16,14 @@ from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.numerics import CheckNumerics, NumericMismatch
-from vacc_opt.passes.infra.pipeline import parse_pipeline
+from vacc_opt.passes.infra.pipeline import Item, parse_pipeline
+from vacc_opt.passes.infra.scopes import Functions
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.tests.passes import planted
 from vacc_opt.tests.passes.decoder import KV, WIDTH, decoder
 
 
-def checked(graph: Graph, items: Sequence[Pass] | str, **options: Any) -> CheckNumerics:
+def checked(graph: Graph, items: Sequence[Item] | str, **options: Any) -> CheckNumerics:
     check = CheckNumerics(**options)
     run_pipeline(graph, items, instruments=[check])
     return check
@@ -282,7 +283,35 @@ def test_passes_inside_a_phase_are_checked_on_its_sizes() -> None:
     items = parse_pipeline(
         "simplify,slice-last-token,kv-cache{context=32},prefill{seq=4}(w8a16,legalize),decode(w8a16)"
     )
-    check = checked(decoder(), items)  # type: ignore[arg-type]
+    check = checked(decoder(), items)
     assert [f"{one.step.scope} {one.step.item.name}".strip() for one in check.checked if one.compared] == [
         "simplify", "slice-last-token", "kv-cache", "prefill w8a16", "prefill legalize", "decode w8a16",
     ]  # fmt: skip
+
+
+def test_bodies_of_functions_are_checked_as_graphs_of_their_own() -> None:
+    import onnx
+
+    from vacc_opt.ir import from_onnx
+
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 23, "local": 1]> g (float[N,4] x) => (float[N,4] y) { a = local.f(x) y = Neg(a) }'
+        '<domain: "local", opset_import: ["": 23]> f (p) => (q) { n = Neg(p) q = Tanh(n) }'
+    )
+    found = checked(
+        from_onnx(model), [Functions(body=(planted.SubtractFromZero(),)), planted.SubtractFromZero()]
+    ).checked
+    assert [(one.step.scope, one.compared) for one in found] == [("local::f", True), ("", True)]
+    with pytest.raises(NumericMismatch, match=r"local::f: wrong-at\{at=1\}: an exact pass, but q differs"):
+        checked(from_onnx(model), [Functions(body=(planted.WrongAt(at=1),))])
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_told_and_checked_from_where_it_can() -> None:
+    graph = from_text("g (float[N,4] x) => (float[N,4] y) { a = Neg (x) y = Neg (a) }")
+    node = graph.nodes()[0]
+    node.attributes = {"alpha": 3.0}  # no attribute of Neg
+    check = CheckNumerics()
+    with pytest.raises(NumericMismatch, match="swapped: an exact pass, but y differs"):
+        run_pipeline(graph, [planted.SubtractFromZero(), planted.Swapped()], instruments=[check])
+    assert not check.checked[0].compared
+    assert check.checked[0].sentence.startswith("not compared: onnxruntime does not load the graph: ")
