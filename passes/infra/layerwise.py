@@ -15,6 +15,7 @@ from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.graph import Absent
 from vacc_opt.ir.seeded import stand_in, with_leaves
 from vacc_opt.ir.storage import is_stored
+from vacc_opt.ir.tensor import Gguf
 from vacc_opt.ir.types import OpaqueType
 from vacc_opt.ir.weights import stored_parts
 from vacc_opt.passes.infra.calls import Call, Results
@@ -31,17 +32,16 @@ def weight_bytes(graph: Graph) -> int:
     return sum(leaf.nbytes for leaf in leaves)
 
 
+def is_there(leaf: Source | Gguf) -> bool:
+    """True when the file of a tensor is there and long enough to hold it."""
+    path, end = Path(leaf.file), leaf.offset + (leaf.nbytes if isinstance(leaf, Source) else 1)
+    return path.is_file() and path.stat().st_size >= end
+
+
 def missing_file(graph: Graph) -> str:
     """The first weight file, by name, that does not hold what the graph refers to; empty when all do."""
-    needed: dict[str, int] = {}
-    for value in graph.constants():
-        for leaf in stored_parts(value.const) if value.const is not None else ():
-            end = leaf.offset + (leaf.nbytes if isinstance(leaf, Source) else 1)
-            needed[leaf.file] = max(needed.get(leaf.file, 0), end)
-    for file, size in sorted(needed.items()):
-        if not Path(file).is_file() or Path(file).stat().st_size < size:
-            return file
-    return ""
+    leaves = (leaf for v in graph.constants() if v.const is not None for leaf in stored_parts(v.const))
+    return min((leaf.file for leaf in leaves if not is_there(leaf)), default="")
 
 
 class Layerwise:

@@ -27,6 +27,7 @@ from vacc_opt.ir.weights import stored_parts
 from vacc_opt.passes.infra.base import Pass
 from vacc_opt.passes.infra.files import write_whole
 from vacc_opt.passes.infra.instrument import Instrument, Step
+from vacc_opt.passes.infra.layerwise import is_there
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.numerics import CheckNumerics, NumericMismatch
 from vacc_opt.passes.infra.pipeline import dump_pipeline, flat, parse_pipeline
@@ -151,8 +152,7 @@ def seed_missing(graph: Graph) -> list[str]:
     missing: dict[str, None] = {}
 
     def stands(leaf: Source | Gguf) -> TensorExpr:
-        end = leaf.offset + (leaf.nbytes if isinstance(leaf, Source) else 1)
-        if Path(leaf.file).is_file() and Path(leaf.file).stat().st_size >= end:
+        if is_there(leaf):
             return leaf
         missing[leaf.file] = None
         return stand_in(leaf)
