@@ -80,6 +80,8 @@ def _is_index(dtype: DType) -> bool:
 @rule("Where")
 def _where(ctx: Context) -> Result:
     shape = broadcast(ctx, ctx.shape(0), ctx.shape(1), ctx.shape(2))
+    if ctx.dtype(1) is not ctx.dtype(2):
+        raise ctx.error(f"operands have types {ctx.type(1)} and {ctx.type(2)}")
     condition, yes, no = ctx.ints(0), ctx.elements(1), ctx.elements(2)
     elements: Elements | None = None
     if condition is not None and yes is not None and no is not None and len(condition) == len(yes) == len(no):
@@ -170,6 +172,8 @@ def _concat(ctx: Context) -> Result:
     parts = [ctx.elements(i) for i in range(len(ctx.inputs))]
     known = [p for p in parts if p is not None]
     ranked = [s for s in shapes if s is not None]
+    if len({ctx.dtype(i) for i in range(len(ctx.inputs))}) > 1:
+        raise ctx.error(f"operands have types {' and '.join(str(ctx.type(i)) for i in range(len(ctx.inputs)))}")
     # entries are row-major: they follow each other only when vectors are joined
     flat = len(known) == len(parts) and all(len(s) == 1 for s in ranked)
     elements = tuple(e for p in known for e in p) if flat else None

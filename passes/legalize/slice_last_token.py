@@ -53,13 +53,16 @@ class SliceLastToken(Pass):
     logits: str = option("logits", "name of the output to slice")
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
-        """Insert the gather before the last linear; raises CheckError when the output does not come from one."""
+        """Insert the gather before the last linear; raises CheckError when the output does not come from one, or when
+        something else reads it."""
         head, turns = self._head(graph)
         linear = as_linear(head)
         assert linear is not None
         x = linear.x
         if x.shape is None or len(x.shape) != 3:
             raise CheckError(f"the input of lm_head is {x.type}, [batch,seq,hidden] is expected")
+        if x.shape[0 if turns else 1] == 1:
+            return Outcome("lm_head reads one token already")
         with rw.applying([head]):
             for turn in turns:
                 x = arranged(rw, x, SWAPPED)
@@ -87,13 +90,23 @@ class SliceLastToken(Pass):
             raise CheckError(f"the graph has no output {self.logits!r}", f"outputs: {', '.join(graph.outputs)}")
         node = value.producer
         turns: list[Node] = []
+        reader: Node | None = None
         # a bias, a cast or a logit scale may follow the linear
         while node is not None and as_linear(node) is None and (node.op in AFTER_HEAD or _swaps(node)):
-            turns += [node] if _swaps(node) else []
+            self._check_one_reader(graph, node, reader)
+            turns, reader = turns + ([node] if _swaps(node) else []), node
             node = next((v.producer for v in node.inputs if v is not None and v.producer is not None), None)
         if node is None or as_linear(node) is None:
             raise CheckError(f"{self.logits!r} does not come from a linear layer")
+        self._check_one_reader(graph, node, reader)
         return node, turns
+
+    def _check_one_reader(self, graph: Graph, node: Node, reader: Node | None) -> None:
+        """Nothing but the way to the logits may read what is to be of one token."""
+        others = [f"{where(user)} reads" for user in node.output.users() if user is not reader]
+        others += [f"the output {name!r} is" for name in graph.output_names(node.output) if name != self.logits]
+        if others:
+            raise CheckError(f"lm_head cannot be cut: {others[0]} all tokens of {node.output.name!r}")
 
 
 def _swaps(node: Node) -> bool:

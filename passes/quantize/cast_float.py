@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
+from vacc_opt.ir.infer import InferenceError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Casted
 from vacc_opt.passes.infra.adapters import Adapter, Casts
@@ -53,6 +56,8 @@ class CastFloat(Pass):
         if self.to not in TYPES:
             raise UserError(f"cannot cast to {self.to!r}", did_you_mean(self.to, TYPES))
         to = TYPES[self.to]
+        if to is DType.FLOAT:
+            return Outcome("float is what the model runs in")
         kept = self._fp32(graph)
         with rw.applying():
             weights = 0
@@ -64,10 +69,18 @@ class CastFloat(Pass):
                 if value.type.dtype is DType.FLOAT:
                     rw.set_type(value, TensorType(to, value.shape))
             for node in graph.by_op("DequantizeKV", "Vastai"):
-                rw.set_attribute(node, "to", to.onnx)
+                if node.attributes.get("to") != to.onnx:
+                    rw.set_attribute(node, "to", to.onnx)
+            for node in graph.by_op("ConstantOfShape"):
+                value = np.asarray(node.attributes.get("value", np.zeros(1, np.float32)))
+                if value.dtype == np.float32:
+                    rw.set_attribute(node, "value", value.astype(to.numpy))
             if any(n.attributes.get("to") == DType.FLOAT.onnx for n in graph.by_op("Cast")):
                 raise CheckError("the graph casts to float inside; put cast-float after the recognizers")
-            rw.infer_again()
+            try:
+                rw.infer_again()
+            except InferenceError as error:
+                raise CheckError(f"an operator refuses {self.to}: {error.message}") from error
         return Outcome(f"{weights} weights and all activations {self.to}")
 
     def adapter(self, before: Graph) -> Adapter:

@@ -78,3 +78,23 @@ def test_a_graph_that_casts_to_float_inside_is_refused_and_kept() -> None:
     with pytest.raises(CheckError, match="put cast-float after the recognizers"):
         run_pass(CastFloat(), graph)
     assert graph.values["x"].type.dtype is DType.FLOAT
+
+
+def test_a_second_run_and_a_cast_to_float_change_nothing() -> None:
+    graph = from_text(TEXT)
+    assert run_pass(CastFloat(to="float"), graph).changes == 0
+    run_pass(CastFloat(), graph)
+    assert run_pass(CastFloat(), graph).changes == 0
+
+
+def test_a_fill_of_a_computed_shape_takes_the_new_type() -> None:
+    graph = from_text("g (float[B,8] x) => (y) { s = Shape (x) z = ConstantOfShape (s) y = Concat <axis = 0> (x, z) }")
+    run_pass(CastFloat(), graph)
+    assert graph.outputs["y"].type.dtype is DType.FLOAT16
+
+
+def test_an_operator_that_refuses_the_type_is_named() -> None:
+    graph = from_text("g (float[8,8] x, int64[8,8] n) => (y) { e = EyeLike <dtype = 1> (n) y = Add (x, e) }")
+    with pytest.raises(CheckError, match="cast-float: an operator refuses float16: y: Add: operands have types"):
+        run_pass(CastFloat(), graph)
+    assert graph.values["x"].type.dtype is DType.FLOAT

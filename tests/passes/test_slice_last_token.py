@@ -77,6 +77,12 @@ def test_other_outputs_keep_all_tokens() -> None:
     assert str(graph.outputs["h"].type) == "float[B,S,8]"
 
 
+def test_a_second_run_changes_nothing() -> None:
+    graph = from_text(f"g (float[B,S,8] x) => (logits) {{ logits = MatMul (x, w) }}\n{W}")
+    run_pass(SliceLastToken(), graph)
+    assert run_pass(SliceLastToken(), graph).changes == 0
+
+
 def test_an_input_called_valid_is_used() -> None:
     graph = from_text(f"g (float[B,S,8] x, int64[B] valid) => (logits) {{ logits = MatMul (x, w) }}\n{W}")
     run_pass(SliceLastToken(), graph)
@@ -94,8 +100,29 @@ def test_an_input_called_valid_is_used() -> None:
             f"g (float[B,S,8] x, float[B,S,20] z) => (logits) {{ a = MatMul (x, w) logits = Add (a, z) }}\n{W}",
             r"'logits' is float\[B,S,20\] after slicing: something adds all tokens back",
         ),
+        (
+            f"g (float[B,S,8] x) => (logits, y) {{ logits = MatMul (x, w) y = Neg (logits) }}\n{W}",
+            "lm_head cannot be cut: y reads all tokens of 'logits'",
+        ),
+        (
+            f"g (float[B,S,8] x) => (logits) {{ i = Constant <value_ints = [1]> () a = MatMul (x, w) m = ReduceMax (a, i) logits = Div (a, m) }}\n{W}",
+            "lm_head cannot be cut: m reads all tokens of 'a'",
+        ),
+        (
+            f"g (float[B,S,8] x) => (logits, a) {{ a = MatMul (x, w) logits = Tanh (a) }}\n{W}",
+            "lm_head cannot be cut: the output 'a' is all tokens of 'a'",
+        ),
     ],
-    ids=["no logits", "no linear", "no linear behind", "rows", "added back"],
+    ids=[
+        "no logits",
+        "no linear",
+        "no linear behind",
+        "rows",
+        "added back",
+        "read beside",
+        "mixed tokens",
+        "an output",
+    ],
 )
 def test_a_graph_that_cannot_be_sliced_is_refused_and_kept(text: str, message: str) -> None:
     from vacc_opt.ir.text import to_text
