@@ -72,9 +72,9 @@ class CastFloat(Pass):
                 if node.attributes.get("to") != to.onnx:
                     rw.set_attribute(node, "to", to.onnx)
             for node in graph.by_op("ConstantOfShape"):
-                value = np.asarray(node.attributes.get("value", np.zeros(1, np.float32)))
-                if value.dtype == np.float32:
-                    rw.set_attribute(node, "value", value.astype(to.numpy))
+                fill = np.asarray(node.attributes.get("value", np.zeros(1, np.float32)))
+                if fill.dtype == np.float32:
+                    rw.set_attribute(node, "value", fill.astype(to.numpy))
             if any(n.attributes.get("to") == DType.FLOAT.onnx for n in graph.by_op("Cast")):
                 raise CheckError("the graph casts to float inside; put cast-float after the recognizers")
             try:
