@@ -116,6 +116,9 @@ class KvCache(Pass):
         for name in ("attention_mask", "position_ids"):
             value = graph.input_named(name)
             if value is not None:
+                for reader in value.users():
+                    hint = "run simplify and fuse-gqa before kv-cache: an attention that is not fused keeps its mask"
+                    raise CheckError(f"{where(reader)} reads {name!r}, which the new interface has not", hint)
                 rw.remove_input(value)
         for buffer in buffers:
             for user in buffer.users():

@@ -72,7 +72,10 @@ class Kv8(Pass):
             raise UserError(f"new_tokens is {self.new_tokens!r}", did_you_mean(self.new_tokens, NEW_TOKENS))
         if graph.ranks > 1:
             raise CheckError("the graph is split over ranks already", "put kv8 before split-tp: quantize, then split")
-        writes = _writes(graph)
+        buffers = _writes(graph)
+        writes = [write for write in buffers if write.output.type.dtype is not DType.INT8]
+        if buffers and not writes:
+            return Outcome("the KV buffers are int8 already")
         if not writes:
             raise CheckError("the graph has no KV buffers", "run kv-cache before kv8")
         stored = read_safetensors_header(Path(self.scales))

@@ -141,3 +141,11 @@ def test_scales_that_no_code_can_come_from_are_refused(tmp_path: Path, what: str
     write_safetensors(tmp_path / "kv.safetensors", stored)
     with pytest.raises(UserError, match=f"layers.0.key.{what} holds a number that is not"):
         run_pass(Kv8(scales=str(tmp_path / "kv.safetensors")), cached())
+
+
+def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    graph = cached()
+    item = Kv8(scales=scales(tmp_path))
+    run_pass(item, graph)
+    record = run_pass(item, graph)
+    assert (record.changes, record.summary) == (0, "the KV buffers are int8 already")

@@ -122,3 +122,11 @@ def test_a_context_longer_than_the_rotary_table_is_refused() -> None:
 def test_a_context_without_room_is_refused() -> None:
     with pytest.raises(UserError, match="context is -3"):
         run_pass(KvCache(context=-3), decoder())
+
+
+def test_another_reader_of_the_mask_is_named() -> None:
+    graph = decoder(("logits = MatMul (e, lt)", "logits = MatMul (e, lt) dead = ReduceSum (attention_mask)"))
+    before = to_text(graph)
+    with pytest.raises(CheckError, match="kv-cache: dead reads 'attention_mask', which the new interface has not"):
+        run_pass(KvCache(context=32), graph)
+    assert to_text(graph) == before
