@@ -64,13 +64,19 @@ class _Split:
             self.rw.insert_after(linear.node.output, lambda v: self.rw.vastai.AllReduce(v, ranks=self.tp))
 
 
-def _free(rw: Rewriter, node: Node, axis: int) -> None:
-    """Let -1 stand for the heads in the target of a Reshape: a rank has another number of them."""
+def _of_a_rank(rw: Rewriter, node: Node, axis: int, sizes: dict[int, int]) -> None:
+    """Let the target of a Reshape name the heads of a rank: -1 where that is free, else their number."""
     target = node.inputs[1]
-    entries = [e for e in elements_of(target) or () if isinstance(e, int)] if target is not None else []
-    if target is not None and target.const is not None and -1 not in entries and any(entries[axis:][:1]):
-        entries[axis] = -1
-        rw.set_input(node, 1, rw.ints(*entries))
+    entries = list(elements_of(target) or ()) if target is not None else []
+    size = entries[axis] if len(entries) >= -axis else None
+    if size in (0, -1):
+        return
+    numbers = [e for e in entries if isinstance(e, int)]
+    if target is None or target.const is None or not isinstance(size, int) or size not in sizes:
+        raise CheckError(f"{where(node)} does not say how many heads it makes", "run simplify before split-tp")
+    numbers[axis] = sizes[size] if -1 in numbers else -1
+    with rw.on_behalf_of(node):
+        rw.set_input(node, 1, rw.ints(*numbers))
 
 
 def _flip(expr: PerRank) -> PerRank:
@@ -174,8 +180,10 @@ class SplitTp(Pass):
         for linear, bias in ((block.key, block.key_bias), (block.value, block.value_bias)):
             split.outputs(linear, kv, bias)
         split.inputs(block.out, query)
+        heads = {block.heads[1]: plan.kv_per_rank, block.heads[0]: plan.query_per_rank}
         for node, axis in block.reshapes:
-            _free(split.rw, node, axis)
+            sizes = heads if axis == -2 else {h * block.width: n * block.width for h, n in heads.items()}
+            _of_a_rank(split.rw, node, axis, sizes)
         # a padded KV head writes zeros; any finite scale will do, the first head's is one
         real = tuple(tuple(max(h, 0) for h in heads) for heads in plan.kv)
         for value in block.kv_constants:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError, VaccError
+from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.text import from_text, to_text
-from vacc_opt.ir.verify import verify
+from vacc_opt.ir.verify import verify, verify_origins
 from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.quantize.w8a16 import W8A16
@@ -173,6 +174,8 @@ REFUSED = [
     ("a gate with an extra operation", [("s = Vastai.SwiGLU (g, u)", "g2 = Neg (g) s = Vastai.SwiGLU (g2, u)")], "is not fed by two linear layers"),
     ("an output that two layers read", [("a = Add (a3, bo)", "a4 = MatMul (a2, ot2) a5 = Add (a3, a4) a = Add (a5, bo)"),
      ("ot = Transpose", "ot2 = Transpose (wo) ot = Transpose")], "a2 has 2 users; one output projection is expected"),
+    ("a computed number of heads", [("q2 = Reshape (q1, to_heads)", "rows = Shape <end = 2> (q1) six = Constant <value_ints = [6, 8]> () target = Concat <axis = 0> (rows, six) q2 = Reshape (q1, target)")],
+     "q2.* does not say how many heads it makes\n  run simplify before split-tp"),
     ("a weight of two roles", [("gt = Transpose <perm = [1, 0]> (wg)", "gt = Transpose <perm = [1, 0]> (wq2)"), ("dt = Transpose <perm = [1, 0]> (wd)", "dt = Transpose <perm = [1, 0]> (wq2)"),
      ("ut = Transpose <perm = [1, 0]> (wu)", "ut = Transpose <perm = [1, 0]> (wq2)")], "wq2 is shared by layers that split it differently"),
 ]  # fmt: skip
@@ -195,6 +198,21 @@ def test_a_literal_number_of_heads_is_that_of_a_rank() -> None:
     )  # fmt: skip
     whole, split = cached(*edits), cached(*edits)
     run_pass(SplitTp(tp=2), split)
+    assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
+
+
+def test_a_number_of_heads_beside_a_free_size_is_that_of_a_rank() -> None:
+    """[0, -1, heads, D]: here -1 is the sequence, and must stay it."""
+    edits = (
+        ("to_heads = Constant <value_ints = [0, 0, -1, 8]> ()", "to_heads = Constant <value_ints = [0, -1, 6, 8]> () to_groups = Constant <value_ints = [0, -1, 2, 8]> ()"),
+        ("to_hidden = Constant <value_ints = [0, 0, -1]>", "to_hidden = Constant <value_ints = [0, -1, 48]>"),
+        ("Reshape (k1, to_heads)", "Reshape (k1, to_groups)"), ("Reshape (v1, to_heads)", "Reshape (v1, to_groups)"),
+    )  # fmt: skip
+    whole, split = cached(*edits), cached(*edits)
+    for one in (*split.nodes(), *split.constants()):
+        one.provenance = Provenance((Origin("layer", "m.py:1", "aten"),))
+    run_pass(SplitTp(tp=2), split)
+    verify_origins(split)
     assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
 
 
