@@ -323,11 +323,7 @@ class Rewriter:
             self._changed[node] = True
         if moved:
             self._journal.append((Graph._restore_uses, old, moved))
-        if old.producer is not None:
-            self._changed.setdefault(old.producer, False)
-            self.erase_dead(old.producer)
-        elif old.const is not None and not self.graph.use_count(old):
-            self._erase_const(old)
+        self._drop_unread(old)
 
     def _check_order(self, uses: Iterable[tuple[Node, int]], new: Value, old: Value | None) -> None:
         """Let ``new`` be computed before those that will use it instead of ``old``; refused when it is behind one."""
@@ -366,7 +362,9 @@ class Rewriter:
         self._unchecked.update((node, None) for node, _ in value.uses)
 
     def set_input(self, node: Node, position: int, value: Value) -> None:
-        """Let one operand of ``node`` be ``value``; the pass is recorded as one that changed ``node``.
+        """Let one operand of ``node`` be ``value``, and drop what is dead behind the one that it was.
+
+        The pass is recorded as one that changed ``node``.
 
         Raises:
             RewriteError: ``value`` is not in the graph, or is computed from ``node``.
@@ -378,6 +376,15 @@ class Rewriter:
         self.touch(node)
         if before is None or before.type != value.type:
             self._unchecked[node] = None
+        if before is not None and before is not value:
+            self._drop_unread(before)
+
+    def _drop_unread(self, value: Value) -> None:
+        if value.producer is not None:
+            self._changed.setdefault(value.producer, False)
+            self.erase_dead(value.producer)
+        elif value.const is not None and not self.graph.use_count(value):
+            self._erase_const(value)
 
     def _rewire(self, node: Node, position: int, before: Value | None, value: Value) -> None:
         stamp = self.graph._set_input(node, position, value)

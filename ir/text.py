@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 
+import numpy as np
 import onnx
 
 from vacc_opt.ir.errors import UserError
@@ -29,7 +30,7 @@ from vacc_opt.ir.onnx_export import (
 from vacc_opt.ir.onnx_import import Extras, from_onnx
 from vacc_opt.ir.provenance import Provenance
 from vacc_opt.ir.subgraph import plain
-from vacc_opt.ir.tensor import parse_expr
+from vacc_opt.ir.tensor import Literal, TensorExpr, parse_expr
 from vacc_opt.ir.types import DType
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -70,7 +71,15 @@ def _quoted(name: str) -> str:
 
 
 def _inline(value: Value) -> bool:
-    return is_inline(value) and value.type.dtype in _EXACT
+    return is_inline(value) and value.type.dtype in _EXACT and not _has_odd_nan(value.const)
+
+
+def _has_odd_nan(const: TensorExpr | None) -> bool:
+    """ONNX text has one NaN only: others have a sign or a payload that it does not say."""
+    if not isinstance(const, Literal) or not const.dtype.is_float:
+        return False
+    odd = const.array[np.isnan(const.array)]
+    return odd.tobytes() != np.full_like(odd, np.nan).tobytes()
 
 
 def _drop_initializers(model: onnx.ModelProto, graph: Graph) -> None:

@@ -80,6 +80,17 @@ def test_an_undone_rewrite_can_be_followed_by_another(graph: Graph, steps: int) 
     assert graph.op_counts() == {"Add": 1, "Neg": 1, "Softmax": 1}
 
 
+def test_an_operand_that_is_no_longer_read_goes(graph: Graph) -> None:
+    rw = Rewriter(graph, by="p")
+    weight = rw.const(np.ones(4, np.float32), "old")
+    with rw.applying():
+        add = rw.add("Add", [graph.values["x"], weight])
+        rw.set_output("z", add.output)
+        rw.set_input(add, 1, rw.const(np.zeros(4, np.float32), "new"))
+    assert "old" not in graph.values
+    assert "new" in graph.values
+
+
 def test_two_applications_do_not_nest(graph: Graph) -> None:
     rw = Rewriter(graph, by="p")
     with rw.applying(), pytest.raises(RewriteError, match="already being applied"), rw.applying():

@@ -85,6 +85,15 @@ def test_floats_keep_every_bit(number: float, entries: list[float]) -> None:
     np.testing.assert_array_equal(const.read().view(np.uint32), np.array(entries, np.float32).view(np.uint32))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FD1DEA6, 0xFFC00000, 0x7F800001])
+def test_every_nan_is_kept(bits: int) -> None:
+    graph = Graph("nan")
+    rw = Rewriter(graph)
+    rw.set_output("y", rw.op.Neg(rw.const(np.array([bits], np.uint32).view(np.float32))))
+    (const,) = [v.const for v in round_trip(graph).constants() if v.const is not None]
+    assert const.read().view(np.uint32).tolist() == [bits]
+
+
 @pytest.mark.parametrize("dtype", [d for d in DType if d is not DType.UNDEFINED])
 def test_small_literals_of_every_type_survive(dtype: DType) -> None:
     graph = Graph("literals")
