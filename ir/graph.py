@@ -10,9 +10,10 @@ is larger than that of every node they read: that is how a new operand is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -24,6 +25,7 @@ from vacc_opt.ir.types import Dim, TensorType
 
 Attribute = Any  # int | float | str | bytes | tuple of these | numpy array
 _UNKNOWN = Provenance()
+_NO_DATA: Mapping[str, Any] = MappingProxyType({})  # of every node and edge of the multigraph
 GAP = 1 << 20  # between the places of an imported node and of its users: what a rewrite puts there seldom moves others
 
 
@@ -132,6 +134,10 @@ class Node:
         return f"<{self.op} {self.name or (self.outputs[0].name if self.outputs else '')}>"
 
 
+_Edges = dict[Node, dict[int, Mapping[str, Any]]]  # of one node, by the node at the other end and the operand there
+_Removed = tuple[tuple[int, ...], _Edges, _Edges]
+
+
 class Graph:
     """A single-assignment dataflow graph with a fixed, named interface; ``version`` grows with every change.
 
@@ -155,9 +161,9 @@ class Graph:
         self._structure: nx.MultiDiGraph[Node] = nx.MultiDiGraph()
         # the multigraph's own dictionaries: its methods for one edge cost several times what the dictionaries do
         structure: Any = self._structure
-        self._node: dict[Node, dict[str, Any]] = structure._node
-        self._succ: dict[Node, dict[Node, dict[int, dict[str, Any]]]] = structure._adj
-        self._pred: dict[Node, dict[Node, dict[int, dict[str, Any]]]] = structure._pred
+        self._node: dict[Node, Mapping[str, Any]] = structure._node
+        self._succ: dict[Node, _Edges] = structure._adj
+        self._pred: dict[Node, _Edges] = structure._pred
         self._by_op: dict[tuple[str, str], dict[Node, None]] = {}
         self._output_names: dict[Value, dict[str, None]] = {}
         self._order: list[Node] | None = None
@@ -332,34 +338,41 @@ class Graph:
                     place = used.producer.place
         node.place = place + gap
 
-    def _remove_node(self, node: Node) -> tuple[int, ...]:
-        """Take a node out and give the numbers of its uses, for :meth:`_restore_node`."""
+    def _remove_node(self, node: Node) -> _Removed:
+        """Take a node out, and give what :meth:`_restore_node` needs to put it back."""
         self.version += 1
         self._order = None
         stamps = tuple([0 if v is None else v.uses.pop((node, i)) for i, v in enumerate(node.inputs)])
-        for producer in self._pred.pop(node):
+        before, behind = self._pred.pop(node), self._succ.pop(node)
+        for producer in before:
             del self._succ[producer][node]
-        for user in self._succ.pop(node):
+        for user in behind:
             del self._pred[user][node]
         del self._node[node]
         del self._by_op[(node.domain, node.op_type)][node]
         for value in node.outputs:
             del self.values[value.name]
-        return stamps
+        return stamps, before, behind
 
-    def _restore_node(self, node: Node, stamps: Sequence[int]) -> None:
+    def _restore_node(self, node: Node, removed: _Removed) -> None:
+        stamps, before, behind = removed
         for value in node.outputs:
             self._restore_value(value)
         self._file(node)
         self._restored.nodes[(node.domain, node.op_type)] = None
+        self._pred[node], self._succ[node] = before, behind
+        for producer, edges in before.items():
+            self._succ[producer][node] = edges
+        for user, edges in behind.items():
+            self._pred[user][node] = edges
         for position, (used, stamp) in enumerate(zip(node.inputs, stamps, strict=True)):
             if used is not None:
-                self._link(node, position, used, stamp)
+                used.uses[(node, position)] = stamp
                 self._restored.uses[used] = None
 
     def _file(self, node: Node) -> None:
         self._order = None
-        self._node[node] = {}
+        self._node[node] = _NO_DATA
         self._succ[node] = {}
         self._pred[node] = {}
         self._by_op.setdefault((node.domain, node.op_type), {})[node] = None
@@ -388,17 +401,18 @@ class Graph:
             uses[use] = clock
             node, position = use
             node.inputs = (*node.inputs[:position], new, *node.inputs[position + 1 :])
+            edges = {position: _NO_DATA}
             if source is not None:
                 edges = before[node]
-                del edges[position]
-                if not edges:
-                    del before[node]
-                    del pred[node][source]
+                if len(edges) == 1:
+                    del before[node], pred[node][source]
+                else:
+                    edges = {position: edges.pop(position)}
             if target is not None:
                 if node in after:
-                    after[node][position] = {}
+                    after[node].update(edges)
                 else:
-                    after[node] = pred[node][target] = {position: {}}
+                    after[node] = pred[node][target] = edges
         self._clock = clock
         return moved
 
@@ -419,9 +433,9 @@ class Graph:
         if producer is not None:
             users = self._succ[producer]
             if node in users:
-                users[node][position] = {}
+                users[node][position] = _NO_DATA
             else:
-                users[node] = self._pred[node][producer] = {position: {}}
+                users[node] = self._pred[node][producer] = {position: _NO_DATA}
 
     def _unlink(self, node: Node, position: int, value: Value) -> int:
         producer = value.producer

@@ -13,6 +13,7 @@ from vacc_opt.passes.infra.scores import admits
 from vacc_opt.passes.infra.values import is_number
 
 Orders = tuple[tuple[int, ...], ...]
+_Operand = tuple[str, float, Var | None]  # a variable's name, else a number; and the variable if it is a narrow one
 
 
 class Flat:
@@ -21,7 +22,8 @@ class Flat:
     def __init__(self, pattern: Op) -> None:
         self._op = pattern.op
         commutes = pattern.op in COMMUTATIVE and len(pattern.operands) == 2
-        self._operands: Sequence[Pattern] = pattern.by_structure if commutes else pattern.operands
+        operands = pattern.by_structure if commutes else pattern.operands
+        self._operands: Sequence[_Operand] = [_operand(operand) for operand in operands]
         self._orders: Orders = ((0, 1), (1, 0)) if commutes else (tuple(range(len(pattern.operands))),)
 
     @staticmethod
@@ -39,19 +41,22 @@ class Flat:
             return None
         for order in self._orders:
             found: dict[str, Value] = {}
-            for operand, position in zip(self._operands, order, strict=True):
+            for (name, number, narrow), position in zip(self._operands, order, strict=True):
                 value = inputs[position]
-                if value is None or not _holds(operand, value, found):
+                if value is None:
+                    break
+                if not name:
+                    if not is_number(value, number):
+                        break
+                elif found.setdefault(name, value) is not value or (narrow is not None and not admits(narrow, value)):
                     break
             else:
                 return found
         return None
 
 
-def _holds(operand: Pattern, value: Value, found: dict[str, Value]) -> bool:
-    if isinstance(operand, Number):
-        return is_number(value, operand.value)
-    assert isinstance(operand, Var)
-    if operand.kind != "any" and not admits(operand, value):
-        return False
-    return found.setdefault(operand.name, value) is value
+def _operand(pattern: Pattern) -> _Operand:
+    if isinstance(pattern, Number):
+        return "", pattern.value, None
+    assert isinstance(pattern, Var)
+    return pattern.name, 0.0, None if pattern.kind == "any" else pattern
