@@ -45,31 +45,31 @@ class Seeded(TensorExpr):
 
     def _read(self, index: Index) -> Array:
         if not self.dims:
-            return self._scaled(_noise(self.seed, 0, 1)).reshape(())
+            return self._scaled(noise(self.seed, 0, 1)).reshape(())
         row, rows = math.prod(self.dims[1:]), index[0]
-        flat = _noise(self.seed, rows.start * row, (rows.stop - rows.start) * row)
+        flat = noise(self.seed, rows.start * row, (rows.stop - rows.start) * row)
         return self._scaled(flat.reshape(rows.stop - rows.start, *self.dims[1:])[(slice(None), *index[1:])])
 
-    def _scaled(self, noise: npt.NDArray[np.float32]) -> Array:
+    def _scaled(self, normal: npt.NDArray[np.float32]) -> Array:
         dtype = self.dtype
         if dtype.is_float:
             if len(self.dims) < 2:
-                return (1 + noise / 4).astype(dtype.numpy)
-            noise *= np.float32(1 / math.sqrt(min(max(*self.dims[-2:], 1), _LARGEST_FAN)))  # in place: it may be large
-            return noise.astype(dtype.numpy, copy=False)
+                return (1 + normal / 4).astype(dtype.numpy)
+            normal *= np.float32(1 / math.sqrt(min(max(*self.dims[-2:], 1), _LARGEST_FAN)))  # in place: it may be large
+            return normal.astype(dtype.numpy, copy=False)
         if dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16):
             middle = 128 if dtype in (DType.UINT8, DType.UINT16) else 0
-            return (np.rint(noise * 32) + middle).astype(dtype.numpy)
-        return (noise > 0).astype(dtype.numpy)
+            return (np.rint(normal * 32) + middle).astype(dtype.numpy)
+        return (normal > 0).astype(dtype.numpy)
 
 
 @cache
 def _period() -> npt.NDArray[np.float32]:
-    noise = np.random.default_rng(0).standard_normal(_PERIOD, np.float32)
-    return noise.clip(-3, 3)
+    normal = np.random.default_rng(0).standard_normal(_PERIOD, np.float32)
+    return normal.clip(-3, 3)
 
 
-def _noise(seed: str, start: int, count: int) -> npt.NDArray[np.float32]:
+def noise(seed: str, start: int, count: int) -> npt.NDArray[np.float32]:
     """``count`` numbers from place ``start`` of the endless repetition of one period, entered where the seed says."""
     entry = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little")
     period, at = _period(), (entry + start) % _PERIOD

@@ -17,6 +17,7 @@ from vacc_opt.ir.types import OpaqueType, bind_shape
 Array = npt.NDArray[Any]
 Results = list[dict[str, Array]]  # outputs of each rank
 GARBAGE = 7  # what a slot of a KV buffer holds that nobody wrote
+HIDDEN = 1e30  # masks hide with such numbers, which are as good as infinite
 SIZES = {"batch": 2, "seq": 7, "past": 5}
 _PADS = (3, 0, 1)  # of the first rows: hidden past tokens, or missing new ones
 _PLAIN = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Abs")

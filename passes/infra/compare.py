@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from vacc_opt.ir import DType, Graph
 from vacc_opt.passes.infra.adapters import Pair
+from vacc_opt.passes.infra.calls import HIDDEN
 
 Array = npt.NDArray[Any]
 # fp32 sums of a few thousand terms in another order differ by about 1e-6 of the output's scale; the other types have
@@ -20,7 +21,7 @@ Array = npt.NDArray[Any]
 TOLERANCES = {DType.FLOAT: 1e-5, DType.DOUBLE: 1e-5, DType.FLOAT16: 1e-2, DType.BFLOAT16: 8e-2}
 # a code of an int8 cache that flips by a step moves a key by its scale, some 1e-2 of its size, in one of many channels
 FLIPPED = 2e-3
-HIDDEN = 1e30  # masks hide with such numbers: they are compared as infinities are
+NOISE = 8  # a sum in another order strays by a few times what rounding its terms does
 
 
 def tolerance_of(graph: Graph) -> float:
@@ -67,8 +68,10 @@ class Comparison:
     pending: list[Difference] = field(default_factory=list)
 
 
-def compare(pairs: Iterable[Pair], tolerance: float | None) -> Comparison:
+def compare(pairs: Iterable[Pair], tolerance: float | None, noise: Mapping[str, float] | None = None) -> Comparison:
     """Compare pairs: bit for bit without a tolerance, else ``|found - expected| <= tolerance * max|expected|``.
+
+    ``noise`` says by how much rounding alone is known to move a float output; a few times that is allowed.
 
     NaN equals NaN and infinity infinity of its sign. Integers must be equal, but for int8 codes beside a tolerance: one
     step apart is the rounding of another sum, and then floats may differ by what such a step does.
@@ -76,7 +79,7 @@ def compare(pairs: Iterable[Pair], tolerance: float | None) -> Comparison:
     result = Comparison(tolerance)
     for pair in chain.from_iterable(map(_flat, pairs)):
         result.compared += 1
-        found = _misfit(pair, exact=tolerance is None) or _difference(pair, tolerance, result)
+        found = _misfit(pair, exact=tolerance is None) or _difference(pair, tolerance, result, noise or {})
         if found is None:
             continue
         if result.worst is None or found.error / (found.scale or 1) > result.worst.error / (result.worst.scale or 1):
@@ -113,7 +116,21 @@ def _misfit(pair: Pair, exact: bool) -> Difference | None:
     return None
 
 
-def _difference(pair: Pair, tolerance: float | None, result: Comparison) -> Difference | None:
+def noise_of(pairs: Iterable[Pair], jittered: Iterable[Pair]) -> dict[str, float]:
+    """By how much each float output moved that is expected in ``pairs`` and, after a jitter, in ``jittered``."""
+    found: dict[str, float] = {}
+    for one, other in zip(
+        chain.from_iterable(map(_flat, pairs)), chain.from_iterable(map(_flat, jittered)), strict=True
+    ):
+        if one.expected.shape == other.expected.shape and one.expected.size and one.expected.dtype.kind in "fV":
+            errors = _errors(one.expected.astype(np.float64), other.expected.astype(np.float64), HIDDEN)
+            found[one.name] = float(errors.max(where=np.isfinite(errors), initial=0.0))
+    return found
+
+
+def _difference(
+    pair: Pair, tolerance: float | None, result: Comparison, noise: Mapping[str, float]
+) -> Difference | None:
     """The place of the largest error of a pair whose shapes agree; None for one without numbers."""
     assert pair.found is not None
     kind = pair.expected.dtype.kind
@@ -130,7 +147,8 @@ def _difference(pair: Pair, tolerance: float | None, result: Comparison) -> Diff
     scale = float(np.abs(expected).max(initial=0.0, where=np.abs(expected) < HIDDEN))
     allowed: Array = np.zeros(())
     if tolerance is not None and kind not in "iub":
-        allowed = pair.bound if pair.bound is not None else np.array(tolerance * (scale or 1.0))
+        rounding = max(tolerance * (scale or 1.0), NOISE * noise.get(pair.name, 0.0))
+        allowed = pair.bound if pair.bound is not None else np.array(rounding)
     at = tuple(int(i) for i in np.unravel_index(int(np.argmax(error - allowed)), error.shape))
     limit = float(np.broadcast_to(allowed, error.shape)[at])
     return Difference(pair.name, float(error[at]), scale, limit, at, float(found[at]), float(expected[at]))

@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.ir import Graph, Node, Source, TensorType, Value
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, VaccError
-from vacc_opt.ir.evaluate import Executable
+from vacc_opt.ir.evaluate import Executable, read_weights
 from vacc_opt.ir.graph import Absent
-from vacc_opt.ir.seeded import stand_in, with_leaves
+from vacc_opt.ir.seeded import noise, stand_in, with_leaves
 from vacc_opt.ir.storage import is_stored
 from vacc_opt.ir.tensor import Gguf
 from vacc_opt.ir.types import OpaqueType
 from vacc_opt.ir.weights import stored_parts
-from vacc_opt.passes.infra.calls import Call, Results
+from vacc_opt.passes.infra.calls import HIDDEN, Call, Results
 
 Array = npt.NDArray[Any]
 Watch = Callable[[str, list[Array]], None]  # hears the name of a computed value, and what each rank computed
@@ -52,11 +54,13 @@ class Layerwise:
     Args:
         seeded: put seeded numbers in place of what is read from files.
         layer_bytes: weights that a piece may hold, if it is more than one node.
+        jitter: move every float of inputs and weights by about the rounding of its type, to see what that does.
     """
 
-    def __init__(self, *, seeded: bool = False, layer_bytes: int = LAYER_BYTES) -> None:
+    def __init__(self, *, seeded: bool = False, layer_bytes: int = LAYER_BYTES, jitter: bool = False) -> None:
         self.seeded = seeded
         self.layer_bytes = layer_bytes
+        self.jitter = jitter
 
     def run(self, graph: Graph, call: Call, watch: Watch | None = None) -> Results:
         """Outputs of every rank; ``watch`` hears each computed value, in topological order.
@@ -68,6 +72,8 @@ class Layerwise:
         missing = [v.name for v in graph.inputs if v.uses and v.name not in values[0]]
         if missing:
             raise CheckError(f"nothing is known of the input {missing[0]!r}")
+        if self.jitter:
+            values = [{name: _jittered(array, name) for name, array in rank.items()} for rank in values]
         pieces = self._pieces(graph)
         last = {v.name: i for i, nodes in enumerate(pieces) for n in nodes for v in n.inputs if v is not None}
         kept = {value.name for value in graph.outputs.values()}
@@ -116,11 +122,24 @@ class Layerwise:
                 value.type = TensorType(value.type.dtype, values[0][value.name].shape if given_here else None)
         try:
             given = [{v.name: rank[v.name] for v in region.inputs} for rank in values]
-            return Executable(region, threads=2, optimize=False).run({}, given)
+            weights = read_weights(region)
+            if self.jitter:
+                weights = [{name: _jittered(array, name) for name, array in rank.items()} for rank in weights]
+            return Executable(region, threads=2, optimize=False, weights=weights).run({}, given)
         except VaccError:
             raise
         except Exception as error:  # of an element type that onnxruntime cannot take
             raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+
+
+def _jittered(array: Array, name: str) -> Array:
+    if not isinstance(array, np.ndarray) or array.dtype.name not in ("float16", "float32", "float64", "bfloat16"):
+        return array
+    steps = noise(f"rounding of {name}", 0, array.size).reshape(array.shape)
+    step = np.asarray(steps * np.float32(ml_dtypes.finfo(array.dtype).eps), array.dtype)
+    limit = min(HIDDEN, float(ml_dtypes.finfo(array.dtype).max) / 4)  # a mask's number stays what it is
+    moved = np.where(np.abs(array) < limit, array, 0) * step
+    return np.asarray(array + moved, array.dtype)
 
 
 def _read(values: Mapping[str, Array], rank: int, value: Value) -> Array:

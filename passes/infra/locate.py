@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vacc_opt.ir import Graph, Node, Provenance, Value
 from vacc_opt.ir.rewriter import Application, ApplicationLimit, Rewriter
 from vacc_opt.passes.infra.base import Pass
-from vacc_opt.passes.infra.compare import HIDDEN
+from vacc_opt.passes.infra.calls import HIDDEN
 from vacc_opt.passes.infra.diff import compare as compare_listings
 from vacc_opt.passes.infra.diff import render
 from vacc_opt.passes.infra.listing import listing_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vacc_opt.ir import Graph
@@ -13,7 +13,7 @@ from vacc_opt.ir.rewriter import Application, Rewriter
 from vacc_opt.passes.infra.adapters import Adapter, Pair
 from vacc_opt.passes.infra.base import Kind, Pass
 from vacc_opt.passes.infra.calls import Call, Results, seeded_call
-from vacc_opt.passes.infra.compare import Comparison, Difference, compare, loss, tolerance_of
+from vacc_opt.passes.infra.compare import NOISE, Comparison, Difference, compare, loss, noise_of, tolerance_of
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
 from vacc_opt.passes.infra.layerwise import LAYER_BYTES, REAL_BYTES, Layerwise, missing_file, weight_bytes
 from vacc_opt.passes.infra.locate import (
@@ -98,7 +98,8 @@ class CheckNumerics(Instrument):
         self._layer_bytes = layer_bytes
         self._states: dict[str, _State] = {}
         self._runner = Layerwise(layer_bytes=layer_bytes)
-        self._before: Graph | None = None  # only for a pass with a reference
+        self._jittering = self._runner
+        self._before: Graph | None = None  # for a pass that may change how numbers are rounded
         self._adapter: Adapter | None = None
 
     def started(self, graph: Graph, items: Sequence[Item]) -> None:
@@ -108,6 +109,7 @@ class CheckNumerics(Instrument):
             raise UserError(f"{missing}: the weights are not there", "check with seeded ones instead")
         seeded = self.weights == "seeded" or (self.weights == "auto" and (size > REAL_BYTES or bool(missing)))
         self._runner = Layerwise(seeded=seeded, layer_bytes=self._layer_bytes)
+        self._jittering = Layerwise(seeded=seeded, layer_bytes=self._layer_bytes, jitter=True)
         self._states, self.checked = {}, []
 
     @property
@@ -124,8 +126,7 @@ class CheckNumerics(Instrument):
             self._adapter = step.item.adapter(graph)
         except VaccError:
             self._adapter = Adapter()  # the pass will refuse the graph with the same words
-        has_reference = type(step.item).reference is not Pass.reference
-        self._before = copy(graph) if has_reference else None
+        self._before = copy(graph) if step.item.kind is not Kind.EXACT else None
 
     def after(self, step: Step, graph: Graph, record: PassRecord, rw: Rewriter) -> None:
         """Hold the pass to its kind."""
@@ -161,11 +162,15 @@ class CheckNumerics(Instrument):
         try:
             results = self._runner.run(case.graph, call, ranges)
         except CheckError as error:
-            if case.kind is Kind.LOSSY and case.before is None:
+            if case.only_loss:
                 self._skip(case.step, error.message)
                 return
             raise self._mismatch(case, rw, f"the graph does not run any more: {error.message}", None) from error
-        found = case.compare(results, [a.root for a in rw.applications])
+        roots = [a.root for a in rw.applications]
+        found = case.compare(results, roots)
+        if found is not None and found.wrong is not None and case.rounds and not found.wrong.why:
+            case = self._with_noise(case, results, roots)
+            found = case.compare(results, roots)
         if found is not None and found.wrong is not None:
             raise self._mismatch(case, rw, str(found.wrong), found.wrong)
         self._report(case.step, case.sentence(found, results) + _range(state.ranges, ranges))
@@ -185,12 +190,22 @@ class CheckNumerics(Instrument):
         """Results of a graph after the pass of ``case``, or part of it."""
         return self._runner.run(graph, case.adapter.call(case.state.call), watch)
 
-    def run_baseline(self, case: _Case, roots: Sequence[str], watch: Callable[..., None] | None = None) -> Results:
+    def run_baseline(
+        self, case: _Case, roots: Sequence[str], watch: Callable[..., None] | None = None, *, jitter: bool = False
+    ) -> Results:
         """What the pass promises: results of its reference definition, else of the graph before."""
         reference = case.reference(roots)
+        if reference is None and watch is None and not jitter:
+            return case.state.results
+        runner = self._jittering if jitter else self._runner
         if reference is not None:
-            return self._runner.run(reference, case.adapter.reference_call(case.state.call), watch)
-        return self._runner.run(case.graph, case.state.call, watch) if watch is not None else case.state.results
+            return runner.run(reference, case.adapter.reference_call(case.state.call), watch)
+        return runner.run(case.before or case.graph, case.state.call, watch)
+
+    def _with_noise(self, case: _Case, results: Results, roots: Sequence[str]) -> _Case:
+        """The case, knowing what rounding alone does to each output."""
+        exact, moved = (case.pairs(self.run_baseline(case, roots, jitter=j), results) for j in (False, True))
+        return replace(case, noise=noise_of(exact, moved))
 
     def _mismatch(self, case: _Case, rw: Rewriter, what: str, wrong: Difference | None) -> NumericMismatch:
         """Find the application and the value, and say both; leaves the graph as it was before the pass."""
@@ -233,14 +248,18 @@ class CheckNumerics(Instrument):
                 self.run(case, case.graph, after)
             except CheckError:
                 return None
-        before = Capture({twin.before for twin in found})
+        before, moved = (Capture({twin.before for twin in found}) for _ in range(2))
         self.run_baseline(case, roots, before)
+        if case.rounds:
+            self.run_baseline(case, roots, moved, jitter=True)
         for twin in found:
             if twin.name not in after.values or twin.before not in before.values:
                 continue
             left, right = before.values[twin.before][0], after.values[twin.name][0]
             if left.shape == right.shape and left.dtype == right.dtype:
-                wrong = compare([Pair(twin.name, left, right)], case.tolerance).wrong
+                again = moved.values.get(twin.before, [left])[0]
+                noise = noise_of([Pair(twin.name, left, right)], [Pair(twin.name, again, right)])
+                wrong = compare([Pair(twin.name, left, right)], case.tolerance, noise).wrong
                 if wrong is not None:
                     return wrong, in_model(twin.provenance)
         return None
@@ -256,6 +275,7 @@ class _Case:
     state: _State
     adapter: Adapter
     before: Graph | None
+    noise: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def item(self) -> Pass:
@@ -272,6 +292,21 @@ class _Case:
         return self.check.tolerance if self.check.tolerance is not None else tolerance_of(self.graph)
 
     @property
+    def rounds(self) -> bool:
+        """True where the noise of rounding may excuse a difference: no exact pass, no tolerance of a person's own."""
+        return self.before is not None and self.check.tolerance is None
+
+    @property
+    def has_reference(self) -> bool:
+        """True for a lossy pass with a definition."""
+        return type(self.item).reference is not Pass.reference
+
+    @property
+    def only_loss(self) -> bool:
+        """True for a lossy pass without a definition."""
+        return self.kind is Kind.LOSSY and not self.has_reference
+
+    @property
     def promise(self) -> str:
         """What the kind of the pass says."""
         return {
@@ -283,7 +318,9 @@ class _Case:
 
     def reference(self, roots: Sequence[str]) -> Graph | None:
         """The pass's definition for those applications; None where it has none."""
-        return self.item.reference(copy(self.before), frozenset(roots)) if self.before is not None else None
+        if self.before is None or not self.has_reference:
+            return None
+        return self.item.reference(copy(self.before), frozenset(roots))
 
     def interface_change(self) -> str:
         """What another kind than an interface pass has done to inputs or outputs, empty for nothing."""
@@ -299,14 +336,14 @@ class _Case:
 
     def pairs(self, baseline: Results, results: Results) -> Iterator[Pair]:
         """What must agree, and extra outputs, which only interface passes may add."""
-        call = self.state.call if self.before is None else self.adapter.reference_call(self.state.call)
+        call = self.adapter.reference_call(self.state.call) if self.has_reference else self.state.call
         return self.adapter.pairs(call, baseline, results)
 
     def compare(self, results: Results, roots: Sequence[str]) -> Comparison | None:
         """None for a lossy pass without a reference, of which only the loss can be told."""
-        if self.kind is Kind.LOSSY and self.before is None:
+        if self.only_loss:
             return None
-        return compare(self.pairs(self.check.run_baseline(self, roots), results), self.tolerance)
+        return compare(self.pairs(self.check.run_baseline(self, roots), results), self.tolerance, self.noise)
 
     def sentence(self, found: Comparison | None, results: Results) -> str:
         """The result in words."""
@@ -320,7 +357,11 @@ class _Case:
             return f"equal bit for bit in {found.compared} output{'s' if found.compared > 1 else ''}"
         by = {Kind.INTERFACE: "through its adapter ", Kind.LOSSY: "by its definition "}.get(self.kind, "")
         flips = f", {found.flips} of {found.codes} codes one step apart" if found.flips else ""
-        return f"{by}{_off(found.worst)}{flips}" + (f"; {cost}" if cost else "")
+        excused = f" ({NOISE} x what rounding its weights does)" if self._excused(found.worst) else ""
+        return f"{by}{_off(found.worst)}{excused}{flips}" + (f"; {cost}" if cost else "")
+
+    def _excused(self, worst: Difference | None) -> bool:
+        return worst is not None and worst.error > 0 and worst.allowed > (self.tolerance or 0) * (worst.scale or 1)
 
 
 def _off(worst: Difference | None) -> str:

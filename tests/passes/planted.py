@@ -86,6 +86,20 @@ class WrongScale(EachNode):
 
 
 @dataclass(frozen=True)
+class ThirdByProduct(EachNode):
+    """X / 3  ->  x * (1/3), another rounding; ``wrong`` adds an error of 1e-3."""
+
+    name: ClassVar[str] = "third-by-product"
+    op: ClassVar[str] = "Div"
+    kind: ClassVar[Kind] = Kind.REASSOCIATING
+
+    wrong: bool = option(False, "multiply by a third and a little")
+
+    def make(self, rw: Rewriter, node: Node, index: int) -> Value | None:
+        return rw.op.Mul(node.inputs[0], number(rw, 1 / 3 + (1e-3 if self.wrong else 0)))
+
+
+@dataclass(frozen=True)
 class Swapped(EachNode):
     """A - b  ->  b - a."""
 

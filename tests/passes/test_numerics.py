@@ -80,6 +80,25 @@ def test_a_tolerance_of_a_person_takes_the_place_of_ours() -> None:
     caught(planted.chain(), planted.WrongScale(), tolerance=0.01)
 
 
+def chaotic(steps: int = 12) -> Graph:
+    """The logistic map 4 x (1 - x), which doubles an error at every step."""
+    lines = ["s = Sigmoid (x)", "third = Div (s, three)", "x0 = Add (third, third)"]
+    for i in range(steps):
+        lines += [f"r{i} = Sub (one, x{i})", f"p{i} = Mul (x{i}, r{i})", f"x{i + 1} = Mul (p{i}, four)"]
+    head = "g (float[N,64] x) => (float[N,64] y) <float one = {1}, float three = {3}, float four = {4}>"
+    return from_text("\n".join([head, "{", *lines, f"y = Sin (x{steps})", "}"]))
+
+
+def test_a_model_that_amplifies_rounding_is_given_what_its_own_rounding_does() -> None:
+    sentence = checked(chaotic(), [planted.ThirdByProduct()]).checked[0].sentence
+    assert sentence.startswith("off by ")
+    assert "allowed (8 x what rounding its weights does)" in sentence
+    error = caught(chaotic(), planted.ThirdByProduct(wrong=True))
+    assert error.difference is not None
+    assert error.difference.name == "third_Mul"
+    caught(chaotic(), planted.ThirdByProduct(), tolerance=1e-5)  # a person's own tolerance is what counts
+
+
 def test_swapped_operands_are_caught() -> None:
     graph = from_text("g (float[N,4] x, float[N,4] z) => (float[N,4] y) { d = Sub (x, z) y = Abs (d) }")
     error = caught(
