@@ -9,6 +9,7 @@ import numpy as np
 
 from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
+from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.infer import InferenceError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Casted
@@ -58,6 +59,8 @@ class CastFloat(Pass):
         to = TYPES[self.to]
         if to is DType.FLOAT:
             return Outcome("float is what the model runs in")
+        for name in called_functions(graph):
+            raise CheckError(f"the body of {name} stays in float", "run inline-functions before cast-float")
         kept = self._fp32(graph)
         with rw.applying():
             weights = 0

@@ -98,3 +98,9 @@ def test_an_operator_that_refuses_the_type_is_named() -> None:
     with pytest.raises(CheckError, match="cast-float: an operator refuses float16: y: Add: operands have types"):
         run_pass(CastFloat(), graph)
     assert graph.values["x"].type.dtype is DType.FLOAT
+
+
+def test_a_graph_that_calls_functions_is_refused() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 24, "o" : 1]> g (float[8] x) => (y) { y = o.F (x) } <domain: "o", opset_import: ["" : 24]> F (a) => (b) { b = Neg (a) }'
+    with pytest.raises(CheckError, match="the body of o::F stays in float\n  run inline-functions before cast-float"):
+        run_pass(CastFloat(), from_text(text))
