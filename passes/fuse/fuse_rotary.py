@@ -14,7 +14,7 @@ from vacc_opt.passes.infra.match import Match, Reason
 from vacc_opt.passes.infra.pattern import Pattern, op
 from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.rotary import Table, halved, rotated, tabulate, why_not_parts
+from vacc_opt.passes.infra.rotary import Table, halved, rotated, tabulate, why_not_parts, why_not_positions
 from vacc_opt.passes.infra.views import arranged
 
 
@@ -84,8 +84,11 @@ class FuseRotary(PatternPass):
         for name, table in (("cos", cos), ("sin", sin)):
             if table.why:
                 yield m.reason("{name}: {why}", name=name, why=table.why)
-        if not cos.why and not sin.why and (cos.positions, cos.axes) != (sin.positions, sin.axes):
+        if cos.why or sin.why:
+            return
+        if (cos.positions, cos.axes) != (sin.positions, sin.axes):
             yield m.reason("cos and sin are of other positions")
+        yield from why_not_positions(m, x, cos)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """Gather from the shared tables by position; another layout is turned to [batch,heads,seq,D] and back."""

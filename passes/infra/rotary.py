@@ -136,4 +136,16 @@ def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
     if stack is not None:
         split = (*x.shape[:3], depth // 2, 2)
         if m.pairs.shape != split or stack.output.shape != split or m.root.output.shape != x.shape:
-            yield m.reason("{x} is not taken apart into pairs of channels and put together again", x=x)
+            message = "{x} is not taken apart into pairs of channels and put together again, the stack is [{shape}]"
+            yield m.reason(message, x=x, shape=", ".join(map(str, stack.output.shape or ())))
+
+
+def why_not_positions(m: Match, x: Value, table: Table) -> Iterator[Reason]:
+    """RotaryEmbedding wants a position for every row and token of ``x``; it does not broadcast one over all."""
+    positions = table.positions
+    assert positions is not None
+    assert positions.shape is not None
+    assert x.shape is not None
+    wanted = [x.shape[axis] for axis in table.axes]
+    if any(have == 1 and want != 1 for have, want in zip(positions.shape, wanted, strict=True)):
+        yield m.reason("{name} is {positions}, x is {x}", name=positions.name, positions=positions.type, x=x.type)
