@@ -24,7 +24,7 @@ from vacc_opt.passes.infra.calls import HIDDEN, Call, Results
 
 Array = npt.NDArray[Any]
 Watch = Callable[[str, list[Array]], None]  # hears the name of a computed value, and what each rank computed
-LAYER_BYTES = 128 << 20
+LAYER_BYTES = 32 << 20
 REAL_BYTES = 1 << 30  # weights of a model up to this size are read; beyond, reading them every time costs too much
 
 
