@@ -19,4 +19,8 @@ def paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            # what was made meanwhile counts as old, else the next collection of young objects would walk all of it
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

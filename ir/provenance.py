@@ -15,6 +15,8 @@ class Origin:
     op: str = ""
 
     def __str__(self) -> str:
+        if self.module and self.source and self.op:
+            return f"{self.module} {self.source} {self.op}"
         return " ".join([part for part in (self.module, self.source, self.op) if part])
 
 

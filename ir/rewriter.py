@@ -86,7 +86,8 @@ class Rewriter:
         limit: the largest number of applications; the next one raises ApplicationLimit.
 
     ``modified`` counts the changes; ``made`` lists the nodes that the present application made, or the last one when
-    there is none; :meth:`take_changed` gives what a worklist driver visits next.
+    there is none, and ``erased`` counts the nodes removed so far; :meth:`take_changed` gives what a worklist driver
+    visits next.
     """
 
     def __init__(self, graph: Graph, by: str = "", *, limit: int | None = None) -> None:
@@ -95,6 +96,7 @@ class Rewriter:
         self.limit = limit
         self.applications: list[Application] = []
         self.made: list[Node] = []
+        self.erased: int = 0
         self.timed = False  # asks passes to measure each of their rules
         self.op: OpBuilder = OpBuilder(self)
         self.vastai: OpBuilder = OpBuilder(self, ops.DOMAIN)
@@ -154,7 +156,7 @@ class Rewriter:
         assert self._begun is not None
         journal, changed, self.graph._counter = self._begun
         self._undo_to(journal)
-        self._changed = dict(list(self._changed.items())[:changed])
+        self._changed = {node: how for node, how in list(self._changed.items())[:changed] if node in self.graph}
         self.applications.pop()
         self._begun, self._sources, self._provenance, self.made = None, (), None, []
 
@@ -186,11 +188,8 @@ class Rewriter:
     def take_changed(self) -> dict[Node, bool]:
         """The nodes that changed since the last call and are still there: True if made or rewired, False if they only
         lost a use."""
-        if not self._changed:
-            return {}
         changed, self._changed = self._changed, {}
-        present = self.graph._node
-        return {node: rewired for node, rewired in changed.items() if node in present}
+        return changed
 
     def _log(self, *undo: Any) -> None:
         self.graph.version += 1
@@ -315,14 +314,15 @@ class Rewriter:
             self._check_types(old, new)
         if new.producer is not None:
             self._check_order(old.uses, new, old)
-        if self.graph.is_output(old):
-            for name in self.graph.output_names(old):
+        graph = self.graph
+        if graph.is_output(old):
+            for name in graph.output_names(old):
                 self.set_output(name, new)
-        moved = self.graph._move_uses(old, new)
-        for node, _ in moved:
-            self._changed[node] = True
-        if moved:
+        if old.uses:
+            moved = graph._move_uses(old, new)
             self._journal.append((Graph._restore_uses, old, moved))
+            for node, _ in moved:
+                self._changed[node] = True
         self._drop_unread(old)
 
     def _check_order(self, uses: Iterable[tuple[Node, int]], new: Value, old: Value | None) -> None:
@@ -380,9 +380,12 @@ class Rewriter:
             self._drop_unread(before)
 
     def _drop_unread(self, value: Value) -> None:
-        if value.producer is not None:
-            self._changed.setdefault(value.producer, False)
-            self.erase_dead(value.producer)
+        producer = value.producer
+        if producer is not None:
+            if self.graph.is_read(producer):
+                self._changed.setdefault(producer, False)
+            elif producer in self.graph and (dead := self._erase(producer)):
+                self.erase_dead(*dead)
         elif value.const is not None and not self.graph.use_count(value):
             self._erase_const(value)
 
@@ -415,20 +418,29 @@ class Rewriter:
         pending = list(nodes)
         while pending:
             node = pending.pop()
-            if node not in self.graph or self.graph.is_read(node):
-                continue
-            self._journal.append((Graph._restore_node, node, self.graph._remove_node(node)))
-            removed += 1
-            for value in node.inputs:
-                if value is None:
-                    continue
-                if value.producer is not None:
-                    self._changed.setdefault(value.producer, False)
-                    if not value.uses:
-                        pending.append(value.producer)
-                elif value.const is not None and value.name in self.graph.values and not self.graph.use_count(value):
-                    self._erase_const(value)  # once, if the node read it twice
+            if node in self.graph and not self.graph.is_read(node):
+                pending += self._erase(node)
+                removed += 1
         return removed
+
+    def _erase(self, node: Node) -> list[Node]:
+        """Take out a node that nothing reads, and constants that only it read; gives what may be dead now."""
+        graph, changed = self.graph, self._changed
+        self._journal.append((Graph._restore_node, node, graph._remove_node(node)))
+        changed.pop(node, None)
+        self.erased += 1
+        dead: list[Node] = []
+        for value in node.inputs:
+            if value is None:
+                continue
+            producer = value.producer
+            if producer is not None:
+                changed.setdefault(producer, False)
+                if not value.uses:
+                    dead.append(producer)
+            elif not value.uses and value.const is not None and value.name in graph.values:  # gone if read twice
+                self._drop_unread(value)
+        return dead
 
     def _erase_const(self, value: Value) -> None:
         self.graph._remove_value(value)

@@ -147,11 +147,11 @@ def _nothing_more(graph: Graph) -> Iterator[str]:
                 yield f"the edge from {producer!r} to {user!r} is there in one direction only"
     if edges != sum([value.producer is not None for value in reads]):
         yield "the multigraph has an edge that no operand stands for"
-    indexed = 0
+    indexed, present = 0, graph._node
     for op, nodes in graph._by_op.items():
         indexed += len(nodes)
         for node in nodes:
-            if (node.domain, node.op_type) != op or node not in graph:
+            if (node.domain, node.op_type) != op or node not in present:
                 yield f"the operator index has {node!r} under {op[1]}"
     if indexed < len(graph):
         missing = next(n for n in graph.nodes() if n not in graph._by_op.get((n.domain, n.op_type), ()))

@@ -115,12 +115,12 @@ class _Driver:
                     self._visit(node)
 
     def _visit(self, node: Node) -> None:
-        graph, rw = self._graph, self._rw
-        size, version = len(graph), graph.version
+        rw = self._rw
+        erased, changes = rw.erased, rw.modified
         for rule in self._index.get(node.op, self._any):
-            if rule.visit(node, rw) and graph.version != version:
+            if rule.visit(node, rw) and rw.modified != changes:
                 self._counts[rule.name] += 1
-                if rw.made or len(graph) >= size:
+                if rw.made or rw.erased == erased:
                     self._guard.applied(rule.name, node)
                 self._follow()
                 return

@@ -55,7 +55,7 @@ class Guard:
         self._of_value: dict[Value, int] = {}
 
     def applied(self, rule: str, root: Node) -> None:
-        """Take note of an application at ``root`` that made nodes or did not shrink the graph."""
+        """Take note of an application at ``root`` that made nodes or removed none."""
         made = self._rw.made
         before = self._steps.get(root)
         result = (len(self._graph), *(self._number(node) for node in (made or [root])))

@@ -103,7 +103,7 @@ class Matcher:
         found = self._flat.captures(root) if self._flat is not None else None
         if found is not None:
             return Match(
-                self.graph, root, dict(found), [root], {} if memo is None else memo, {}, (root.output,), root.outputs
+                self.graph, root, found, [root], {} if memo is None else memo, {}, (root.output,), root.outputs
             )
         self._reset()
         value = _root_value(self.pattern, root)

@@ -111,7 +111,7 @@ class _Unchanged(Exception):
 
 
 def _same(old: Node, new: Node | None) -> bool:
-    return new is not None and (old.op, old.inputs, old.attributes) == (new.op, new.inputs, new.attributes)
+    return new is not None and old.op == new.op and (old.inputs, old.attributes) == (new.inputs, new.attributes)
 
 
 class Matching:
@@ -129,19 +129,23 @@ class Matching:
 
     def visit(self, root: Node, rw: Rewriter) -> bool:
         """Rewrite the match at a root, if there is one that nothing speaks against."""
-        started = perf_counter() if rw.timed else 0.0
-        applied = not self._is_done(root) and self._apply(root, rw)
-        self.stats.tried += 1
-        self.stats.applied += applied
-        self.stats.seconds += perf_counter() - started if rw.timed else 0.0
+        stats = self.stats
+        stats.tried += 1
+        if not rw.timed:
+            return self._apply(root, rw)
+        started = perf_counter()
+        applied = self._apply(root, rw)
+        stats.seconds += perf_counter() - started
         return applied
 
     def _apply(self, root: Node, rw: Rewriter) -> bool:
+        if self._is_done(root):
+            return False
         match = self.matcher.match(root, self._memo)
         if match is None:
             return False
         self.stats.matched += 1
-        if any(True for _ in self._reasons(match)):
+        if next(self._reasons(match), None) is not None:
             return False
         remark = Remark("passed", self.item.name, f"{root.op} rewritten", where(root))
         try:
@@ -150,6 +154,7 @@ class Matching:
         except _Unchanged:
             return False
         self.passed.append(remark)
+        self.stats.applied += 1
         return True
 
     def _rewrite(self, match: Match, rw: Rewriter) -> None:

@@ -23,10 +23,9 @@ def _stored(number: float, dtype: DType) -> float:
 
 def is_number(value: Value, number: float) -> bool:
     """True for a constant whose elements all equal ``number`` as its type stores it."""
-    found = scalar(value)
-    if found is None or value.const is None:
-        return False
-    return found == number or found == _stored(number, value.const.dtype)
+    const = value.const
+    found = const.uniform if isinstance(const, Literal) else None
+    return found is not None and (found == number or found == _stored(number, value.type.dtype))
 
 
 @cache
