@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from vacc_opt.ir import Graph, Node, Value
@@ -22,6 +23,8 @@ _UPSTREAM = {
     "Vastai::DequantizeKV": 0,
 }
 _DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
+_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::SwiGLU"})
+_CACHE_WRITES = ("TensorScatter", "Concat")
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,26 @@ def feed_forward_blocks(graph: Graph) -> list[tuple[Linear, Linear, Linear]]:
             raise CheckError(f"{where(node)} is not fed by two linear layers")
         blocks.append((gate, up, _downstream(node.output)[0]))
     return blocks
+
+
+def check_read_inside(graph: Graph, linears: Iterable[Linear], last: Collection[Node]) -> None:
+    """What a rank will hold a part of goes to the linears ``last``, where ranks meet, and nowhere else but to caches.
+
+    Raises:
+        CheckError: naming another reader.
+    """
+    pending = [linear.node.output for linear in linears]
+    seen = set(pending)
+    while pending:
+        value = pending.pop()
+        producer = value.producer
+        if graph.is_output(value) and (producer is None or producer.op not in _CACHE_WRITES):
+            raise CheckError(f"{value.name!r} is an output, and every rank would hold a part of it")
+        for user in value.users():
+            if user in last or user.op == "Shape":
+                continue
+            if user.op not in _PASSED_ON:
+                raise CheckError(f"{where(user)} reads {value.name!r}, of which every rank would hold a part")
+            fresh = [v for v in user.outputs if v not in seen]
+            seen.update(fresh)
+            pending += fresh

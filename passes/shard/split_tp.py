@@ -15,7 +15,7 @@ from vacc_opt.passes.infra.adapters import Adapter, Ranks, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.linear import Linear, as_linear, flipped
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.shard.block import Attention, attention_block, feed_forward_blocks
+from vacc_opt.passes.shard.block import Attention, attention_block, check_read_inside, feed_forward_blocks
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
 from vacc_opt.passes.shard.slices import Rows, columns_per_rank, even_shares, rows_per_rank
 
@@ -150,6 +150,10 @@ class SplitTp(Pass):
         plans = {b.heads: plan_heads(*b.heads, self.tp) for b in blocks}
         if self.tp == 1:
             return Outcome("tp 1: nothing to split")
+        forward = feed_forward_blocks(graph)
+        parts = [linear for b in blocks for linear in (b.query, b.key, b.value)]
+        parts += [linear for gate, up, _ in forward for linear in (gate, up)]
+        check_read_inside(graph, parts, {*(b.out.node for b in blocks), *(down.node for _, _, down in forward)})
         before = len(graph.by_op("AllReduce", "Vastai"))
         remarks = [
             Remark("analysis", self.name, str(plan), f"{q} query, {kv} KV heads") for (q, kv), plan in plans.items()
@@ -159,7 +163,7 @@ class SplitTp(Pass):
             split = _Split(rw, self.tp)
             for block in blocks:
                 self._attention(split, block, plans[block.heads])
-            channels = [self._feed_forward(split, gate, up, down) for gate, up, down in feed_forward_blocks(graph)]
+            channels = [self._feed_forward(split, gate, up, down) for gate, up, down in forward]
             remarks += self._vocabulary(graph, split)
             rw.infer_again()
         reduces = len(graph.by_op("AllReduce", "Vastai")) - before
