@@ -67,10 +67,7 @@ class _Applying:
         self._rw._begin(self._sources, self._rule)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._rw._commit()
-        else:
-            self._rw._abort()
+        self._rw._end(failed=kind is not None)
 
 
 # how to take a step back, and with which arguments behind the graph
@@ -141,8 +138,11 @@ class Rewriter:
         self._sources, self._provenance, self.made = sources, None, []
         self._unchecked.clear()
 
-    def _commit(self) -> None:
+    def _end(self, failed: bool) -> None:
         assert self._begun is not None
+        if failed:
+            self._abort()
+            return
         for node in self._unchecked:
             problem = type_problem(self.graph, node) if node in self.graph else None
             if problem is not None:
@@ -309,12 +309,12 @@ class Rewriter:
         """
         if old is new:
             return
+        graph = self.graph
         self._check_own(new, "a replacement")
         if old.type is not new.type:
             self._check_types(old, new)
         if new.producer is not None:
             self._check_order(old.uses, new, old)
-        graph = self.graph
         if graph.is_output(old):
             for name in graph.output_names(old):
                 self.set_output(name, new)

@@ -115,10 +115,10 @@ class _Driver:
                     self._visit(node)
 
     def _visit(self, node: Node) -> None:
-        rw = self._rw
-        erased, changes = rw.erased, rw.modified
+        graph, rw = self._graph, self._rw
+        version, erased = graph.version, rw.erased
         for rule in self._index.get(node.op, self._any):
-            if rule.visit(node, rw) and rw.modified != changes:
+            if rule.visit(node, rw) and graph.version != version:
                 self._counts[rule.name] += 1
                 if rw.made or rw.erased == erased:
                     self._guard.applied(rule.name, node)
@@ -128,18 +128,21 @@ class _Driver:
     def _follow(self) -> None:
         """Put what the last application changed on the worklist, and remove what it left unread."""
         graph, rw, index, waiting = self._graph, self._rw, self._index, self._waiting
-        while changed := rw.take_changed():
-            for node, rewired in changed.items():
-                alone = True
+        again = True
+        while again:
+            again = False
+            for node, rewired in rw.take_changed().items():
+                read = False
                 for value in node.outputs:
                     uses = value.uses
-                    alone = alone and not uses
-                    if rewired or len(uses) == 1:
-                        for user, _ in uses:
-                            if user not in waiting and (user.op in index or self._any):
-                                self._enqueue(user)
-                if alone and not graph.is_read(node):
-                    rw.erase_dead(node)
+                    if uses:
+                        read = True
+                        if rewired or len(uses) == 1:
+                            for user, _ in uses:
+                                if user not in waiting and (user.op in index or self._any):
+                                    self._enqueue(user)
+                if not read and not graph.is_read(node):
+                    again = bool(rw.erase_dead(node)) or again
                 elif rewired and node not in waiting and (node.op in index or self._any):
                     self._enqueue(node)
 

@@ -46,7 +46,7 @@ class Flat:
                 if value is None:
                     break
                 if not name:
-                    if not is_number(value, number):
+                    if value.const is None or not is_number(value, number):
                         break
                 elif found.setdefault(name, value) is not value or (narrow is not None and not admits(narrow, value)):
                     break

@@ -110,8 +110,8 @@ class _Unchanged(Exception):
     """A rewrite gave back the node that it was to replace."""
 
 
-def _same(old: Node, new: Node | None) -> bool:
-    return new is not None and old.op == new.op and (old.inputs, old.attributes) == (new.inputs, new.attributes)
+def _same(old: Node, new: Node) -> bool:
+    return (old.inputs, old.attributes) == (new.inputs, new.attributes)
 
 
 class Matching:
@@ -125,6 +125,8 @@ class Matching:
         self.passed: list[Remark] = []
         self.stats: RuleStats = RuleStats()
         self._memo: dict[object, Any] = {}
+        # a pass that never declines, and whose matches cannot cross, is not asked
+        self._checks: bool = type(item).check is not PatternPass.check or len(self.matcher.patterns) > 1
         self._positions = positions(graph) if len(self.matcher.patterns) > 1 else {}
 
     def visit(self, root: Node, rw: Rewriter) -> bool:
@@ -145,7 +147,7 @@ class Matching:
         if match is None:
             return False
         self.stats.matched += 1
-        if next(self._reasons(match), None) is not None:
+        if self._checks and next(self._reasons(match), None) is not None:
             return False
         remark = Remark("passed", self.item.name, f"{root.op} rewritten", where(root))
         try:
@@ -160,7 +162,8 @@ class Matching:
     def _rewrite(self, match: Match, rw: Rewriter) -> None:
         made = self.item.rewrite(match, rw)
         values = (made,) if isinstance(made, Value) else tuple(made)
-        if len(match.nodes) == 1 and _same(match.root, values[0].producer):
+        new, root = values[0].producer, match.root
+        if new is not None and new.op == root.op and len(match.nodes) == 1 and _same(root, new):
             raise _Unchanged
         for old, new in zip(match.targets, values, strict=False):
             if self.graph.values.get(old.name) is old:  # a root before it may have been its only reader
