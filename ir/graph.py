@@ -10,7 +10,7 @@ is larger than that of every node they read: that is how a new operand is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from operator import itemgetter
 from types import MappingProxyType
@@ -43,6 +43,9 @@ def _hashable(value: Attribute) -> tuple[object, ...]:
     if isinstance(value, tuple):
         return "tuple", *((type(v).__name__, v) for v in value)
     return type(value).__name__, value
+
+
+Edges = dict["Node", dict[int, Mapping[str, Any]]]  # of one node, by the node at the other end and the operand there
 
 
 class Value:
@@ -96,9 +99,25 @@ class Absent(Value):
 
 
 class Node:
-    """One operation: ``outputs = domain::op_type<attributes>(inputs)``. Compared by identity."""
+    """One operation: ``outputs = domain::op_type<attributes>(inputs)``. Compared by identity.
 
-    __slots__ = ("attributes", "domain", "inputs", "name", "op", "op_type", "outputs", "place", "provenance", "serial")
+    ``incoming`` and ``outgoing`` are the graph's: the node's own rows of the multigraph.
+    """
+
+    __slots__ = (
+        "attributes",
+        "domain",
+        "incoming",
+        "inputs",
+        "name",
+        "op",
+        "op_type",
+        "outgoing",
+        "outputs",
+        "place",
+        "provenance",
+        "serial",
+    )
 
     def __init__(
         self,
@@ -120,6 +139,8 @@ class Node:
         self.provenance: Provenance = provenance or _UNKNOWN
         self.place: int = 0
         self.serial: int = 0
+        self.incoming: Edges = {}
+        self.outgoing: Edges = {}
 
     @property
     def output(self) -> Value:
@@ -132,10 +153,6 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{self.op} {self.name or (self.outputs[0].name if self.outputs else '')}>"
-
-
-_Edges = dict[Node, dict[int, Mapping[str, Any]]]  # of one node, by the node at the other end and the operand there
-_Removed = tuple[tuple[int, ...], _Edges, _Edges]
 
 
 class Graph:
@@ -162,8 +179,8 @@ class Graph:
         # the multigraph's own dictionaries: its methods for one edge cost several times what the dictionaries do
         structure: Any = self._structure
         self._node: dict[Node, Mapping[str, Any]] = structure._node
-        self._succ: dict[Node, _Edges] = structure._adj
-        self._pred: dict[Node, _Edges] = structure._pred
+        self._succ: dict[Node, Edges] = structure._adj
+        self._pred: dict[Node, Edges] = structure._pred
         self._by_op: dict[tuple[str, str], dict[Node, None]] = {}
         self._output_names: dict[Value, dict[str, None]] = {}
         self._order: list[Node] | None = None
@@ -338,33 +355,30 @@ class Graph:
                     place = used.producer.place
         node.place = place + gap
 
-    def _remove_node(self, node: Node) -> _Removed:
-        """Take a node out, and give what :meth:`_restore_node` needs to put it back."""
+    def _remove_node(self, node: Node) -> tuple[int, ...]:
+        """Take a node out, and give the numbers of its uses, for :meth:`_restore_node`."""
         self.version += 1
         self._order = None
         stamps = tuple([0 if v is None else v.uses.pop((node, i)) for i, v in enumerate(node.inputs)])
-        before, behind = self._pred.pop(node), self._succ.pop(node)
-        for producer in before:
-            del self._succ[producer][node]
-        for user in behind:
-            del self._pred[user][node]
-        del self._node[node]
+        for producer in node.incoming:
+            del producer.outgoing[node]
+        for user in node.outgoing:
+            del user.incoming[node]
+        del self._node[node], self._succ[node], self._pred[node]
         del self._by_op[(node.domain, node.op_type)][node]
         for value in node.outputs:
             del self.values[value.name]
-        return stamps, before, behind
+        return stamps
 
-    def _restore_node(self, node: Node, removed: _Removed) -> None:
-        stamps, before, behind = removed
+    def _restore_node(self, node: Node, stamps: Sequence[int]) -> None:
         for value in node.outputs:
             self._restore_value(value)
         self._file(node)
         self._restored.nodes[(node.domain, node.op_type)] = None
-        self._pred[node], self._succ[node] = before, behind
-        for producer, edges in before.items():
-            self._succ[producer][node] = edges
-        for user, edges in behind.items():
-            self._pred[user][node] = edges
+        for producer, edges in node.incoming.items():
+            producer.outgoing[node] = edges
+        for user, edges in node.outgoing.items():
+            user.incoming[node] = edges
         for position, (used, stamp) in enumerate(zip(node.inputs, stamps, strict=True)):
             if used is not None:
                 used.uses[(node, position)] = stamp
@@ -373,8 +387,8 @@ class Graph:
     def _file(self, node: Node) -> None:
         self._order = None
         self._node[node] = _NO_DATA
-        self._succ[node] = {}
-        self._pred[node] = {}
+        self._succ[node] = node.outgoing
+        self._pred[node] = node.incoming
         self._by_op.setdefault((node.domain, node.op_type), {})[node] = None
 
     def _set_input(self, node: Node, position: int, value: Value | None) -> int:
@@ -392,9 +406,9 @@ class Graph:
         self._order = None
         self.version += 1
         moved, old.uses = old.uses, {}
-        source, target, pred = old.producer, new.producer, self._pred
-        before = {} if source is None else self._succ[source]
-        after = {} if target is None else self._succ[target]
+        source, target = old.producer, new.producer
+        before = {} if source is None else source.outgoing
+        after = {} if target is None else target.outgoing
         uses, clock = new.uses, self._clock
         for use in moved:
             clock += 1
@@ -405,14 +419,14 @@ class Graph:
             if source is not None:
                 edges = before[node]
                 if len(edges) == 1:
-                    del before[node], pred[node][source]
+                    del before[node], node.incoming[source]
                 else:
                     edges = {position: edges.pop(position)}
             if target is not None:
                 if node in after:
                     after[node].update(edges)
                 else:
-                    after[node] = pred[node][target] = edges
+                    after[node] = node.incoming[target] = edges
         self._clock = clock
         return moved
 
@@ -431,20 +445,19 @@ class Graph:
         value.uses[(node, position)] = stamp
         producer = value.producer
         if producer is not None:
-            users = self._succ[producer]
+            users = producer.outgoing
             if node in users:
                 users[node][position] = _NO_DATA
             else:
-                users[node] = self._pred[node][producer] = {position: _NO_DATA}
+                users[node] = node.incoming[producer] = {position: _NO_DATA}
 
     def _unlink(self, node: Node, position: int, value: Value) -> int:
         producer = value.producer
         if producer is not None:
-            edges = self._succ[producer][node]
+            edges = producer.outgoing[node]
             del edges[position]
             if not edges:
-                del self._succ[producer][node]
-                del self._pred[node][producer]
+                del producer.outgoing[node], node.incoming[producer]
         return value.uses.pop((node, position))
 
     def _lift(self, nodes: Iterable[Node], after: Node) -> list[tuple[Node, int]] | None:
@@ -459,7 +472,7 @@ class Graph:
             if node is after:
                 return None
             moved.append((node, place))
-            for user in self._succ[node]:
+            for user in node.outgoing:
                 if user.place <= wanted[node]:
                     if user not in wanted:
                         heappush(pending, (user.place, user.serial, user))

@@ -52,44 +52,70 @@ def _problems(graph: Graph) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    for node in nodes:
-        if not _linked(graph, node):
-            yield from _broken_links(graph, node)
+    if not _linked(graph, nodes):
+        yield from _broken_links(graph, nodes)
     yield from _misfits(graph, nodes)
     yield from _values(graph)
-    yield from _nothing_more(graph)
+    yield from _index(graph)
     yield from _interface(graph)
 
 
-_NO_EDGES: dict[Node, dict[int, dict[str, object]]] = {}
-
-
-def _linked(graph: Graph, node: Node) -> bool:
-    """What a node reads is there, and knows it; and the multigraph has the edge."""
-    values, before = graph.values, graph._pred[node]
-    for position, value in enumerate(node.inputs):
-        if value is None:
-            continue
-        if values.get(value.name) is not value or (node, position) not in value.uses:
-            return False
-        producer = value.producer
-        if producer is not None:
-            edges = before.get(producer)
-            if edges is None or position not in edges:
+def _linked(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Operands, use lists and edges say the same: each use is an operand and an edge, and there are as many of each."""
+    present, uses, computed, edges = graph._node, 0, 0, 0
+    for value in graph.values.values():
+        for user, position in value.uses:
+            if user not in present or user.inputs[position] is not value:
                 return False
-    return True
+        uses += len(value.uses)
+        if value.producer is not None:
+            behind = value.producer.outgoing
+            for user, position in value.uses:
+                if position not in behind.get(user, ()):
+                    return False
+            computed += len(value.uses)
+    reads = 0
+    for node in nodes:
+        reads += len(node.inputs) - node.inputs.count(None)
+        if graph._succ.get(node) is not node.outgoing or graph._pred.get(node) is not node.incoming:
+            return False
+        for user, positions in node.outgoing.items():
+            if user.incoming.get(node) is not positions:
+                return False
+            edges += len(positions)
+    return reads == uses and edges == computed and len(graph._succ) == len(graph._pred) == len(nodes)
 
 
-def _broken_links(graph: Graph, node: Node) -> Iterator[str]:
-    for position, value in enumerate(node.inputs):
-        if value is None:
-            continue
-        if graph.values.get(value.name) is not value:
-            yield f"{node!r} reads {value.name!r}, which nothing defines"
-        elif (node, position) not in value.uses:
-            yield f"{value.name!r} does not know its use by {node!r}"
-        elif value.producer is not None and position not in graph._pred[node].get(value.producer, ()):
-            yield f"the edge from {value.name!r} to {node!r} is missing"
+def _broken_links(graph: Graph, nodes: Sequence[Node]) -> Iterator[str]:
+    """What :func:`_linked` found, by name."""
+    found = False
+    for problem in (*_lost_links(graph, nodes), *_false_links(graph)):
+        found = True
+        yield problem
+    if not found:
+        yield "the multigraph has an edge that no operand stands for"
+
+
+def _lost_links(graph: Graph, nodes: Sequence[Node]) -> Iterator[str]:
+    for node in nodes:
+        for position, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if graph.values.get(value.name) is not value:
+                yield f"{node!r} reads {value.name!r}, which nothing defines"
+            elif (node, position) not in value.uses:
+                yield f"{value.name!r} does not know its use by {node!r}"
+            elif value.producer is not None:
+                edges = value.producer.outgoing.get(node, {})
+                if position not in edges or node.incoming.get(value.producer) is not edges:
+                    yield f"the edge from {value.name!r} to {node!r} is missing"
+
+
+def _false_links(graph: Graph) -> Iterator[str]:
+    for name, value in graph.values.items():
+        for user, position in value.uses:
+            if user not in graph or user.inputs[position] is not value:
+                yield f"{name!r} lists a use by {user!r} that does not exist"
 
 
 def _misfits(graph: Graph, nodes: Sequence[Node]) -> Iterator[str]:
@@ -131,22 +157,8 @@ def _constant(graph: Graph, value: Value, expr: TensorExpr) -> Iterator[str]:
         yield f"constant {value.name!r} has {len(expr.parts)} parts, the graph has {graph.ranks} ranks"
 
 
-def _nothing_more(graph: Graph) -> Iterator[str]:
-    """Use lists, index and multigraph hold what the nodes say; that they hold nothing else is a matter of counting."""
-    reads = [v for node in graph.nodes() for v in node.inputs if v is not None]
-    if sum([len(value.uses) for value in graph.values.values()]) != len(reads):
-        for name, value in graph.values.items():
-            for user, position in value.uses:
-                if user not in graph or user.inputs[position] is not value:
-                    yield f"{name!r} lists a use by {user!r} that does not exist"
-    edges = 0
-    for producer, users in graph._succ.items():
-        for user, positions in users.items():
-            edges += len(positions)
-            if graph._pred[user].get(producer) is not positions:
-                yield f"the edge from {producer!r} to {user!r} is there in one direction only"
-    if edges != sum([value.producer is not None for value in reads]):
-        yield "the multigraph has an edge that no operand stands for"
+def _index(graph: Graph) -> Iterator[str]:
+    """The operator index holds each node once; that it holds no other is a matter of counting."""
     indexed, present = 0, graph._node
     for op, nodes in graph._by_op.items():
         indexed += len(nodes)

@@ -162,8 +162,8 @@ class Matching:
     def _rewrite(self, match: Match, rw: Rewriter) -> None:
         made = self.item.rewrite(match, rw)
         values = (made,) if isinstance(made, Value) else tuple(made)
-        new, root = values[0].producer, match.root
-        if new is not None and new.op == root.op and len(match.nodes) == 1 and _same(root, new):
+        node, root = values[0].producer, match.root
+        if node is not None and node.op == root.op and len(match.nodes) == 1 and _same(root, node):
             raise _Unchanged
         for old, new in zip(match.targets, values, strict=False):
             if self.graph.values.get(old.name) is old:  # a root before it may have been its only reader

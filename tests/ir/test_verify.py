@@ -41,6 +41,14 @@ def lose_an_edge(g: Graph) -> None:
     g._structure.remove_edge(only(g, "Neg"), only(g, "Exp"), 0)
 
 
+def add_an_edge(g: Graph) -> None:
+    g._structure.add_edge(only(g, "Neg"), only(g, "Add"), 1)
+
+
+def keep_another_row(g: Graph) -> None:
+    only(g, "Exp").incoming = {}
+
+
 def leave_the_index(g: Graph) -> None:
     del g._by_op[("", "Exp")][only(g, "Exp")]
 
@@ -51,6 +59,24 @@ def file_under_another_name(g: Graph) -> None:
 
 def list_a_use_that_is_none(g: Graph) -> None:
     g.values["x"].uses[(only(g, "Exp"), 0)] = None
+
+
+def stand_under_another_operator(g: Graph) -> None:
+    g._by_op[("", "Exp")][only(g, "Neg")] = None
+
+
+def take_an_operand_too_many(g: Graph) -> None:
+    exp = only(g, "Exp")
+    exp.inputs = (*exp.inputs, None, g.values["x"])
+    g.values["x"].uses[(exp, 2)] = g._tick()
+
+
+def set_an_unknown_attribute(g: Graph) -> None:
+    only(g, "Exp").attributes["axis"] = 1
+
+
+def belong_to_no_output(g: Graph) -> None:
+    g.values["b"].producer = only(g, "Neg")
 
 
 def define_by_nothing(g: Graph) -> None:
@@ -93,9 +119,15 @@ BROKEN = [
     (lose_a_definition, "reads 'a', which nothing defines"),
     (forget_a_use, "'a' does not know its use by <Exp"),
     (lose_an_edge, "the edge from 'a' to <Exp b> is missing"),
+    (add_an_edge, "the multigraph has an edge that no operand stands for"),
+    (keep_another_row, "the edge from 'a' to <Exp b> is missing"),
     (leave_the_index, "is missing from the operator index"),
     (file_under_another_name, "'c' is filed under 'a'"),
     (list_a_use_that_is_none, "'x' lists a use by <Exp b> that does not exist"),
+    (stand_under_another_operator, "the operator index has <Neg a> under Exp"),
+    (take_an_operand_too_many, "<Exp b>: Exp takes 1 inputs, got 3"),
+    (set_an_unknown_attribute, "<Exp b>: Exp has no attribute 'axis'"),
+    (belong_to_no_output, "'b' is not an output of <Neg a>"),
     (define_by_nothing, "'orphan' is neither an input, a constant nor computed"),
     (lie_about_the_element_type, "'b' is int8, Exp gives float"),
     (lie_about_the_shape, r"'b' is \[2,5\], Exp gives \[2,4\]"),
