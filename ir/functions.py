@@ -7,7 +7,7 @@ of the body and no attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx
 import onnx.inliner
@@ -176,7 +176,7 @@ def split_op(op: str) -> tuple[str, str]:
     return domain, name
 
 
-def free_name(op: str, taken: Sequence[str]) -> str:
+def free_name(op: str, taken: Collection[str]) -> str:
     """``op`` itself, or with the first number from 2 that is free.
 
     >>> free_name("other::Twice", ["other::Twice", "other::Twice_2"])

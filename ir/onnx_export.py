@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import onnx
 from onnx import helper, numpy_helper
@@ -105,7 +105,20 @@ def _nodes(
         for name, value in outputs.items()
         if names[value] != name
     ]
+    _name_apart(nodes)
     return nodes
+
+
+def _name_apart(nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give nodes of one name another each: a node keeps its name when its value is renamed, and onnxruntime refuses it
+    beside a new node that took the value's old one."""
+    taken = {node.name for node in nodes}
+    seen: set[str] = set()
+    for node in nodes:
+        if node.name in seen and node.name:
+            node.name = free_name(node.name, taken)
+            taken.add(node.name)
+        seen.add(node.name)
 
 
 def _export_node(node: Node, names: Mapping[Value, str], taken: Collection[str], provenance: bool) -> onnx.NodeProto:

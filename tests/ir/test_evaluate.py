@@ -12,7 +12,8 @@ import pytest
 from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError
 from vacc_opt.ir.evaluate import Executable, evaluate, random_feeds, read_weights
 from vacc_opt.ir.onnx_proto import to_onnx
-from vacc_opt.ir.text import from_text
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.text import from_text, to_text
 
 Array = npt.NDArray[Any]
 
@@ -180,3 +181,14 @@ def test_equal_weights_are_read_once() -> None:
     graph = split("p = MatMul (x, w) y = Vastai.AllReduce <ranks = 2> (p)", 2, w=[table.array, table.array])
     first, second = read_weights(graph)
     assert first["w"] is second["w"]
+
+
+def test_a_node_whose_value_was_renamed_does_not_clash_with_a_new_one() -> None:
+    graph = from_text("g (float[2] x) => (y) { [Add] y = Add (x, x) }")
+    rw = Rewriter(graph)
+    rw.set_output("z", rw.op.Add(graph.values["y"], graph.values["x"]))
+    assert [n.name for n in graph.nodes()] == ["Add", "Add"]
+    text = to_text(graph)
+    assert "[Add_2]" in text
+    assert to_text(from_text(text)) == text
+    assert evaluate(graph, {"x": np.ones(2, np.float32)})["z"].tolist() == [3, 3]
