@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from vacc_opt.passes.infra.failures import FailsNumerics
-from vacc_opt.passes.infra.reduce import Reducer
-from vacc_opt.passes.infra.reduction import reduce_failure
-from vacc_opt.passes.infra.reproducer import Numerics
+from vacc_opt.passes.infra.debug.failures import FailsNumerics
+from vacc_opt.passes.infra.debug.reduce import Reducer
+from vacc_opt.passes.infra.debug.reduction import reduce_failure
+from vacc_opt.passes.infra.debug.reproducer import Numerics
 from vacc_opt.tests.passes import planted
 from vacc_opt.tests.passes.test_reduce import residual
 

@@ -50,9 +50,9 @@ def command(
 
     The pipeline runs in part, by halves, on copies of MODEL: first whole passes, then applications of one.
     """
-    from vacc_opt.passes.infra.bisect import bisect_numerics, bisect_script, bisect_verify, write_culprit
-    from vacc_opt.passes.infra.files import check_place
+    from vacc_opt.passes.infra.debug.bisect import bisect_numerics, bisect_script, bisect_verify, write_culprit
     from vacc_opt.passes.infra.pipeline import parse_pipeline
+    from vacc_opt.passes.infra.show.files import check_place
     from vacc_opt.runtime.models import describe, load_model
 
     asked = ("*",) if check == "numerics" and not check_numerics else check_numerics

@@ -12,9 +12,9 @@ from vacc_opt.cli.options import EVERY, option, optional_value
 
 if TYPE_CHECKING:
     from vacc_opt.cli.console import Steps
+    from vacc_opt.passes.infra.check.numerics import CheckNumerics
+    from vacc_opt.passes.infra.debug.reproducer import Numerics
     from vacc_opt.passes.infra.instrument import Instrument
-    from vacc_opt.passes.infra.numerics import CheckNumerics
-    from vacc_opt.passes.infra.reproducer import Numerics
 
 CHECKING, REPRODUCING = "Checks", "Reproducers"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -60,7 +60,7 @@ def numerics_of(
     """What the options ask for; raises UsageError for a tolerance or a size that is no number."""
     if not check_numerics:
         return None
-    from vacc_opt.passes.infra.reproducer import Numerics
+    from vacc_opt.passes.infra.debug.reproducer import Numerics
 
     given = check_numerics[-1]
     try:
@@ -123,8 +123,8 @@ class Checks:
 
     def instruments(self) -> list[Instrument]:
         """The check of numerics, if asked for, and the writer of reproducers."""
-        from vacc_opt.passes.infra.files import check_place
-        from vacc_opt.passes.infra.reproducer import WriteReproducer
+        from vacc_opt.passes.infra.debug.reproducer import WriteReproducer
+        from vacc_opt.passes.infra.show.files import check_place
 
         for path in filter(None, (self.reproducer, self.generated)):
             check_place(path)
@@ -142,7 +142,7 @@ class Checks:
 
     def replay(self, steps: Steps) -> None:
         """Run the reproducer that was named; raises CheckError when it still fails."""
-        from vacc_opt.passes.infra.reproducer import Reproducer, check_replay
+        from vacc_opt.passes.infra.debug.reproducer import Reproducer, check_replay
 
         assert self.replayed is not None
         made = Reproducer.read(self.replayed)

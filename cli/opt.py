@@ -195,9 +195,9 @@ def _in_color(output: Path | None) -> bool:
 
 
 def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], None], color: bool) -> list[Instrument]:
-    from vacc_opt.passes.infra.printing import DumpIR, PrintIR, select
-    from vacc_opt.passes.infra.remarks import RemarksFile
-    from vacc_opt.passes.infra.timing import Stats, Timing
+    from vacc_opt.passes.infra.show.printing import DumpIR, PrintIR, select
+    from vacc_opt.passes.infra.show.remarks import RemarksFile
+    from vacc_opt.passes.infra.show.timing import Stats, Timing
 
     before = select("--print-ir-before", asked.print_ir_before, items)
     after = select("--print-ir-after", asked.print_ir_after, items)
@@ -209,11 +209,11 @@ def _instruments(asked: Seeing, items: Sequence[Item], write: Callable[[str], No
     if asked.remarks_file is not None:
         made.append(RemarksFile(asked.remarks_file))
     if asked.html is not None:
-        from vacc_opt.passes.infra.view import HtmlView
+        from vacc_opt.passes.infra.show.view import HtmlView
 
         made.append(HtmlView(asked.html))
     for name in asked.why_not:
-        from vacc_opt.passes.infra.why_not import WhyNot
+        from vacc_opt.passes.infra.patterns.why_not import WhyNot
 
         made.append(WhyNot(name, items))
     if asked.stats:

@@ -37,8 +37,8 @@ def command() -> None:
 @click.option("--markdown", is_flag=True, help="Print the reference page of the documentation.")
 def show(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the passes, presets and scopes, or describe NAME."""
-    from vacc_opt.passes.infra.catalog import entries, entry
-    from vacc_opt.passes.infra.reference import described, page, table
+    from vacc_opt.passes.infra.author.catalog import entries, entry
+    from vacc_opt.passes.infra.author.reference import described, page, table
 
     # the page is the project's own
     chosen = [entry(name)] if name else list(entries(plugins=not markdown).values())
@@ -66,7 +66,7 @@ def new(name: str, group: str | None, kind: str, plugin: Path | None) -> None:
     KIND is exact, reassociating, lossy or interface; GROUP is fuse, simplify, quantize, shard or legalize. Nothing is
     written over, and all files are written or none.
     """
-    from vacc_opt.passes.infra.scaffold import new_pass, new_plugin
+    from vacc_opt.passes.infra.author.scaffold import new_pass, new_plugin
 
     if plugin is not None and group is not None:
         raise click.UsageError("--group names a directory of this project, --plugin writes outside of it")

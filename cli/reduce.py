@@ -50,9 +50,9 @@ def command(
 
     With a pipeline, the result is the graph in front of the pass that fails, so that this pass alone shows the bug.
     """
-    from vacc_opt.passes.infra.files import check_place, write_whole
+    from vacc_opt.passes.infra.debug.reduction import reduce_failure, reduce_script
     from vacc_opt.passes.infra.pipeline import parse_pipeline
-    from vacc_opt.passes.infra.reduction import reduce_failure, reduce_script
+    from vacc_opt.passes.infra.show.files import check_place, write_whole
     from vacc_opt.runtime.models import check_output, describe, load_model, write_model
 
     numerics = numerics_of(check_numerics, numerics_weights, numerics_seed, numerics_sizes)

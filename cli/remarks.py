@@ -27,8 +27,8 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 
     A and B are remarks files or artifacts. Exit code 1 when a pass rewrites fewer places in B, else 0.
     """
-    from vacc_opt.passes.infra.remarks import read_remarks
-    from vacc_opt.passes.infra.remarks_diff import check_not_worse, compare_remarks, report
+    from vacc_opt.passes.infra.show.remarks import read_remarks
+    from vacc_opt.passes.infra.show.remarks_diff import check_not_worse, compare_remarks, report
 
     diffs = compare_remarks(read_remarks(before), read_remarks(after))
     click.echo(json.dumps([one.to_json() for one in diffs], indent=2) if as_json else report(diffs))
@@ -41,7 +41,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 @click.option("--pass", "passes", multiple=True, metavar="PASS", help="Remarks by this pass only; repeatable.")
 def show(file: Path, kind: tuple[str, ...], passes: tuple[str, ...]) -> None:
     """Print the remarks in FILE, a remarks file or an artifact, one a line."""
-    from vacc_opt.passes.infra.remarks import chosen, read_remarks
+    from vacc_opt.passes.infra.show.remarks import chosen, read_remarks
 
     for one in chosen(read_remarks(file), kind, passes):
         click.echo(f"{one.scope}: {one.remark}" if one.scope else str(one.remark))

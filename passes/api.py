@@ -4,13 +4,13 @@ from vacc_opt.ir import DType, Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.analysis import Analysis
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, where
-from vacc_opt.passes.infra.match import Match, NotMatched, Reason
-from vacc_opt.passes.infra.matcher import find
 from vacc_opt.passes.infra.options import option
-from vacc_opt.passes.infra.pattern import ANY, Pattern, absent, maybe, op, through
-from vacc_opt.passes.infra.pattern_pass import Attribute, Capture, Const, Operands, PatternPass, Scalar
+from vacc_opt.passes.infra.patterns.match import Match, NotMatched, Reason
+from vacc_opt.passes.infra.patterns.matcher import find
+from vacc_opt.passes.infra.patterns.pattern import ANY, Pattern, absent, maybe, op, through
+from vacc_opt.passes.infra.patterns.pattern_pass import Attribute, Capture, Const, Operands, PatternPass, Scalar
+from vacc_opt.passes.infra.patterns.values import attribute, scalar
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.values import attribute, scalar
 
 __all__ = [
     "ANY",

@@ -20,7 +20,7 @@ from vacc_opt.ir.graph import Graph
 from vacc_opt.passes.infra.instrument import Report
 from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.remarks import Entry, entries, to_yaml
+from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes

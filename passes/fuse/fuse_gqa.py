@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from vacc_opt.ir import Node, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.attention import (
+from vacc_opt.passes.infra.base import Kind
+from vacc_opt.passes.infra.model.attention import (
     added_mask,
     is_plain,
     operands,
@@ -17,12 +18,11 @@ from vacc_opt.passes.infra.attention import (
     why_not_masked,
     why_not_scaled,
 )
-from vacc_opt.passes.infra.base import Kind
-from vacc_opt.passes.infra.match import Match, Reason
-from vacc_opt.passes.infra.pattern import Pattern, maybe, op
-from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass, Scalar
+from vacc_opt.passes.infra.patterns.match import Match, Reason
+from vacc_opt.passes.infra.patterns.pattern import Pattern, maybe, op
+from vacc_opt.passes.infra.patterns.pattern_pass import Capture, PatternPass, Scalar
+from vacc_opt.passes.infra.patterns.values import shown
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.values import shown
 
 
 @register

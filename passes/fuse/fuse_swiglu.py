@@ -9,9 +9,9 @@ from typing import ClassVar
 from vacc_opt.ir import Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind
-from vacc_opt.passes.infra.match import Match, Reason
-from vacc_opt.passes.infra.pattern import Pattern, op
-from vacc_opt.passes.infra.pattern_pass import Capture, PatternPass
+from vacc_opt.passes.infra.patterns.match import Match, Reason
+from vacc_opt.passes.infra.patterns.pattern import Pattern, op
+from vacc_opt.passes.infra.patterns.pattern_pass import Capture, PatternPass
 from vacc_opt.passes.infra.registry import register
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.adapters import Adapter
+from vacc_opt.passes.infra.check.adapters import Adapter
 from vacc_opt.passes.infra.options import Named, Option, option
 
 __all__ = ["Kind", "Option", "Outcome", "Pass", "Remark", "RuleStats", "ancestors", "option", "where"]

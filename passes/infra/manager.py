@@ -14,10 +14,11 @@ from vacc_opt.ir.copy import bind, symbols
 from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
 from vacc_opt.ir.rewriter import ApplicationLimit, Rewriter
 from vacc_opt.ir.verify import verify
-from vacc_opt.passes.infra import analysis, why_not
+from vacc_opt.passes.infra import analysis
 from vacc_opt.passes.infra.base import Outcome, Pass
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Step
-from vacc_opt.passes.infra.pattern_pass import PatternPass
+from vacc_opt.passes.infra.patterns import why_not
+from vacc_opt.passes.infra.patterns.pattern_pass import PatternPass
 from vacc_opt.passes.infra.pipeline import Item, parse_pipeline
 from vacc_opt.passes.infra.scopes import Fixpoint, Functions, Phase
 

@@ -12,8 +12,8 @@ from vacc_opt.ir import Graph, Value
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable, random_feeds
 from vacc_opt.ir.text import from_text, to_text
+from vacc_opt.passes.infra.author.examples import doc_of
 from vacc_opt.passes.infra.base import Kind, Pass
-from vacc_opt.passes.infra.examples import doc_of
 from vacc_opt.passes.infra.instrument import PassRecord
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.pipeline import parse_pipeline

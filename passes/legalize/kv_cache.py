@@ -8,9 +8,9 @@ from typing import ClassVar
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.adapters import Adapter, FixedBuffers, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.masks import why_not_causal_padding
+from vacc_opt.passes.infra.check.adapters import Adapter, FixedBuffers, continued
+from vacc_opt.passes.infra.model.masks import why_not_causal_padding
 from vacc_opt.passes.infra.registry import register
 
 POS, VALID = "pos", "valid"

@@ -10,7 +10,7 @@ from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Transposed
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.linear import as_linear
+from vacc_opt.passes.infra.model.linear import as_linear
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.simplify.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from vacc_opt.passes.simplify.eliminate_dead_code import EliminateDeadCode

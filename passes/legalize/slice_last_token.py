@@ -8,11 +8,11 @@ from typing import ClassVar
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.adapters import Adapter, LastToken
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.linear import as_linear
+from vacc_opt.passes.infra.check.adapters import Adapter, LastToken
+from vacc_opt.passes.infra.model.linear import as_linear
+from vacc_opt.passes.infra.model.views import arranged
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.views import arranged
 
 VALID = "valid"
 SWAPPED = (1, 0, 2)

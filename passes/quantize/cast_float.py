@@ -13,8 +13,8 @@ from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.infer import InferenceError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Casted
-from vacc_opt.passes.infra.adapters import Adapter, Casts
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
+from vacc_opt.passes.infra.check.adapters import Adapter, Casts
 from vacc_opt.passes.infra.registry import register
 
 TYPES = {"float16": DType.FLOAT16, "bfloat16": DType.BFLOAT16, "float": DType.FLOAT}

@@ -18,8 +18,8 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.ir.weights import weight_origins
-from vacc_opt.passes.infra.adapters import Adapter, Quantized, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.check.adapters import Adapter, Quantized, continued
 from vacc_opt.passes.infra.registry import register
 
 NEW_TOKENS = ("float", "quantized")

@@ -14,7 +14,7 @@ from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Array, Codes, Index, Scales
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.linear import Linear, as_linear, linears
+from vacc_opt.passes.infra.model.linear import Linear, as_linear, linears
 from vacc_opt.passes.infra.registry import register
 
 

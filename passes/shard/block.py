@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.passes.infra.base import where
-from vacc_opt.passes.infra.linear import Linear, as_linear
+from vacc_opt.passes.infra.model.linear import Linear, as_linear
 
 # operators between a projection and its attention, and the operand that carries the heads
 _UPSTREAM = {

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from vacc_opt.ir import Graph, Node, PerRank, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.adapters import Adapter, Expanded
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
+from vacc_opt.passes.infra.check.adapters import Adapter, Expanded
 from vacc_opt.passes.infra.registry import register
 
 SHARED_INPUTS = ("input_ids", "pos", "valid", "attention_mask", "position_ids")

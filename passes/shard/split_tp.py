@@ -11,9 +11,9 @@ from vacc_opt.ir import Graph, Literal, Node, PerRank, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.passes.infra.adapters import Adapter, Ranks, continued
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
-from vacc_opt.passes.infra.linear import Linear, as_linear, flipped
+from vacc_opt.passes.infra.check.adapters import Adapter, Ranks, continued
+from vacc_opt.passes.infra.model.linear import Linear, as_linear, flipped
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.shard.block import Attention, attention_block, check_read_inside, feed_forward_blocks
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads

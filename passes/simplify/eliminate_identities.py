@@ -11,8 +11,8 @@ from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.driver import Make, Rule, replacement, run_rules
+from vacc_opt.passes.infra.patterns.values import scalar
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.values import scalar
 
 
 @register

@@ -18,8 +18,8 @@ from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
 from vacc_opt.passes.infra.driver import ANY, Rule, run_rules
+from vacc_opt.passes.infra.patterns.values import scalar
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.infra.values import scalar
 
 Array = npt.NDArray[Any]
 RANDOM = frozenset(

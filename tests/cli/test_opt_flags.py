@@ -12,7 +12,7 @@ import pytest
 
 from vacc_opt.cli.main import main
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.remarks import read_remarks
+from vacc_opt.passes.infra.show.remarks import read_remarks
 
 TEXT = """
     net (float[batch,seq] x) => (float[batch,seq] y) <float zero = {0.0}> {

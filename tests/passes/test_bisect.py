@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from vacc_opt.ir import CheckError, Graph, UserError
 from vacc_opt.ir.text import to_text
 from vacc_opt.passes.infra import registry
-from vacc_opt.passes.infra.bisect import Bisection, bisect_numerics, bisect_script, bisect_verify, write_culprit
-from vacc_opt.passes.infra.calls import seeded_call
-from vacc_opt.passes.infra.layerwise import Layerwise
-from vacc_opt.passes.infra.locate import Verdict, first_bad
+from vacc_opt.passes.infra.check.calls import seeded_call
+from vacc_opt.passes.infra.check.layerwise import Layerwise
+from vacc_opt.passes.infra.check.locate import Verdict, first_bad
+from vacc_opt.passes.infra.debug.bisect import Bisection, bisect_numerics, bisect_script, bisect_verify, write_culprit
+from vacc_opt.passes.infra.debug.reproducer import Numerics, Reproducer
+from vacc_opt.passes.infra.debug.scripts import Script
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.passes.infra.reproducer import Numerics, Reproducer
-from vacc_opt.passes.infra.scripts import Script
 from vacc_opt.tests.passes import planted
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from vacc_opt.ir import UserError
+from vacc_opt.passes.infra.author.catalog import entries, entry
+from vacc_opt.passes.infra.author.reference import described, page, table
 from vacc_opt.passes.infra.base import Kind
-from vacc_opt.passes.infra.catalog import entries, entry
 from vacc_opt.passes.infra.pipeline import dump_pipeline, parse_pipeline
 from vacc_opt.passes.infra.presets import PRESETS
-from vacc_opt.passes.infra.reference import described, page, table
 from vacc_opt.passes.infra.scopes import SCOPES
 
 OURS = entries(plugins=False)

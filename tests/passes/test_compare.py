@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vacc_opt.ir import DType, Graph, TensorType, Value
-from vacc_opt.passes.infra.adapters import Pair
-from vacc_opt.passes.infra.compare import Comparison, compare, loss, tolerance_of
+from vacc_opt.passes.infra.check.adapters import Pair
+from vacc_opt.passes.infra.check.compare import Comparison, compare, loss, tolerance_of
 
 NAN, INF = np.nan, np.inf
 

@@ -11,7 +11,7 @@ import pytest
 
 from vacc_opt.ir import Literal
 from vacc_opt.ir.storage import write_safetensors
-from vacc_opt.passes.infra.examples import Example, doc_of
+from vacc_opt.passes.infra.author.examples import Example, doc_of
 from vacc_opt.passes.infra.options import Named
 from vacc_opt.passes.infra.registry import all_passes
 from vacc_opt.passes.infra.testing import assert_examples

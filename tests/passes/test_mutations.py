@@ -23,14 +23,14 @@ from vacc_opt.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from vacc_opt.passes.fuse.fuse_rotary import FuseRotary
 from vacc_opt.passes.fuse.fuse_swiglu import FuseSwiglu
 from vacc_opt.passes.fuse.split_packed_linear import SplitPackedLinear
-from vacc_opt.passes.infra.adapters import Pair
 from vacc_opt.passes.infra.base import Kind, Pass
-from vacc_opt.passes.infra.compare import compare, tolerance_of
+from vacc_opt.passes.infra.check.adapters import Pair
+from vacc_opt.passes.infra.check.compare import compare, tolerance_of
 from vacc_opt.passes.infra.instrument import PassRecord
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.match import Match, Reason
-from vacc_opt.passes.infra.pattern import Pattern, op
-from vacc_opt.passes.infra.pattern_pass import Capture, Const, PatternPass, Scalar
+from vacc_opt.passes.infra.patterns.match import Match, Reason
+from vacc_opt.passes.infra.patterns.pattern import Pattern, op
+from vacc_opt.passes.infra.patterns.pattern_pass import Capture, Const, PatternPass, Scalar
 from vacc_opt.passes.simplify.simplify import Simplify
 from vacc_opt.tests.passes.mutation_bases import BASES, Base, attention, norm
 from vacc_opt.tests.passes.mutations import Mutant, mutants, part, rebuilt

@@ -14,8 +14,8 @@ from vacc_opt.ir import CheckError, Graph, Literal, Source, UserError
 from vacc_opt.ir.storage import write_safetensors
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.base import Pass
+from vacc_opt.passes.infra.check.numerics import CheckNumerics, NumericMismatch
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.numerics import CheckNumerics, NumericMismatch
 from vacc_opt.passes.infra.pipeline import Item, parse_pipeline
 from vacc_opt.passes.infra.scopes import Functions
 from vacc_opt.passes.legalize.kv_cache import KvCache
@@ -244,8 +244,8 @@ def test_the_weights_of_one_layer_are_held_at_a_time() -> None:
 
 
 def test_a_piece_of_layers_computes_what_the_whole_does() -> None:
-    from vacc_opt.passes.infra.calls import seeded_call
-    from vacc_opt.passes.infra.layerwise import Layerwise
+    from vacc_opt.passes.infra.check.calls import seeded_call
+    from vacc_opt.passes.infra.check.layerwise import Layerwise
 
     graph = decoder()
     call = seeded_call(graph)
@@ -262,7 +262,7 @@ def test_the_same_seed_finds_the_same_and_another_seed_other_numbers() -> None:
 
 
 def test_sizes_of_a_person_are_used() -> None:
-    from vacc_opt.passes.infra.calls import seeded_call
+    from vacc_opt.passes.infra.check.calls import seeded_call
 
     call = seeded_call(decoder(), {"batch": 4, "seq": 3})
     assert call.shared["input_ids"].shape == (4, 3)
@@ -270,7 +270,7 @@ def test_sizes_of_a_person_are_used() -> None:
 
 
 def test_inputs_mean_something() -> None:
-    from vacc_opt.passes.infra.calls import seeded_call
+    from vacc_opt.passes.infra.check.calls import seeded_call
 
     call = seeded_call(decoder()).shared
     assert call["attention_mask"].sum(axis=1).tolist() == [9, 12]  # 3 of 5 past tokens of the first row are padding

@@ -11,9 +11,9 @@ import pytest
 from vacc_opt.ir import Graph, Literal
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.matcher import Matcher, find
-from vacc_opt.passes.infra.pattern import Number, Pattern, Var, lift, maybe, op
-from vacc_opt.passes.infra.values import attribute, scalar
+from vacc_opt.passes.infra.patterns.matcher import Matcher, find
+from vacc_opt.passes.infra.patterns.pattern import Number, Pattern, Var, lift, maybe, op
+from vacc_opt.passes.infra.patterns.values import attribute, scalar
 
 x, y, z = Var("x"), Var("y"), Var("z")
 

@@ -7,8 +7,8 @@ import pytest
 from vacc_opt.ir import DType, Graph
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.matcher import MAX_STEPS, Matcher, find
-from vacc_opt.passes.infra.pattern import ANY, AttributeVar, Pattern, Rest, Var, absent, maybe, op, through
+from vacc_opt.passes.infra.patterns.matcher import MAX_STEPS, Matcher, find
+from vacc_opt.passes.infra.patterns.pattern import ANY, AttributeVar, Pattern, Rest, Var, absent, maybe, op, through
 
 x, y, z = Var("x"), Var("y"), Var("z")
 

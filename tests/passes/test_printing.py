@@ -14,13 +14,13 @@ from vacc_opt.ir import Graph, Origin, Provenance
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text, to_text
-from vacc_opt.passes.infra import printing
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
-from vacc_opt.passes.infra.diff import compare, render
-from vacc_opt.passes.infra.listing import aligned, line, listing_of
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.passes.infra.printing import ALL, DumpIR, PrintIR, Selection, select
+from vacc_opt.passes.infra.show import printing
+from vacc_opt.passes.infra.show.diff import compare, render
+from vacc_opt.passes.infra.show.listing import aligned, line, listing_of
+from vacc_opt.passes.infra.show.printing import ALL, DumpIR, PrintIR, Selection, select
 
 MODEL = """
     mlp (float[B,S,64] x, float[64,64] w) => (float[B,S,64] y) <float zero = {0.0}, int64[2] axes = {0, 1}> {

@@ -15,8 +15,8 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import write_safetensors
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph
+from vacc_opt.passes.infra.author.examples import doc_of
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
-from vacc_opt.passes.infra.examples import doc_of
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Step
 from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline

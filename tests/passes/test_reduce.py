@@ -14,12 +14,12 @@ from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import verify
 from vacc_opt.passes.infra import registry
 from vacc_opt.passes.infra.base import ancestors
-from vacc_opt.passes.infra.failures import FailsNumerics, find_failure
+from vacc_opt.passes.infra.debug.failures import FailsNumerics, find_failure
+from vacc_opt.passes.infra.debug.reduce import Reducer, Surgeon
+from vacc_opt.passes.infra.debug.reduction import reduce_failure, reduce_script
+from vacc_opt.passes.infra.debug.reproducer import Numerics
+from vacc_opt.passes.infra.debug.shrink import without_files
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.passes.infra.reduce import Reducer, Surgeon
-from vacc_opt.passes.infra.reduction import reduce_failure, reduce_script
-from vacc_opt.passes.infra.reproducer import Numerics
-from vacc_opt.passes.infra.shrink import without_files
 from vacc_opt.tests.passes import planted
 from vacc_opt.tests.passes.decoder import decoder
 
@@ -89,9 +89,9 @@ def test_every_graph_that_is_tried_is_valid() -> None:
 def test_a_region_computes_what_its_nodes_compute() -> None:
     import numpy as np
 
-    from vacc_opt.passes.infra.calls import Call, seeded_call
-    from vacc_opt.passes.infra.layerwise import Layerwise
-    from vacc_opt.passes.infra.locate import Capture
+    from vacc_opt.passes.infra.check.calls import Call, seeded_call
+    from vacc_opt.passes.infra.check.layerwise import Layerwise
+    from vacc_opt.passes.infra.check.locate import Capture
 
     graph = decoder()
     values = Capture(set(graph.values))

@@ -11,7 +11,7 @@ import pytest
 
 from vacc_opt.ir import UserError
 from vacc_opt.passes.infra.base import Kind, Pass
-from vacc_opt.passes.infra.pattern_pass import PatternPass
+from vacc_opt.passes.infra.patterns.pattern_pass import PatternPass
 from vacc_opt.passes.infra.registry import GROUPS, all_passes, get_pass, register
 
 PASSES = all_passes()

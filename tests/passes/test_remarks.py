@@ -14,9 +14,9 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.remarks import Entry, RemarksFile, chosen, entries, read_remarks, to_yaml
-from vacc_opt.passes.infra.remarks_diff import PassDiff, check_not_worse, compare_remarks, report
 from vacc_opt.passes.infra.scopes import Prefill
+from vacc_opt.passes.infra.show.remarks import Entry, RemarksFile, chosen, entries, read_remarks, to_yaml
+from vacc_opt.passes.infra.show.remarks_diff import PassDiff, check_not_worse, compare_remarks, report
 
 
 def passed(name: str, module: str = "", source: str = "model.py:9", by: str = "fuse") -> Entry:

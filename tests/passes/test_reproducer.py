@@ -12,10 +12,10 @@ from vacc_opt.ir import CheckError, Graph, Literal, UserError, VaccError
 from vacc_opt.ir.storage import read_safetensors_header, write_safetensors
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra import registry
+from vacc_opt.passes.infra.check.numerics import NumericMismatch
+from vacc_opt.passes.infra.debug.reproducer import Numerics, Reproducer, WriteReproducer, check_replay, rest_of
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.numerics import NumericMismatch
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.passes.infra.reproducer import Numerics, Reproducer, WriteReproducer, check_replay, rest_of
 from vacc_opt.tests.passes import planted
 from vacc_opt.tests.passes.decoder import KV, WIDTH, decoder
 

@@ -14,7 +14,7 @@ import pytest
 import vacc_opt
 from vacc_opt.cli.main import main
 from vacc_opt.ir import UserError
-from vacc_opt.passes.infra.scaffold import new_pass, new_plugin
+from vacc_opt.passes.infra.author.scaffold import new_pass, new_plugin
 
 ROOT = Path(vacc_opt.__file__).parent
 ROOMS = ("ir", "passes", "frontends", "backends", "calibration", "runtime", "cli")

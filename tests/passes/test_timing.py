@@ -13,7 +13,7 @@ from vacc_opt.passes.infra.base import Kind, Outcome, Pass, RuleStats
 from vacc_opt.passes.infra.instrument import PassRecord, Report, Step
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.scopes import Fixpoint, Functions, Prefill
-from vacc_opt.passes.infra.timing import Stats, Timing
+from vacc_opt.passes.infra.show.timing import Stats, Timing
 
 
 def small() -> Graph:

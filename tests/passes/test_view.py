@@ -20,12 +20,12 @@ from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option
-from vacc_opt.passes.infra.diff import compare
-from vacc_opt.passes.infra.listing import listing_of
 from vacc_opt.passes.infra.manager import run_pipeline
-from vacc_opt.passes.infra.picture import Box, draw
-from vacc_opt.passes.infra.regions import Regions, alike
-from vacc_opt.passes.infra.view import DRAWN, LINES, HtmlView
+from vacc_opt.passes.infra.show.diff import compare
+from vacc_opt.passes.infra.show.listing import listing_of
+from vacc_opt.passes.infra.show.picture import Box, draw
+from vacc_opt.passes.infra.show.regions import Regions, alike
+from vacc_opt.passes.infra.show.view import DRAWN, LINES, HtmlView
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ SCRIPT = """
 from pathlib import Path
 import sys
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.view import HtmlView
+from vacc_opt.passes.infra.show.view import HtmlView
 from vacc_opt.passes.infra.manager import run_pipeline
 lines = [f"i{i} = Identity(x{i}) s{i} = Sigmoid(i{i}) m{i} = Mul(s{i}, i{i}) x{i + 1} = Add(m{i}, x{i})" for i in range(9)]
 graph = from_text("net (float[4] x0) => (float[4] x9) { " + " ".join(lines) + " }")

@@ -7,8 +7,8 @@ import pytest
 from vacc_opt.ir import Graph
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.heads import ROWS_LAST, TRANSPOSED, as_heads
-from vacc_opt.passes.infra.views import REPEAT, arranged, views
+from vacc_opt.passes.infra.model.heads import ROWS_LAST, TRANSPOSED, as_heads
+from vacc_opt.passes.infra.model.views import REPEAT, arranged, views
 
 HEAD = "g (float[S,B,2,8] x) => (y)"
 

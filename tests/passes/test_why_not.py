@@ -7,8 +7,8 @@ import pytest
 from vacc_opt.ir import CheckError, UserError
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.patterns.why_not import WhyNot
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.passes.infra.why_not import WhyNot
 
 ATTENTION = """
 g (float[B,8,S,16] q, float[B,8,S,16] k, float[B,8,S,16] v) => (float[B,8,S,16] y) {

@@ -1,0 +1,1 @@
+"""Writing passes: what can stand in a pipeline, described; skeletons, examples, the reference page."""

@@ -1,0 +1,1 @@
+"""The pattern language, its one matcher, and passes made of a pattern."""

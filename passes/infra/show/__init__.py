@@ -1,0 +1,1 @@
+"""Showing a run: listings, diffs, times, remarks and the HTML view."""
