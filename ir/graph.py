@@ -414,9 +414,12 @@ class Graph:
             clock += 1
             uses[use] = clock
             node, position = use
-            node.inputs = (*node.inputs[:position], new, *node.inputs[position + 1 :])
-            edges = {position: _NO_DATA}
-            if source is not None:
+            inputs = list(node.inputs)
+            inputs[position] = new
+            node.inputs = tuple(inputs)
+            if source is None:
+                edges = {position: _NO_DATA}
+            else:
                 edges = before[node]
                 if len(edges) == 1:
                     del before[node], node.incoming[source]

@@ -67,7 +67,10 @@ class _Applying:
         self._rw._begin(self._sources, self._rule)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._rw._end(failed=kind is not None)
+        if kind is None:
+            self._rw._commit()
+        else:
+            self._rw._abort()
 
 
 # how to take a step back, and with which arguments behind the graph
@@ -138,11 +141,8 @@ class Rewriter:
         self._sources, self._provenance, self.made = sources, None, []
         self._unchecked.clear()
 
-    def _end(self, failed: bool) -> None:
+    def _commit(self) -> None:
         assert self._begun is not None
-        if failed:
-            self._abort()
-            return
         for node in self._unchecked:
             problem = type_problem(self.graph, node) if node in self.graph else None
             if problem is not None:
@@ -309,20 +309,25 @@ class Rewriter:
         """
         if old is new:
             return
-        graph = self.graph
-        self._check_own(new, "a replacement")
+        graph, producer = self.graph, new.producer
+        if graph.values.get(new.name) is not new:
+            self._check_own(new, "a replacement")
         if old.type is not new.type:
             self._check_types(old, new)
-        if new.producer is not None:
-            self._check_order(old.uses, new, old)
+        if producer is not None:
+            place = producer.place
+            for user, _ in old.uses:
+                if user.place <= place:
+                    self._check_order(old.uses, new, old)
+                    break
         if graph.is_output(old):
             for name in graph.output_names(old):
                 self.set_output(name, new)
         if old.uses:
             moved = graph._move_uses(old, new)
             self._journal.append((Graph._restore_uses, old, moved))
-            for node, _ in moved:
-                self._changed[node] = True
+            for user, _ in moved:
+                self._changed[user] = True
         self._drop_unread(old)
 
     def _check_order(self, uses: Iterable[tuple[Node, int]], new: Value, old: Value | None) -> None:
@@ -330,14 +335,8 @@ class Rewriter:
         producer = new.producer
         if producer is None:
             return
-        place = producer.place
-        for user, _ in uses:
-            if user.place <= place:
-                break
-        else:
-            return
-        users = [user for user, _ in uses if user.place <= place]
-        moved = self.graph._lift(users, producer)
+        users = [user for user, _ in uses if user.place <= producer.place]
+        moved = self.graph._lift(users, producer) if users else []
         if moved is None:
             what = (
                 f"{users[0].output.name!r} and cannot be its operand"
@@ -345,7 +344,8 @@ class Rewriter:
                 else f"{old.name!r} and cannot replace it"
             )
             raise RewriteError(f"{self.by}: {new.name!r} is computed from {what}")
-        self._log(Graph._restore_places, moved)
+        if moved:
+            self._log(Graph._restore_places, moved)
 
     def _check_types(self, old: Value, new: Value) -> None:
         if old.type == new.type:
