@@ -78,7 +78,7 @@ class Legalize(Pass):
         rw.raise_opset(OPSET)
         Simplify().run(graph, rw)
         flipped = self._canonical_weights(graph, rw)
-        # not Simplify again: it would fold the transpose of a small weight that is held as a value
+        # what was turned may now be equal, or unread
         for tidy in (EliminateCommonSubexpressions(), EliminateDeadCode()):
             tidy.run(graph, rw)
         foreign = [n for n in graph.nodes() if n.op not in SUPPORTED]

@@ -56,7 +56,7 @@ class ExpandRanks(Pass):
 
     def adapter(self, before: Graph) -> Adapter:
         """Buffers of a rank go to the inputs that bear its number."""
-        return Expanded(before.ranks) if before.ranks > 1 else Adapter()
+        return Expanded(before.ranks, SHARED_INPUTS) if before.ranks > 1 else Adapter()
 
     def _expand(self, graph: Graph, rw: Rewriter, ranks: int) -> None:
         nodes = list(graph.nodes())

@@ -99,13 +99,27 @@ class FoldConstants(Pass):
         region: dict[Node, None] = {}
         for node in graph.nodes():
             ready = all(v is None or isinstance(v.const, Literal) or v.producer in region for v in node.inputs)
-            if ready and not node.domain and not is_random(node, graph) and self._small(node):
+            if (
+                ready
+                and not node.domain
+                and not is_random(node, graph)
+                and self._small(node)
+                and not _turns_weight(node)
+            ):
                 region[node] = None
         return list(region)
 
     def _small(self, node: Node) -> bool:
         shapes = [v.type.static_shape for v in node.outputs]
         return all(s is not None and math.prod(s) <= self.max_elements for s in shapes)
+
+
+def _turns_weight(node: Node) -> bool:
+    """True for the transpose of a matrix that linear layers alone read: weights are stored by rows, and once."""
+    x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if node.op != "Transpose" or x is None or not isinstance(x.const, Literal) or x.rank != 2 or not y.uses:
+        return False
+    return all(user.op == "MatMul" and position == 1 for user, position in y.uses)
 
 
 def is_random(node: Node, graph: Graph) -> bool:

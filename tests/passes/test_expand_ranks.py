@@ -11,9 +11,11 @@ import onnxruntime as ort
 from vacc_opt.ir import Graph, Literal, PerRank
 from vacc_opt.ir.storage import save_onnx
 from vacc_opt.ir.text import from_text, to_text
+from vacc_opt.passes.infra.check.adapters import Expanded
+from vacc_opt.passes.infra.check.calls import Call
 from vacc_opt.passes.infra.testing import assert_rewrites, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
-from vacc_opt.passes.shard.expand_ranks import ExpandRanks
+from vacc_opt.passes.shard.expand_ranks import SHARED_INPUTS, ExpandRanks
 from vacc_opt.passes.shard.split_tp import SplitTp
 from vacc_opt.tests.passes.decoder import cached_logits, decoder
 
@@ -93,3 +95,13 @@ def test_a_graph_of_one_rank_stays_as_it_is() -> None:
     before = to_text(graph)
     assert run_pass(ExpandRanks(), graph).summary == "one rank: nothing to expand"
     assert to_text(graph) == before
+
+
+def test_a_buffer_that_ranks_share_is_put_to_each_of_them() -> None:
+    """A layer that was not split keeps its whole buffer on every rank."""
+    whole, first, second, ids = (np.full(1, n) for n in range(4))
+    call = Call({"input_ids": ids, "whole": whole}, ({"part": first}, {"part": second}))
+    expanded = Expanded(2, SHARED_INPUTS).call(call).shared
+    assert {name: int(array[0]) for name, array in expanded.items()} == {
+        "input_ids": 3, "whole.rank0": 0, "whole.rank1": 0, "part.rank0": 1, "part.rank1": 2
+    }  # fmt: skip

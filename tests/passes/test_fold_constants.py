@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vacc_opt.ir import Literal
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.testing import assert_rewrites, run_pass
 from vacc_opt.passes.simplify.fold_constants import FoldConstants
@@ -108,3 +109,13 @@ def test_large_results_and_random_numbers_stay() -> None:
     assert set(graph.op_counts()) == {"Add", "ConstantOfShape", "RandomNormal"}
     run_pass(FoldConstants(), graph)
     assert set(graph.op_counts()) == {"Add", "RandomNormal"}
+
+
+def test_the_transpose_of_a_weight_stays_where_linear_layers_alone_read_it() -> None:
+    """The table of a tied embedding would be stored twice, and legalize would turn it back."""
+    graph = from_text(
+        "g (float[2,3] x, int64[2] i) => (y, z, r) { t = Transpose (w) y = MatMul (x, t) z = Gather (w, i) u = Transpose (v) r = Add (x, u) }\n"
+        '# const "w" = Seeded(\'w\', \'float\', (4, 3))\n# const "v" = Literal(\'float\', (3, 2), \'AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\')\n'.replace("Seeded('w', 'float', (4, 3))", str(Literal(np.ones((4, 3), np.float32))))
+    )  # fmt: skip
+    run_pass(FoldConstants(), graph)
+    assert graph.op_counts() == {"Add": 1, "Gather": 1, "MatMul": 1, "Transpose": 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,14 +227,16 @@ class Ranks(Adapter):
 
 @dataclass(frozen=True)
 class Expanded(Adapter):
-    """What each of ``ranks`` ranks had becomes an input or output ``NAME.rank<i>`` of one graph."""
+    """What each of ``ranks`` ranks had becomes an input or output ``NAME.rank<i>`` of one graph, but for ``shared``."""
 
     ranks: int
+    shared: Collection[str] = ()
 
     def call(self, call: Call) -> Call:
         """Rename the inputs of the ranks."""
-        renamed = {f"{n}.rank{r}": a for r, mine in enumerate(call.per_rank) for n, a in mine.items()}
-        return Call({**call.shared, **renamed})
+        given = [call.of(rank) for rank in range(self.ranks)]
+        renamed = {f"{n}.rank{r}": a for r, mine in enumerate(given) for n, a in mine.items() if n not in self.shared}
+        return Call({**{n: a for n, a in call.shared.items() if n in self.shared}, **renamed})
 
     def pairs(self, call: Call, before: Results, after: Results) -> Iterator[Pair]:
         """Compare each rank's outputs with those of its name, or with the one that all ranks share."""
