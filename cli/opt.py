@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 PRINTING, MEASURING, REMARKS = "Show the graph", "Show the run", "Remarks"
 PIPELINE_HELP = (
     "Passes, presets and scopes, such as `simplify,fuse-gqa{expect=30}`, `vacc-default{tp=2}`, "
-    "`fixpoint(simplify)`, `prefill{seq=64}(simplify)`."
+    "`fixpoint(simplify)`, and behind kv-cache `prefill{seq=64}(simplify)`."
 )
 OUTPUT_HELP = (
     "OUT.onnx (weights beside it), OUT.vacc (text), or after `split-tp` or `prefill(...)` a directory. "
-    "Default: text to stdout."
+    "Default, and -: text to stdout."
 )
 
 
@@ -127,7 +127,8 @@ def command(
 ) -> None:
     """Run a pipeline of passes over MODEL and write the result.
 
-    MODEL is an .onnx file, the text form (.vacc), a Hugging Face directory, a .gguf file, or `package:NAME/FILE.gguf`.
+    MODEL is an .onnx file, the text form (.vacc, or - for standard input), a Hugging Face directory, a .gguf file, or
+    `package:NAME/FILE.gguf`.
     The graph is verified after every pass; no model is written when one fails.
     """
     from vacc_opt.passes.infra.manager import run_pipeline
@@ -147,6 +148,8 @@ def command(
     if model is None:
         raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
     asked = Seeing(**seeing)
+    if output == Path("-"):
+        output = None
     if output is not None:
         check_output(output)
     with Steps(to_stderr=output is None, width=_width(items)) as steps:

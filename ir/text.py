@@ -8,6 +8,7 @@ text is valid for ``onnx.parser``. A line inside a function names it: ``# from "
 from __future__ import annotations
 
 import base64
+import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from itertools import count
 import numpy as np
 import onnx
 
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.graph import Absent, Graph, Value
 from vacc_opt.ir.onnx_export import (
@@ -35,7 +36,9 @@ from vacc_opt.ir.types import DType
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _COMMENTS = re.compile(r"(?:\s|#[^\n]*\n)*")  # before the graph
-_LINE = re.compile(rf"^# (dim|const|from|attr|meta) ({_QUOTED}|\S+)(?: in ({_QUOTED}))? = (.*)$", re.MULTILINE)
+KINDS = ("dim", "const", "from", "attr", "meta")
+_SPELLED = re.compile(rf"^# (\w+) (?:{_QUOTED}|\S+)(?: in {_QUOTED})? = ", re.MULTILINE)
+_LINE = re.compile(rf"^# ({'|'.join(KINDS)}) ({_QUOTED}|\S+)(?: in ({_QUOTED}))? = (.*)$", re.MULTILINE)
 _Lines = dict[str, dict[str, str]]  # kind -> name -> rest
 # ONNX text has an exact form for literals of these element types only, the others become `# const` lines
 _EXACT = frozenset({DType.FLOAT, DType.DOUBLE, DType.INT8, DType.UINT8, DType.INT16, DType.UINT16, DType.INT32,
@@ -192,6 +195,7 @@ def from_text(text: str) -> Graph:
     Raises:
         UserError: the text does not parse, with the parser's line and column.
     """
+    _refuse_unknown_lines(text)
     scopes: dict[str, _Lines] = {}
     for kind, name, inside, rest in _LINE.findall(text):
         lines = scopes.setdefault(_unquoted(inside), {})
@@ -227,7 +231,22 @@ def _unquoted(name: str) -> str:
 
 def _extras(lines: _Lines) -> Extras:
     constants = {name: parse_expr(expr) for name, expr in lines.get("const", {}).items()}
-    return constants, {name: provenance_from_json(line) for name, line in lines.get("from", {}).items()}
+    return constants, {name: _provenance(name, line) for name, line in lines.get("from", {}).items()}
+
+
+def _provenance(name: str, line: str) -> Provenance:
+    try:
+        return provenance_from_json(line)
+    except (ValueError, TypeError) as error:
+        message = f"not a graph in text form: the `# from` line of {name!r} is damaged or cut off: {error}"
+        raise UserError(message, "it holds [[[module, source line, operator], ...], [passes]]") from error
+
+
+def _refuse_unknown_lines(text: str) -> None:
+    """A misspelt ``#`` line would be taken for a comment, and what it says would be lost."""
+    for word in dict.fromkeys(_SPELLED.findall(text)):
+        if word not in KINDS and difflib.get_close_matches(word, KINDS, n=1, cutoff=0.6):
+            raise UserError(f"not a graph in text form: a line begins with `# {word}`", did_you_mean(word, KINDS))
 
 
 def _add_attributes(nodes: Sequence[onnx.NodeProto], lines: _Lines) -> None:

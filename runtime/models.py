@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.infer import RULES_OPSET
 from vacc_opt.ir.storage import save_onnx, stored_tensors
 from vacc_opt.ir.text import from_text, to_text
+from vacc_opt.ir.verify import InvalidGraph, verify
 
 TEXT_SUFFIX = ".vacc"
 _OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)\.rank\d+\.onnx")
@@ -51,17 +53,29 @@ def load_model(
     keep_functions: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Graph:
-    """The graph of an .onnx file, a text form (.vacc), or a checkpoint (directory, .gguf, ``package:NAME/FILE``).
+    """The graph of an .onnx file, a text form (.vacc, or ``-`` for standard input), or a checkpoint (directory, .gguf,
+    ``package:NAME/FILE``); verified, so that no pass is blamed for what was wrong before it.
 
     ``keep_functions``: let the local functions of an .onnx file be bodies instead of inlining them.
 
     Raises:
-        UserError: the file is missing, damaged or of no known form.
+        UserError: the file is missing, damaged, of no known form, or not a valid graph.
     """
+    graph = _read(reference, attention, progress, keep_functions)
+    try:
+        verify(graph)
+    except InvalidGraph as error:
+        raise UserError(f"{reference}: {error.message}", "the model was like this before any pass") from error
+    return graph
+
+
+def _read(reference: str, attention: str, progress: Callable[[str], None] | None, keep_functions: bool) -> Graph:
     from vacc_opt.frontends import export_checkpoint, load_onnx
 
     if reference.startswith("package:"):
         return export_checkpoint(reference, attention=attention, progress=progress)
+    if reference == "-":
+        return _from_text(sys.stdin.read(), "standard input")
     path = Path(reference).expanduser()
     if not path.exists():
         raise UserError(f"{reference}: no such file or directory")
@@ -69,7 +83,7 @@ def load_model(
         return load_onnx(path, keep_functions=keep_functions)
     if path.suffix == TEXT_SUFFIX:
         try:
-            return from_text(path.read_text(encoding="utf-8"))
+            return _from_text(path.read_text(encoding="utf-8"), reference)
         except UnicodeDecodeError as error:
             raise UserError(f"{reference}: not text: {error.reason}") from error
     if path.is_dir() or path.suffix == ".gguf":
@@ -77,6 +91,13 @@ def load_model(
     raise UserError(
         f"{reference}: not a model", "give an .onnx file, a .vacc text, a Hugging Face directory or a .gguf file"
     )
+
+
+def _from_text(text: str, name: str) -> Graph:
+    try:
+        return from_text(text)
+    except UserError as error:
+        raise UserError(f"{name}: {error.message}", error.hint) from error
 
 
 def describe(graph: Graph) -> str:

@@ -185,7 +185,8 @@ class _Manager:
                 raise UserError(f"{item.name}: how many tokens a call has is not said", "as in `prefill{seq=64}(...)`")
             bound = bind(graph, sizes)
             if symbols(bound):
-                raise CheckError(f"{item.name}: the size {min(symbols(bound))} of the interface is not bound")
+                message = f"{item.name}: the size {min(symbols(bound))} of the interface is not bound"
+                raise CheckError(message, "`kv-cache` fixes the sizes of the cache: put it before")
             bound.name = item.name
             graph.phases[item.name] = bound
         self.run(item.body, graph.phases[item.name], item.name)

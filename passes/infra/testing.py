@@ -16,6 +16,7 @@ from vacc_opt.passes.infra.author.examples import doc_of
 from vacc_opt.passes.infra.base import Kind, Pass
 from vacc_opt.passes.infra.instrument import PassRecord
 from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.patterns.pattern_pass import Matching, PatternPass
 from vacc_opt.passes.infra.pipeline import parse_pipeline
 
 Array = npt.NDArray[Any]
@@ -76,13 +77,16 @@ def canonical(graph: Graph) -> str:
 
 
 def assert_no_match(item: Pass, text: str, reason: str) -> None:
-    """``item`` leaves the graph as it is and says ``reason`` in a missed remark."""
+    """``item`` leaves the graph as it is and says ``reason``: in a missed remark, or without anchors to why-not."""
     graph = from_text(text)
     before = to_text(graph)
     record = run_pass(item, graph)
     assert to_text(graph) == before, f"{item.name} changed the graph:\n{to_text(graph)}"
     missed = [r.message for r in record.remarks if r.kind == "missed"]
-    assert any(reason in message for message in missed), f"no remark says {reason!r}; remarks: {missed}"
+    if isinstance(item, PatternPass) and not item.anchors:
+        work = Matching(item, graph)
+        missed += [m.message(work.matcher.size()) for m in work.not_matched(every=True)]
+    assert any(reason in message for message in missed), f"nothing says {reason!r}; what is said: {missed}"
 
 
 def assert_same_values(

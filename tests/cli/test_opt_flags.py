@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,24 @@ def test_phases_do_not_fit_into_one_file(
     assert f"error: {tmp_path / name}: the model has phases (decode)" in captured.err
     assert "name a directory (a file a phase and rank)" in captured.err
     assert not (tmp_path / name).exists()
+
+
+def test_an_input_that_is_not_valid_is_refused_before_any_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "bad.vacc"
+    model.write_text("g (float[2,8] x) => (float[2,8] y) { y = Negg (x) }")
+    assert main(["opt", str(model), "-p", "simplify", "-o", str(tmp_path / "out.vacc")]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {model}: the graph 'g' is not valid" in said
+    assert "the model was like this before any pass" in said
+    assert not (tmp_path / "out.vacc").exists()
+
+
+def test_a_dash_reads_standard_input_and_writes_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("g (float[2] x) => (float[2] y) { a = Identity (x) y = Neg (a) }"))
+    assert main(["opt", "-", "-p", "simplify", "-o", "-"]) == 0
+    assert "y = Neg (x)" in capsys.readouterr().out
+    assert not Path("-").exists()

@@ -189,3 +189,18 @@ def test_names_with_quotes_survive() -> None:
     weight = rw.const(Source("f.bin", 8, "float", (2,)), 'w "1"')
     rw.set_output("y", rw.op.Mul(x, weight))
     assert {'a "b" \\', 'w "1"'} < set(round_trip(graph).values)
+
+
+@pytest.mark.parametrize(
+    "line", ['# from "y" = [[["a.b", "m.py:1", "aten.neg"]], [', '# from "y" = [[, []]', '# from "y" = 7']
+)
+def test_a_damaged_line_of_provenance_is_named(line: str) -> None:
+    with pytest.raises(UserError, match="the `# from` line of 'y' is damaged or cut off"):
+        from_text(f"g (float[2] x) => (float[2] y) {{ y = Neg (x) }}\n{line}\n")
+
+
+def test_a_misspelt_line_is_no_comment() -> None:
+    text = 'g (float[2] x) => (float[2] y) { y = Neg (x) }\n# form "y" = [[], []]\n'
+    with pytest.raises(UserError, match="a line begins with `# form`\n  did you mean `from`"):
+        from_text(text)
+    assert len(from_text(text.replace("# form", "# note that"))) == 1

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pytest
 
+from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.evaluate import evaluate, random_feeds
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import verify
@@ -21,9 +23,12 @@ from vacc_opt.passes.api import (
     PatternPass,
     Reason,
     Rewriter,
+    Scalar,
     Value,
+    find,
     op,
 )
+from vacc_opt.passes.infra.patterns.pattern import Var
 from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites, run_pass
 
 
@@ -149,3 +154,40 @@ def test_a_rewrite_that_gives_back_its_node_is_no_change() -> None:
     record = run_pass(Swap(), graph)
     assert (record.fused, record.changes) == (0, 0)
     assert to_text(graph) == before
+
+
+@dataclass(frozen=True)
+class Annotated(PatternPass):
+    """A pass whose file does not postpone the evaluation of annotations."""
+
+    name: ClassVar[str] = "annotated"
+    kind: ClassVar[Kind] = Kind.EXACT
+
+    def pattern(self, x, scale):  # type: ignore[no-untyped-def]
+        return x * scale
+
+    def rewrite(self, m: Match, rw: Rewriter) -> Value:
+        return rw.op.Mul(m.scale, m.x)
+
+
+def test_annotations_may_be_the_classes_themselves() -> None:
+    Annotated.pattern.__annotations__ = {"x": Capture, "scale": Scalar}
+    assert_no_match(Annotated(), "g (float[2] a, float[2] b) => (y) { y = Mul (a, b) }", "expected a constant number")
+
+
+def test_an_annotation_that_means_nothing_is_refused() -> None:
+    Annotated.pattern.__annotations__ = {"x": "Capture", "scale": "Scaler"}
+    with pytest.raises(UserError, match="annotated: its pattern has the parameter 'scale' annotated 'Scaler'") as error:
+        Annotated().compiled()
+    assert error.value.hint == "did you mean `Scalar`?"
+
+
+def test_a_number_is_only_had_of_a_constant() -> None:
+    (match,) = find(op.Neg(Var("x")), from_text("g (float[2] a) => (y) { y = Neg (a) }"))
+    with pytest.raises(ValueError, match="the capture 'x' is no constant number: annotate it `Scalar`"):
+        match.number("x")
+
+
+def test_without_anchors_every_root_is_explained() -> None:
+    text = "g (float[3,4] x, float[4,5] a, float[4,6] b) => (y, z) { y = MatMul (x, a) z = MatMul (x, b) }"
+    assert_no_match(JoinProducts(), text, "a is float[4,5], b is float[4,6]")

@@ -73,8 +73,11 @@ class Match:
         return self.captures.get(name)
 
     def number(self, name: str) -> float:
-        """The value of a captured scalar constant."""
-        return float(scalar(self.captures[name]) or 0.0)
+        """The value of a captured scalar constant; raises ValueError for another capture."""
+        found = scalar(self.captures[name])
+        if found is None:
+            raise ValueError(f"the capture {name!r} is no constant number: annotate it `Scalar`")
+        return found
 
     def reason(self, template: str, **values: object) -> Reason:
         """A reason to decline."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node, Value
+from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.analysis import Analysis
 from vacc_opt.passes.infra.base import Outcome, Pass, Remark, RuleStats, option, where
@@ -19,19 +20,44 @@ from vacc_opt.passes.infra.patterns.match import Match, NotMatched, Reason
 from vacc_opt.passes.infra.patterns.matcher import Matcher
 from vacc_opt.passes.infra.patterns.pattern import AttributeVar, Pattern, Rest, Var
 
-Capture = Pattern  # annotation of a pattern parameter that is any value
-Scalar = Pattern  # annotation of a pattern parameter that is a constant number
-Const = Pattern  # annotation of a pattern parameter that is any constant
-Operands = Pattern  # annotation of a pattern parameter that is all further operands of a node
-Attribute = Any  # annotation of a pattern parameter that is an attribute
 
-_CAPTURES = {
-    "Capture": Var,
-    "Scalar": lambda name: Var(name, "scalar"),
-    "Const": lambda name: Var(name, "const"),
-    "Operands": Rest,
-    "Attribute": AttributeVar,
+class Capture(Pattern):
+    """Annotation of a pattern parameter that is any value."""
+
+
+class Scalar(Pattern):
+    """Annotation of a pattern parameter that is a constant number."""
+
+
+class Const(Pattern):
+    """Annotation of a pattern parameter that is any constant."""
+
+
+class Operands(Pattern):
+    """Annotation of a pattern parameter that is all further operands of a node."""
+
+
+class Attribute:
+    """Annotation of a pattern parameter that is the value of an attribute."""
+
+
+_CAPTURES: dict[str, Callable[[str], Any]] = {
+    Capture.__name__: Var,
+    Scalar.__name__: lambda name: Var(name, "scalar"),
+    Const.__name__: lambda name: Var(name, "const"),
+    Operands.__name__: Rest,
+    Attribute.__name__: AttributeVar,
 }
+
+
+def _capture(owner: str, parameter: inspect.Parameter) -> Any:
+    annotation = parameter.annotation
+    written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    name = "Capture" if annotation is inspect.Parameter.empty else written.rpartition(".")[2]
+    if name not in _CAPTURES:
+        hint = did_you_mean(name, _CAPTURES)
+        raise UserError(f"{owner}: its pattern has the parameter {parameter.name!r} annotated {written!r}", hint)
+    return _CAPTURES[name](parameter.name)
 
 
 def _positions(graph: Graph) -> dict[Node, int]:
@@ -79,7 +105,7 @@ class PatternPass(Pass):
     def compiled(self) -> Pattern | tuple[Pattern, ...]:
         """The pattern with its captures made."""
         parameters = inspect.signature(self.pattern).parameters.values()
-        return self.pattern(*(_CAPTURES.get(str(p.annotation), Var)(p.name) for p in parameters))
+        return self.pattern(*(_capture(self.name, parameter) for parameter in parameters))
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Rewrite every match, roots in topological order; declined and partial matches become remarks."""
@@ -93,8 +119,8 @@ class PatternPass(Pass):
         size = work.matcher.size()
         remarks = [Remark("missed", self.name, m.message(size), where(m.place)) for m in shown]
         candidates = len(work.passed) + max(len(left), len(declined))
-        plural = self.noun if candidates == 1 else f"{self.noun}s"
-        summary = f"fused {len(work.passed)} of {candidates} {plural}"
+        ending = "" if candidates == 1 else "es" if self.noun.endswith("ch") else "s"
+        summary = f"fused {len(work.passed)} of {candidates} {self.noun}{ending}"
         return Outcome(summary, work.passed + remarks, len(work.passed), candidates, {self.name: work.stats})
 
     def left(self, graph: Graph) -> list[Node]:
@@ -169,8 +195,11 @@ class Matching:
             if self.graph.values.get(old.name) is old:  # a root before it may have been its only reader
                 rw.replace(old, new)
 
-    def not_matched(self) -> Iterator[NotMatched]:
-        """The roots as they stand that came near the pattern (two nodes or more), are anchors, or were declined."""
+    def not_matched(self, *, every: bool = False) -> Iterator[NotMatched]:
+        """The roots as they stand that came near the pattern (two nodes or more), are anchors, or were declined.
+
+        ``every`` gives the rest too: without anchors nothing else tells which of them should have matched.
+        """
         for root in sorted(self.matcher.candidates(), key=positions(self.graph).__getitem__):
             if self._is_done(root):
                 continue
@@ -179,7 +208,7 @@ class Matching:
                 reasons = tuple(self._reasons(match))
                 if reasons:
                     yield NotMatched(root, None, reasons, tuple(match.nodes))
-            elif self.item.anchors and (self.matcher.miss.depth > 1 or root.op in self.item.anchors):
+            elif every or (self.item.anchors and (self.matcher.miss.depth > 1 or root.op in self.item.anchors)):
                 yield NotMatched(root, self.matcher.miss)
 
     def away(self, left: Sequence[Node], missed: Sequence[NotMatched]) -> Iterator[NotMatched]:

@@ -16,6 +16,7 @@ from vacc_opt.passes.infra.patterns.pattern_pass import Matching, PatternPass
 from vacc_opt.passes.infra.patterns.values import formal, plain, scalar, shown
 from vacc_opt.passes.infra.pipeline import Item, flat
 
+SHOWN = 40  # places in one report
 WIDTH = 96  # of a pattern in a report; a longer one has its operands left out
 
 
@@ -46,17 +47,18 @@ class Explanation:
 
 def explain(item: PatternPass, graph: Graph) -> list[Explanation]:
     """The places that ``item`` does not rewrite, as ``graph`` stands: every root that came near or was declined, and
-    every anchor (an operator that should have been part of a match) that no root came near.
+    every anchor (an operator that should have been part of a match) that no root came near. A pass that names no
+    anchors has every root explained.
     """
     work = Matching(item, graph)
     size = work.matcher.size()
-    missed = list(work.not_matched())
+    missed = list(work.not_matched(every=not item.anchors))
     left = item.left(graph)
     near = set(left)
     if left:
         # a root that came near by way of something else than an anchor is no news
         missed = [m for m in missed if m.miss is None or near & m.around] or missed
-    else:
+    elif item.anchors:
         missed = [m for m in missed if m.miss is None]
     found = [_explained(item, m, size) for m in missed]
     for m in work.away(left, missed):
@@ -179,9 +181,13 @@ class WhyNot(Instrument):
 def report(record: PassRecord, explanations: Sequence[Explanation]) -> str:
     """The report of one run of a pass."""
     scope = f"{record.scope}: " if record.scope else ""
-    lines = [f"{scope}{record.name}: {record.fused} of {record.candidates} roots matched"]
+    fused = record.fused or 0
+    roots = record.candidates if record.candidates and record.candidates > fused else fused + len(explanations)
+    lines = [f"{scope}{record.name}: {fused} of {roots} roots matched"]
     if not explanations:
         lines.append("  nothing else in the graph came near the pattern")
-    for one in explanations:
+    for one in explanations[:SHOWN]:
         lines += [f"  {line}" for line in one.lines()]
+    if len(explanations) > SHOWN:
+        lines.append(f"  and {len(explanations) - SHOWN} more")
     return "\n".join(lines)
