@@ -11,6 +11,7 @@ is larger than that of every node they read: that is how a new operand is known 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from heapq import heappop, heappush
 from operator import itemgetter
 from types import MappingProxyType
@@ -45,7 +46,28 @@ def _hashable(value: Attribute) -> tuple[object, ...]:
     return type(value).__name__, value
 
 
-Edges = dict["Node", dict[int, Mapping[str, Any]]]  # of one node, by the node at the other end and the operand there
+Positions = Mapping[int, Mapping[str, Any]]  # the parallel edges between two nodes, by operand
+Edges = dict["Node", Positions]  # of one node, by the node at the other end
+
+
+@cache
+def _edge(position: int) -> Positions:
+    """A single edge: one object for all pairs of nodes that are joined by one edge to this operand, as most are."""
+    return MappingProxyType({position: _NO_DATA})
+
+
+def _with(edges: Positions | None, position: int) -> Positions:
+    if edges is None:
+        return _edge(position)
+    own = edges if isinstance(edges, dict) else dict(edges)
+    own[position] = _NO_DATA
+    return own
+
+
+def _without(edges: Positions, position: int) -> Positions:
+    own = edges if isinstance(edges, dict) else dict(edges)
+    del own[position]
+    return own
 
 
 class Value:
@@ -417,19 +439,13 @@ class Graph:
             inputs = list(node.inputs)
             inputs[position] = new
             node.inputs = tuple(inputs)
-            if source is None:
-                edges = {position: _NO_DATA}
-            else:
-                edges = before[node]
-                if len(edges) == 1:
+            if source is not None:
+                if len(before[node]) == 1:
                     del before[node], node.incoming[source]
                 else:
-                    edges = {position: edges.pop(position)}
+                    before[node] = node.incoming[source] = _without(before[node], position)
             if target is not None:
-                if node in after:
-                    after[node].update(edges)
-                else:
-                    after[node] = node.incoming[target] = edges
+                after[node] = node.incoming[target] = _with(after.get(node), position)
         self._clock = clock
         return moved
 
@@ -449,18 +465,16 @@ class Graph:
         producer = value.producer
         if producer is not None:
             users = producer.outgoing
-            if node in users:
-                users[node][position] = _NO_DATA
-            else:
-                users[node] = node.incoming[producer] = {position: _NO_DATA}
+            users[node] = node.incoming[producer] = _with(users.get(node), position)
 
     def _unlink(self, node: Node, position: int, value: Value) -> int:
         producer = value.producer
         if producer is not None:
-            edges = producer.outgoing[node]
-            del edges[position]
-            if not edges:
-                del producer.outgoing[node], node.incoming[producer]
+            users = producer.outgoing
+            if len(users[node]) == 1:
+                del users[node], node.incoming[producer]
+            else:
+                users[node] = node.incoming[producer] = _without(users[node], position)
         return value.uses.pop((node, position))
 
     def _lift(self, nodes: Iterable[Node], after: Node) -> list[tuple[Node, int]] | None:

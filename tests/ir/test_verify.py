@@ -38,11 +38,12 @@ def forget_a_use(g: Graph) -> None:
 
 
 def lose_an_edge(g: Graph) -> None:
-    g._structure.remove_edge(only(g, "Neg"), only(g, "Exp"), 0)
+    del only(g, "Neg").outgoing[only(g, "Exp")]
 
 
 def add_an_edge(g: Graph) -> None:
-    g._structure.add_edge(only(g, "Neg"), only(g, "Add"), 1)
+    neg, add = only(g, "Neg"), only(g, "Add")
+    neg.outgoing[add] = add.incoming[neg] = dict.fromkeys((0, 1), {})
 
 
 def keep_another_row(g: Graph) -> None:
