@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.ir.functions import call_problem
@@ -11,21 +12,50 @@ from vacc_opt.ir.infer import InferenceError, infer, inference_key, shape_text
 from vacc_opt.ir.origins import without_origin
 from vacc_opt.ir.schema import schema_problem
 from vacc_opt.ir.tensor import PerRank, TensorExpr
+from vacc_opt.ir.types import TensorType
 
 
 class InvalidGraph(CheckError):
     """A graph breaks an invariant; the message lists the first few."""
 
 
-def verify(graph: Graph, *, after: str = "", origins: bool = False) -> None:
+@dataclass(frozen=True)
+class Interface:
+    """The inputs and outputs of a graph in order: names, and types where these matter."""
+
+    inputs: Mapping[str, TensorType]
+    outputs: Mapping[str, TensorType]
+    types: bool = True
+
+    @staticmethod
+    def of(graph: Graph, *, types: bool = True) -> Interface:
+        """That of a graph as it stands."""
+        outputs = {name: value.type for name, value in graph.outputs.items()}
+        return Interface({value.name: value.type for value in graph.inputs}, outputs, types)
+
+    def problems(self, graph: Graph) -> Iterator[str]:
+        """What is different in a graph that should have this interface."""
+        now = Interface.of(graph)
+        for kind, before, after in (("input", self.inputs, now.inputs), ("output", self.outputs, now.outputs)):
+            if list(before) != list(after):
+                yield f"the {kind}s are {', '.join(after) or 'none'}, they were {', '.join(before) or 'none'}"
+                continue
+            for name, type in before.items():
+                found = after[name]
+                if self.types and (found.dtype is not type.dtype or not _agree(found.shape, type.shape)):
+                    yield f"the {kind} {name!r} is {found}, it was {type}"
+
+
+def verify(graph: Graph, *, after: str = "", origins: bool = False, interface: Interface | None = None) -> None:
     """Check order, use lists, index, names, arity and types, also inside the bodies of the model's functions.
 
-    With ``origins`` also that all nodes and constants have one.
+    With ``origins`` also that all nodes and constants have one; with ``interface`` also that the graph has it.
 
     Raises:
         InvalidGraph: with up to five broken invariants, and the pass that broke them when ``after`` is given.
     """
     problems = [*_problems(graph), *(without_origin(graph) if origins else ())]
+    problems += [] if interface is None else interface.problems(graph)
     for op, body in graph.functions.items():
         if graph in graph.functions.values():
             break  # a body is checked alone

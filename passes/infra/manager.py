@@ -13,9 +13,9 @@ from vacc_opt.ir import Graph, collector
 from vacc_opt.ir.copy import bind, symbols
 from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
 from vacc_opt.ir.rewriter import ApplicationLimit, Rewriter
-from vacc_opt.ir.verify import verify
+from vacc_opt.ir.verify import Interface, verify
 from vacc_opt.passes.infra import analysis
-from vacc_opt.passes.infra.base import Outcome, Pass
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Step
 from vacc_opt.passes.infra.patterns import why_not
 from vacc_opt.passes.infra.patterns.pattern_pass import PatternPass
@@ -126,6 +126,7 @@ class _Manager:
 
     def _run(self, step: Step, graph: Graph, rw: Rewriter) -> PassRecord:
         item = step.item
+        promised = None if item.kind is Kind.INTERFACE else Interface.of(graph, types=item.kind is not Kind.LOSSY)
         started = time.perf_counter()
         try:
             outcome = item.run(graph, rw)
@@ -138,7 +139,7 @@ class _Manager:
             raise
         ran = time.perf_counter()
         if self.verify_each:
-            verify(graph, after=item.name)
+            verify(graph, after=item.name, interface=promised)
         return PassRecord(
             name=item.name,
             spec=item.spec(),

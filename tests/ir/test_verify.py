@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vacc_opt.ir import DType, Graph, Literal, Node, PerRank, TensorType, Value
+from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text
-from vacc_opt.ir.verify import InvalidGraph, verify
+from vacc_opt.ir.verify import Interface, InvalidGraph, verify
 
 
 def graph() -> Graph:
@@ -43,7 +44,7 @@ def lose_an_edge(g: Graph) -> None:
 
 def add_an_edge(g: Graph) -> None:
     neg, add = only(g, "Neg"), only(g, "Add")
-    neg.outgoing[add] = add.incoming[neg] = dict.fromkeys((0, 1), {})
+    neg.outgoing[add] = add.incoming[neg] = {0: {}, 1: {}}
 
 
 def keep_another_row(g: Graph) -> None:
@@ -163,3 +164,33 @@ def test_a_foreign_operator_keeps_its_declared_type() -> None:
         g (float[2,4] x) => (float[2,7] y) { y = other.Mystery (x) }""")
     verify(graph)
     assert str(graph.outputs["y"].type) == "float[2,7]"
+
+
+CHANGED: list[tuple[str, Callable[[Graph, Rewriter], object], str]] = [
+    ("another output", lambda g, rw: rw.set_output("z", g.values["a"]), "the outputs are y, z, they were y"),
+    ("no output", lambda g, rw: rw.drop_output("y"), "the outputs are none, they were y"),
+    ("another input", lambda g, rw: rw.add_input("z", TensorType(DType.INT8, ())), "the inputs are x, z, they were x"),
+    ("another rank", lambda g, rw: rw.set_output("y", rw.ints(1, 2)), r"the output 'y' is int64\[2\], it was float\[2,4\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [c[1:] for c in CHANGED], ids=[c[0] for c in CHANGED])
+def test_another_interface_than_promised_is_named(change: Callable[[Graph, Rewriter], object], message: str) -> None:
+    g = graph()
+    promised = Interface.of(g)
+    verify(g, interface=promised)
+    change(g, Rewriter(g))
+    verify(g)
+    with pytest.raises(InvalidGraph, match=message):
+        verify(g, interface=promised)
+
+
+def test_an_interface_without_types_is_its_names() -> None:
+    g = graph()
+    promised = Interface.of(g, types=False)
+    rw = Rewriter(g)
+    rw.set_output("y", rw.op.Cast(g.values["b"], to=DType.FLOAT16.onnx))
+    verify(g, interface=promised)
+    rw.set_output("other", g.values["a"])
+    with pytest.raises(InvalidGraph, match="the outputs are y, other, they were y"):
+        verify(g, interface=promised)

@@ -76,6 +76,28 @@ def test_an_output_that_other_nodes_read_keeps_its_name_when_it_is_replaced() ->
     assert interface(from_text(to_text(graph))) == (["x"], ["y", "z"])
 
 
+def test_a_pass_that_promises_the_same_values_may_not_change_the_interface() -> None:
+    @dataclass(frozen=True)
+    class Rename(PatternPass):
+        """Gives the output a second name."""
+
+        name: ClassVar[str] = "rename"
+        kind: ClassVar[Kind] = Kind.EXACT
+
+        def pattern(self, x: Capture) -> Pattern:
+            return op.Neg(x)
+
+        def rewrite(self, m: Match, rw: Rewriter) -> Value:
+            rw.set_output("z", m.root.output)
+            return rw.op.Sub(rw.const(0.0, "zero", "float32"), m.x)
+
+    graph = from_text("g (float[2] x) => (float[2] y) { y = Neg (x) }")
+    before = to_text(graph)
+    with pytest.raises(CheckError, match="after rename: the graph 'g' is not valid: the outputs are y, z, they were y"):
+        run_pass(Rename(), graph)
+    assert to_text(graph) == before
+
+
 # numbers
 
 
