@@ -241,7 +241,7 @@ def test_the_report_of_the_demo_counts_what_it_did(compiled: Callable[..., Any])
         assert phase.bound_cycles <= phase.cycles
 
 
-# the documents: every command that they show is run, in order, in one scratch directory
+# the README: what it does with the real model is run, in order, in one scratch directory; tests/docs runs the tutorials
 
 
 def commands(document: str) -> list[list[str]]:
@@ -266,8 +266,10 @@ def test_every_command_of_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(scratch)
     monkeypatch.setattr(frontends, "export_checkpoint", lambda *_, **__: copy(smollm2_graph))
-    shown = commands("README.md")
+    # the last one is the example of why-not, whose output tests/docs holds to that of the tutorial
+    *shown, last = commands("README.md")
     assert [words[0] for words in shown] == ["compile", "generate", "export", "smollm2.onnx"]
+    assert "--why-not" in last
     for words in shown:
         assert main(words) == 0, words
         printed = capsys.readouterr().out
@@ -286,13 +288,3 @@ def test_the_readme_opens_the_model_as_it_says(scratch: Path, monkeypatch: pytes
     names: dict[str, Any] = {}
     exec(block[1], names)
     assert {i.name for i in names["session"].get_inputs()} >= {"input_ids", "attention_mask", "position_ids"}
-
-
-def test_the_commands_of_write_a_pass_run(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(scratch)
-    for name in ("onnx", "safetensors"):
-        (scratch / f"model.{name}").symlink_to(scratch / f"smollm2.{name}")
-    for words in commands("docs/write_a_pass.md"):
-        assert main(words) == 0, capsys.readouterr().err

@@ -170,13 +170,13 @@ def test_comparing_is_linear_in_the_graph() -> None:
         after = listing_of(from_text(f"g (float[2] v0) => (float[2] v{size}) {{ {chain.replace('Neg', 'Exp')} }}"))
         best = float("inf")
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()
             render(compare(before, after))
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.process_time() - started)
         return best
 
     # eight times the nodes; quadratic work would take 64 times as long
-    assert seconds(4000) < 24 * seconds(500)
+    assert seconds(4000) < 32 * seconds(500)
 
 
 def test_the_graph_is_printed_before_and_after_the_passes_that_are_named() -> None:
