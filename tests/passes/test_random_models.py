@@ -1,0 +1,29 @@
+"""Random small language models through random pipelines to the accelerator: what must hold of every pass, holds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from vacc_opt.ir import Graph
+from vacc_opt.tests.passes.graphs import decoders
+from vacc_opt.tests.passes.pipelines import ROUTE, Tally, examine, kv_scales, pipelines
+
+CASES, CHUNKS = 25, 32  # `make test` runs one chunk, `make test-full` all
+
+
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, CHUNKS))])
+def test_every_pass_keeps_its_promises_on_language_models(chunk: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    scales, tally = kv_scales(tmp_path_factory.getbasetemp()), Tally()
+
+    @seed(chunk)
+    @settings(max_examples=CASES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def case(data: st.DataObject) -> None:
+        graph: Graph = data.draw(decoders())
+        examine(graph, data.draw(pipelines(scales(graph), model=True)), tally)
+
+    case()
+    assert not set(ROUTE) - set(tally.runs) - set(tally.refused), "a pass took no part"
+    assert sum(tally.compared.values()) > 2 * CASES
