@@ -72,7 +72,7 @@ class CastFloat(Pass):
                 if value.type.dtype is DType.FLOAT:
                     rw.set_type(value, TensorType(to, value.shape))
             for node in graph.by_op("DequantizeKV", "Vastai"):
-                if node.attributes.get("to") != to.onnx:
+                if node.attributes.get("to", DType.FLOAT.onnx) == DType.FLOAT.onnx:
                     rw.set_attribute(node, "to", to.onnx)
             for node in graph.by_op("ConstantOfShape"):
                 fill = np.asarray(node.attributes.get("value", np.zeros(1, np.float32)))

@@ -44,6 +44,7 @@ class Attention:
     caches: tuple[Value, ...]
     kv_constants: tuple[Value, ...]
     reshapes: tuple[tuple[Node, int], ...]  # and the axis of the result that holds heads
+    adds: tuple[Node, ...]  # of the biases
 
 
 @dataclass
@@ -52,6 +53,7 @@ class _Path:
 
     linear: Linear
     reshapes: list[Node]
+    adds: list[Node]
     biases: list[Value]
     constants: list[Value]
     caches: list[Value]
@@ -87,6 +89,7 @@ def attention_block(node: Node) -> Attention:
         tuple(dict.fromkeys(key.caches + value.caches)),
         tuple(dict.fromkeys(key.constants + value.constants)),
         (*((n, -2) for path in (query, key, value) for n in path.reshapes), *((n, -1) for n in joins)),
+        tuple(node for path in (query, key, value) for node in path.adds),
     )
 
 
@@ -95,17 +98,19 @@ def _upstream(value: Value, width: int) -> _Path:
     constants: list[Value] = []
     caches: list[Value] = []
     reshapes: list[Node] = []
+    adds: list[Node] = []
     while value.producer is not None:
         node = value.producer
         linear = as_linear(node)
         if linear is not None:
-            return _Path(linear, reshapes, biases, constants, caches)
+            return _Path(linear, reshapes, adds, biases, constants, caches)
         if node.op == "Reshape":
             reshapes.append(node)
         if node.op == "Add":
             sides = [v for v in node.inputs if v is not None and not v.is_const]
             vectors = [v for v in node.inputs if v is not None and v.is_const]
             biases += vectors
+            adds.append(node)
             if len(sides) != 1 or any(v.rank != 1 or v.shape != value.shape[-1:] for v in vectors if value.shape):
                 break
             value = sides[0]

@@ -22,6 +22,9 @@ from vacc_opt.passes.shard.slices import Rows, columns_per_rank, even_shares, ro
 VOCABULARY_MULTIPLE = 16  # rows of the vocabulary a rank, as the accelerator's sequence lengths
 
 
+_KV_OPS = ("Vastai::QuantizeKV", "Vastai::DequantizeKV")
+
+
 @dataclass
 class _Split:
     """The constants that were split so far, so that a shared one is split once and the same way."""
@@ -29,20 +32,33 @@ class _Split:
     rw: Rewriter
     tp: int
     done: dict[Value, object] = field(default_factory=dict)
+    readers: set[Node] = field(default_factory=set)  # that know what to do with a part
 
     def set(self, value: Value, key: object, expr: PerRank) -> None:
         if self.done.setdefault(value, key) != key:
             raise CheckError(f"{value.name} is shared by layers that split it differently")
         self.rw.set_const(value, expr)
 
-    def _again(self, value: Value, key: object) -> None:
+    def again(self, value: Value, key: object) -> None:
+        """A constant that was split already must have been split the same way."""
         if self.done[value] != key:
             raise CheckError(f"{value.name} is shared by layers that split it differently")
 
+    def check_readers(self) -> None:
+        """Nothing else may read a constant of which every rank holds a part."""
+        for value in self.done:
+            if self.rw.graph.is_output(value):
+                raise CheckError(f"{value.name!r} is an output, and every rank would hold a part of it")
+            for user in value.users():
+                turned = user.op == "Transpose" and self.readers.issuperset(user.output.users())
+                if user not in self.readers and user.op not in _KV_OPS and not turned:
+                    raise CheckError(f"{where(user)} reads {value.name!r} too, of which every rank would hold a part")
+
     def outputs(self, linear: Linear, rows: tuple[Rows, ...], biases: tuple[Value, ...] = ()) -> None:
         """Each rank computes ``rows`` of the outputs."""
+        self.readers.add(linear.node)
         if linear.weight in self.done:
-            self._again(linear.weight, ("rows", rows))
+            self.again(linear.weight, ("rows", rows))
         else:
             split = rows_per_rank(linear.rows, rows)
             flip = linear.rows is not linear.weight.const
@@ -54,8 +70,9 @@ class _Split:
 
     def inputs(self, linear: Linear, columns: tuple[Rows, ...]) -> None:
         """Each rank sums over ``columns`` of the inputs; the sums meet in an AllReduce."""
+        self.readers.add(linear.node)
         if linear.weight in self.done:
-            self._again(linear.weight, ("columns", columns))
+            self.again(linear.weight, ("columns", columns))
         else:
             split = columns_per_rank(linear.rows, columns)
             flip = linear.rows is not linear.weight.const
@@ -165,6 +182,7 @@ class SplitTp(Pass):
                 self._attention(split, block, plans[block.heads])
             channels = [self._feed_forward(split, gate, up, down) for gate, up, down in forward]
             remarks += self._vocabulary(graph, split)
+            split.check_readers()
             rw.infer_again()
         reduces = len(graph.by_op("AllReduce", "Vastai")) - before
         plan = next(iter(plans.values()))
@@ -184,6 +202,7 @@ class SplitTp(Pass):
         for linear, bias in ((block.key, block.key_bias), (block.value, block.value_bias)):
             split.outputs(linear, kv, bias)
         split.inputs(block.out, query)
+        split.readers.update(block.adds)
         heads = {block.heads[1]: plan.kv_per_rank, block.heads[0]: plan.query_per_rank}
         for node, axis in block.reshapes:
             sizes = heads if axis == -2 else {h * block.width: n * block.width for h, n in heads.items()}
@@ -221,9 +240,13 @@ class SplitTp(Pass):
             table, ids = node.inputs[:2]
             if table is None or table.const is None or len(table.const.shape) != 2 or node.attributes.get("axis", 0):
                 continue
+            if table not in split.done and any(user.op != "Gather" for user in table.users()):
+                continue  # no embedding, or one with other readers: every rank keeps all of it
             rows = sizes.setdefault(table, table.const.shape[0])
             shares = even_shares(rows, self.tp, VOCABULARY_MULTIPLE)
-            if table not in split.done:
+            if table in split.done:
+                split.again(table, ("rows", shares))
+            else:
                 split.set(table, ("rows", shares), rows_per_rank(table.const, shares))
             width = len(shares[0])
             firsts = PerRank(tuple(Literal(np.array(r * width, np.int64)) for r in range(self.tp)))
@@ -231,6 +254,7 @@ class SplitTp(Pass):
             with rw.on_behalf_of(node):
                 rank_first = rw.const(firsts, f"{table.name}.first")
                 part = rw.vastai.EmbeddingShard(table, ids, rank_first)
+                split.readers.update(rw.made[-1:])
                 rw.replace(node.output, rw.vastai.AllReduce(part, ranks=self.tp))
         return remarks
 

@@ -104,3 +104,9 @@ def test_a_graph_that_calls_functions_is_refused() -> None:
     text = '<ir_version: 10, opset_import: ["" : 24, "o" : 1]> g (float[8] x) => (y) { y = o.F (x) } <domain: "o", opset_import: ["" : 24]> F (a) => (b) { b = Neg (a) }'
     with pytest.raises(CheckError, match="the body of o::F stays in float\n  run inline-functions before cast-float"):
         run_pass(CastFloat(), from_text(text))
+
+
+def test_what_is_fp16_already_stays_so() -> None:
+    graph = from_text("g (int8[1,2,C,4] cache, float[1,2,1,4] new, int64[1] pos) => (y) { x = Vastai.DequantizeKV <to = 10> (cache, s, s) y = Neg (x) }\n" + f'# const "s" = {Literal(np.ones((2, 4), np.float32))}\n')  # fmt: skip
+    run_pass(CastFloat(to="bfloat16"), graph)
+    assert graph.outputs["y"].type.dtype is DType.FLOAT16

@@ -156,6 +156,17 @@ def test_an_embedding_that_is_read_twice_is_split_once() -> None:
     assert_close(cached_logits(graph, IDS, 3), expected, REASSOCIATED)
 
 
+def test_a_table_that_others_read_too_is_kept_whole() -> None:
+    edits = (
+        ("n = RMSNormalization", "extra = ReduceMax (embed) n0 = Mul (h, extra) n = RMSNormalization"),
+        ("(h, norm)", "(n0, norm)"),
+    )
+    whole, split = cached(*edits), cached(*edits)
+    run_pass(SplitTp(tp=2), split)
+    assert not split.by_op("EmbeddingShard", "Vastai")
+    assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
+
+
 def test_a_layer_has_two_all_reduces_and_the_vocabulary_two_collectives() -> None:
     graph = cached()
     record = run_pass(SplitTp(tp=2), graph)
@@ -177,6 +188,9 @@ REFUSED = [
     ("another reader of the queries", [("a0 = Attention", "extra = Neg (q) a0 = Attention")], "extra.* reads 'q', of which every rank would hold a part"),
     ("another reader of the gate", [("s = Vastai.SwiGLU", "extra = Tanh (g) s = Vastai.SwiGLU")], "extra.* reads 'g', of which every rank would hold a part"),
     ("scores as an output", [("=> (float[batch,seq,40] logits,", "=> (float[batch,seq,40] logits, q,")], "'q' is an output, and every rank would hold a part of it"),
+    ("another reader of a weight", [("n = RMSNormalization", "extra = ReduceSum (wg) n = RMSNormalization")], "extra.* reads 'wg' too, of which every rank would hold a part"),
+    ("a bias of two roles", [("a = Add (a3, bo)", "z = ReduceMax (bq) a = Add (a3, bo)")], "z.* reads 'bq' too, of which every rank would hold a part"),
+    ("a weight as an output", [("=> (float[batch,seq,40] logits,", "=> (float[batch,seq,40] logits, wg,")], "'wg' is an output, and every rank would hold a part of it"),
     ("a computed number of heads", [("q2 = Reshape (q1, to_heads)", "rows = Shape <end = 2> (q1) six = Constant <value_ints = [6, 8]> () target = Concat <axis = 0> (rows, six) q2 = Reshape (q1, target)")],
      "q2.* does not say how many heads it makes\n  run simplify before split-tp"),
     ("a weight of two roles", [("gt = Transpose <perm = [1, 0]> (wg)", "gt = Transpose <perm = [1, 0]> (wq2)"), ("dt = Transpose <perm = [1, 0]> (wd)", "dt = Transpose <perm = [1, 0]> (wq2)"),
