@@ -12,8 +12,9 @@ from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.infer import InferenceError
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.schema import schema_problem
 from vacc_opt.ir.tensor import Casted
-from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
+from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, Casts
 from vacc_opt.passes.infra.registry import register
 
@@ -84,6 +85,10 @@ class CastFloat(Pass):
                 rw.infer_again()
             except InferenceError as error:
                 raise CheckError(f"an operator refuses {self.to}: {error.message}") from error
+            for node in graph.nodes():
+                problem = schema_problem(node, len(node.outputs), graph.opset)
+                if problem is not None:
+                    raise CheckError(f"an operator refuses {self.to}: {where(node)}: {problem[0]}", problem[1])
         return Outcome(f"{weights} weights and all activations {self.to}")
 
     def adapter(self, before: Graph) -> Adapter:

@@ -110,3 +110,11 @@ def test_what_is_fp16_already_stays_so() -> None:
     graph = from_text("g (int8[1,2,C,4] cache, float[1,2,1,4] new, int64[1] pos) => (y) { x = Vastai.DequantizeKV <to = 10> (cache, s, s) y = Neg (x) }\n" + f'# const "s" = {Literal(np.ones((2, 4), np.float32))}\n')  # fmt: skip
     run_pass(CastFloat(to="bfloat16"), graph)
     assert graph.outputs["y"].type.dtype is DType.FLOAT16
+
+
+def test_an_operator_that_has_no_such_type_at_this_opset_is_named() -> None:
+    graph = from_text('<ir_version: 10, opset_import: ["" : 20]> g (float[8] x) => (y) { y = Sin (x) }')
+    with pytest.raises(
+        CheckError, match="an operator refuses bfloat16: y: the operand 'input' of Sin cannot be bfloat16"
+    ):
+        run_pass(CastFloat(to="bfloat16"), graph)

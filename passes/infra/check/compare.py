@@ -30,6 +30,12 @@ def tolerance_of(graph: Graph) -> float:
     return max((tolerance for dtype, tolerance in TOLERANCES.items() if dtype in found), default=1e-5)
 
 
+def has_half(graph: Graph) -> bool:
+    """True where onnxruntime gives no exact answer: what it has no fp16 kernel for, it computes in fp32, and it rounds
+    in between only where two such nodes are apart."""
+    return any(value.type.dtype in (DType.FLOAT16, DType.BFLOAT16) for value in graph.values.values())
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where two arrays differ most: error, scale and allowed error; ``why`` where it is not a matter of numbers."""

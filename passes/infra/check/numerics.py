@@ -13,7 +13,16 @@ from vacc_opt.ir.rewriter import Application, Rewriter
 from vacc_opt.passes.infra.base import Kind, Pass
 from vacc_opt.passes.infra.check.adapters import Adapter, Pair
 from vacc_opt.passes.infra.check.calls import Call, Results, seeded_call
-from vacc_opt.passes.infra.check.compare import NOISE, Comparison, Difference, compare, loss, noise_of, tolerance_of
+from vacc_opt.passes.infra.check.compare import (
+    NOISE,
+    Comparison,
+    Difference,
+    compare,
+    has_half,
+    loss,
+    noise_of,
+    tolerance_of,
+)
 from vacc_opt.passes.infra.check.layerwise import LAYER_BYTES, REAL_BYTES, Layerwise, missing_file, weight_bytes
 from vacc_opt.passes.infra.check.locate import (
     Capture,
@@ -287,7 +296,7 @@ class _Case:
 
     @property
     def tolerance(self) -> float | None:
-        if self.kind is Kind.EXACT:
+        if self.kind is Kind.EXACT and not has_half(self.graph):
             return None
         return self.check.tolerance if self.check.tolerance is not None else tolerance_of(self.graph)
 
