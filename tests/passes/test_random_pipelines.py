@@ -21,7 +21,7 @@ from vacc_opt.passes.infra.registry import all_passes
 from vacc_opt.tests.passes.pipelines import Tally, examine, kv_scales, pipelines, run
 from vacc_opt.tests.passes.soups import soups
 
-CASES, CHUNKS = 70, 20  # `make test` runs one chunk, `make test-full` all
+CASES, CHUNKS = 70, 22  # `make test` runs one chunk, `make test-full` all, a pass or more for each
 
 
 @pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, CHUNKS))])
@@ -29,17 +29,22 @@ def test_every_pass_keeps_its_promises_on_mixtures_of_operators(
     chunk: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     scales, tally = kv_scales(tmp_path_factory.getbasetemp()), Tally()
+    name = sorted(all_passes())[chunk % len(all_passes())]
 
     @seed(chunk)
     @settings(max_examples=CASES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def case(data: st.DataObject) -> None:
         graph: Graph = data.draw(soups())
-        examine(graph, data.draw(pipelines(scales(graph), model=False)), tally)
+        examine(graph, data.draw(pipelines(scales(graph), model=False, holding=name)), tally)
 
     case()
-    assert not set(all_passes()) - set(tally.runs) - set(tally.refused), "a pass took no part"
+    assert tally.runs[name] + tally.refused[name] > CASES / 2  # in a group, another pass may refuse before it
     assert sum(tally.compared.values()) > CASES / 2
+
+
+def test_every_pass_has_a_chunk() -> None:
+    assert len(all_passes()) <= CHUNKS
 
 
 # the examination itself: each of these passes breaks one promise, and must be caught
