@@ -42,7 +42,9 @@ def _hashable(value: Attribute) -> tuple[object, ...]:
         data = tuple(value.reshape(-1)) if value.dtype == object else value.tobytes()  # strings lie behind pointers
         return "array", value.dtype.name, value.shape, data
     if isinstance(value, tuple):
-        return "tuple", *((type(v).__name__, v) for v in value)
+        return "tuple", *(_hashable(v) for v in value)
+    if isinstance(value, float):
+        return "float", value.hex()  # 0.0 and -0.0 are equal, but not the same attribute
     return type(value).__name__, value
 
 

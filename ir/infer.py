@@ -200,12 +200,23 @@ def _infer(ctx: Context, outputs: int) -> list[Result]:
             raise ctx.error(f"operands ({types}) do not fit") from error
         results = [found] if isinstance(found, Result) else list(found)
         if len(results) >= outputs:
-            return results[:outputs]
+            return [_representable(result) for result in results[:outputs]]
     if "::" in op:
         raise InferenceError(f"{label}: no type rule for {op}")
     return _infer_by_onnx(ctx, outputs)
 
 
+def _representable(result: Result) -> Result:
+    """Without elements that the type cannot hold: the computation wraps around, numbers of Python do not."""
+    dtype = result.type.dtype
+    if result.elements is None or dtype not in _LIMITS:
+        return result
+    low, high = _LIMITS[dtype]
+    fits = all(low <= e <= high for e in result.elements if isinstance(e, int))
+    return result if fits else Result(result.type)
+
+
+_LIMITS = {DType.INT32: (-(1 << 31), (1 << 31) - 1), DType.INT64: (-(1 << 63), (1 << 63) - 1)}
 _REFUSED = (
     onnx.shape_inference.InferenceError,
     onnx.checker.ValidationError,

@@ -350,7 +350,7 @@ class Rewriter:
     def _check_types(self, old: Value, new: Value) -> None:
         if old.type == new.type:
             return
-        if old.type.dtype is not new.type.dtype or not _fits(old.type.shape, new.type.shape):
+        if old.type.dtype is not new.type.dtype or not fits(old.type.shape, new.type.shape):
             raise RewriteError(f"{self.by}: {old.name} has type {old.type}, its replacement {new.name} has {new.type}")
         if _more_known(old.type.shape, new.type.shape):
             self.set_type(new, old.type)
@@ -564,7 +564,8 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _fits(old: Shape | None, new: Shape | None) -> bool:
+def fits(old: Shape | None, new: Shape | None) -> bool:
+    """True when a value of shape ``new`` can stand for one of shape ``old``."""
     if old is None or new is None:
         return True
     if len(old) != len(new):

@@ -32,7 +32,8 @@ class FuseGqa(PatternPass):
 
     Operands may be in any layout: ``[seq, batch, heads, D]``, batch and heads joined for batched products, or already
     ``[batch, heads, seq, D]``. KV heads that the model repeats are read once: query head h uses KV head h // group. A
-    cache that is joined in the model's own layout is joined in that of the interface.
+    cache that is joined in the model's own layout is joined in that of the interface. Where scores are filled with a
+    large negative number, a row whose keys are all hidden (a pad, which nothing reads) gets other garbage than before.
     Source: Ainslie et al. 2023, "GQA"; ONNX Attention-23.
 
     Before:
@@ -94,7 +95,7 @@ class FuseGqa(PatternPass):
         sdpa: Node | None = m.get("sdpa")
         given: dict[str, object] = {"scale": total_scale(m), "is_causal": 0}
         if sdpa is not None:
-            given = {"scale": sdpa.attributes.get("scale"), "is_causal": sdpa.attributes.get("is_causal", 0)}
+            given = {"is_causal": 0, **sdpa.attributes}
         return rw.op.Attention(q, k, v, added_mask(m, rw), **given)
 
     def done(self, node: Node) -> bool:

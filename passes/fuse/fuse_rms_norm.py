@@ -56,6 +56,9 @@ class FuseRmsNorm(PatternPass):
 
     def check(self, m: Match) -> Iterator[Reason]:
         """Decline what is no epsilon, and weights that are not a vector over the normalized axis."""
+        if not m.x.shape:
+            yield m.reason("x is {x}, a last axis is expected", x=m.x.type)
+            return
         if m.number("eps") > self.max_eps:
             yield m.reason("epsilon {eps:g} is above {most:g}", eps=m.number("eps"), most=self.max_eps)
         if m.weight.rank != 1 or m.weight.shape[0] != m.x.shape[-1]:

@@ -63,20 +63,20 @@ class WidenRotary(PatternPass):
             yield m.reason("{a} and {b} are not the first and the last channels", a=m.first.output, b=m.rest.output)
         if m.root.output.type != m.x.type:
             yield m.reason("{y} is not {x} again", y=m.root.output.type, x=m.x.type)
-        if m.get("back") is not None and any(m.back.attributes["perm"][p] != i for i, p in enumerate(_into(m))):
+        if m.get("back") is not None and any(_perm(m.back)[p] != i for i, p in enumerate(_perm(m.into))):
             yield m.reason("{y} is not in the layout of {x}", y=m.back.output, x=m.x)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """The same node over all channels."""
         rotated = m.first.output.shape[-1]
-        x = arranged(rw, m.x, _into(m)) if m.get("back") is not None else m.x
+        x = arranged(rw, m.x, _perm(m.into)) if m.get("back") is not None else m.x
         attributes = {**m.rotary.attributes, "rotary_embedding_dim": rotated}
         wide = rw.op.RotaryEmbedding(x, m.cos, m.sin, m.positions, **attributes)
-        return wide if m.get("back") is None else rw.op.Transpose(wide, perm=m.back.attributes["perm"])
+        return wide if m.get("back") is None else rw.op.Transpose(wide, perm=_perm(m.back))
 
 
-def _into(m: Match) -> tuple[int, ...]:
-    perm: tuple[int, ...] = m.into.attributes["perm"]
+def _perm(node: Node) -> tuple[int, ...]:
+    perm: tuple[int, ...] = node.attributes.get("perm") or tuple(reversed(range(node.output.rank or 0)))
     return perm
 
 

@@ -14,7 +14,8 @@ from heapq import heappop, heappush
 from operator import attrgetter
 
 from vacc_opt.ir import Graph, Node, Value
-from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.rewriter import RewriteError, Rewriter
+from vacc_opt.passes.infra.base import where
 from vacc_opt.passes.infra.guard import Guard
 
 ANY = "*"  # as a root: every operator
@@ -42,10 +43,13 @@ def replacement(name: str, roots: Iterable[str], make: Make, priority: int = 0) 
     def visit(node: Node, rw: Rewriter) -> bool:
         if len(node.outputs) != 1:
             return False
+        before = rw.modified
         with rw.applying([node], name):
             new = make(node, rw)
             if new is not None:
                 rw.replace(node.output, new)
+            elif rw.modified != before:
+                raise RewriteError(f"{rw.by}: the rule {name!r} changed the graph and then declined {where(node)}")
         return new is not None
 
     return Rule(name, frozenset(roots), visit, priority)
@@ -65,6 +69,7 @@ def run_rules(graph: Graph, rw: Rewriter, rules: Sequence[Rule], *, fold: Fold |
 
     Raises:
         CheckError: the rules never settle; the message names those that undo each other, and the place.
+        RewriteError: a rule changed the graph and said that it did not.
     """
     return _Driver(graph, rw, rules, fold).run()
 
@@ -116,9 +121,12 @@ class _Driver:
 
     def _visit(self, node: Node) -> None:
         graph, rw = self._graph, self._rw
-        version, erased = graph.version, rw.erased
+        version, erased, modified = graph.version, rw.erased, rw.modified
         for rule in self._index.get(node.op, self._any):
-            if rule.visit(node, rw) and graph.version != version:
+            applied = rule.visit(node, rw)
+            if not applied and rw.modified != modified:
+                raise RewriteError(f"{rw.by}: the rule {rule.name!r} changed the graph and said that it did not")
+            if applied and graph.version != version:
                 self._counts[rule.name] += 1
                 if rw.made or rw.erased == erased:
                     self._guard.applied(rule.name, node)

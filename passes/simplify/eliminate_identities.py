@@ -63,6 +63,21 @@ def _unchanged(node: Node, rw: Rewriter) -> Value | None:
     return x if x.type == node.output.type and x.type.shape is not None else None
 
 
+def _expand(node: Node, rw: Rewriter) -> Value | None:
+    x, target = node.inputs
+    assert x is not None
+    assert target is not None
+    # the types agree already where two names are broadcast: only entries that are x's own, or 1, expand nothing
+    return _unchanged(node, rw) if _expands_nothing(x.shape, elements_of(target)) else None
+
+
+def _expands_nothing(shape: tuple[Dim, ...] | None, by: tuple[Dim, ...] | None) -> bool:
+    """True when a tensor of ``shape`` stays what it is if it is broadcast with one of shape ``by``."""
+    if shape is None or by is None or len(by) > len(shape):
+        return False
+    return all(b == 1 or a == b for a, b in zip(reversed(shape), reversed(by), strict=False))
+
+
 def _slice(node: Node, rw: Rewriter) -> Value | None:
     x, starts, stops = node.inputs[:3]
     assert x is not None
@@ -109,7 +124,10 @@ def _neutral(number: float) -> Make:
         sides = ((0, 1), (1, 0)) if node.op in ("Add", "Mul") else ((0, 1),)
         for keep, other in sides:
             value = node.inputs[keep]
-            if value is not None and scalar(node.inputs[other]) == number and value.type == node.output.type:
+            constant = node.inputs[other]
+            if value is None or constant is None or scalar(constant) != number or value.type != node.output.type:
+                continue
+            if _expands_nothing(value.shape, constant.shape):
                 return value
         return None
 
@@ -145,8 +163,16 @@ def constant_target(shape: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> list[int
             entries.append(0)
         else:
             entries.append(-1)
-    # a literal 0 would now mean "same"
-    return None if entries.count(-1) > 1 or any(w == 0 for w in wanted) else entries
+    # a literal 0 would now mean "same"; and nothing can be inferred beside a kept size that may be 0
+    if entries.count(-1) > 1 or any(w == 0 for w in wanted):
+        return None
+    empty = any(entry == 0 and _may_be_empty(shape[axis]) for axis, entry in enumerate(entries))
+    return None if empty and -1 in entries else entries
+
+
+def _may_be_empty(dim: Dim) -> bool:
+    """True for the length of a past, which is 0 in the first call; every other named size is at least 1."""
+    return not isinstance(dim, int) and dim.bind({"past": 0}) == 0
 
 
 def _cast_like(node: Node, rw: Rewriter) -> Value | None:
@@ -165,8 +191,11 @@ def _concat(node: Node, rw: Rewriter) -> Value | None:
 def _and(node: Node, rw: Rewriter) -> Value | None:
     for keep, other in ((0, 1), (1, 0)):
         value = node.inputs[keep]
-        if value is not None and value.type.dtype is DType.BOOL and _all_true(node.inputs[other]):
-            return value if value.type == node.output.type else None
+        ones = node.inputs[other]
+        if value is None or ones is None or value.type.dtype is not DType.BOOL or not _all_true(ones):
+            continue
+        if value.type == node.output.type and _expands_nothing(value.shape, ones.shape):
+            return value
     return None
 
 
@@ -179,7 +208,8 @@ def _all_true(value: Value | None) -> bool:
 
 RULES: tuple[tuple[str, str, Make], ...] = (
     ("drop-identity", "Identity", _identity),
-    ("drop-cast", "Cast Expand", _unchanged),
+    ("drop-cast", "Cast", _unchanged),
+    ("drop-expand", "Expand", _expand),
     ("cast-like", "CastLike", _cast_like),
     ("drop-slice", "Slice", _slice),
     ("join-transposes", "Transpose", _transpose),

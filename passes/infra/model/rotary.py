@@ -45,24 +45,24 @@ def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None)
     if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
         return Table(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
     (source,) = sources
-    half = positions // 2
-    # the lower half in another order: neither the order, nor the count, nor the largest position may matter
-    few = np.array([half, half // 2, 0, half // 3], np.int64)
+    # short calls in another order: neither the order, nor the count, nor the largest position may matter
+    tops = [positions // 2, *(top for top in (1023, 63, 3, 1) if top < positions // 2)]
+    few = [np.array([top, top // 2, 0, top // 3], np.int64) for top in tops]
     try:
         run = Executable(extract(graph, nodes, "rotary", keep=[value]))
 
         def evaluated(grids: Ints) -> list[npt.NDArray[Any]]:
             return [run.run({source.name: grid})[0][value.name] for grid in grids]
 
-        probe = _grids(few, source, (2, 3))[:1]
-        (again,) = evaluated(probe)
+        probes = np.concatenate([_grids(one, source, (2, 3))[:1] for one in few])
+        again = evaluated(probes)
         grids = _grids(np.arange(positions, dtype=np.int64), source, (1, positions))
         found = evaluated(grids)
     except VaccError as error:
         return Table(why=f"cannot be evaluated: {error.message}")
-    for axes in _axes(again.shape[:-1], probe.shape[1:], source, x):
+    for axes in _axes(again[0].shape[:-1], probes.shape[1:], source, x):
         rows = np.concatenate([_by_position(part, axes) for part in found])
-        other, wanted = _by_position(again, axes), probe.reshape(-1)
+        other, wanted = np.concatenate([_by_position(part, axes) for part in again]), probes.reshape(-1)
         # the same function of a position up to the rounding of another evaluation, in units of cos and sin
         if (
             len(rows) == grids.size
@@ -129,7 +129,8 @@ def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
     if stack is None and m.root.output.shape != x.shape:
         yield m.reason("the result is {y}, x is {x}: x is broadcast", y=m.root.output.type, x=x.type)
     if low is not None:
-        if low.output.shape[-1] != depth // 2 or attribute(high, "starts") != (depth // 2,):
+        sizes = low.output.shape[-1], high.output.shape[-1]
+        if sizes != (depth // 2, depth - depth // 2) or attribute(high, "starts") != (depth // 2,):
             yield m.reason("the slices do not halve the last axis of {x}", x=x)
         if any(len(n.inputs) > 4 and attribute(n, "steps") != (1,) for n in (low, high)):
             yield m.reason("the slices skip channels of {x}", x=x)

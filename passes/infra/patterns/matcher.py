@@ -74,6 +74,7 @@ class Matcher:
         self._bound: dict[Op, Node] = {}
         self._trail: list[tuple[dict[Any, Any], Any, Any]] = []
         self._nodes: list[Node] = []
+        self._hopeless = False
         self._products: list[tuple[str, Dim, Value, Node]] = []
         self.steps: int = 0
 
@@ -108,6 +109,8 @@ class Matcher:
         self._reset()
         value = _root_value(self.pattern, root)
         self._values[0] = value
+        # what cannot match is followed one way only, for the reason: backtracking would try all ways in vain
+        self._hopeless = not self._scores.of(self.pattern, value)[0]
         if not self._solve((self.pattern, value, root, self._behind(root))):
             return None
         nodes = list(dict.fromkeys(self._nodes))
@@ -136,7 +139,7 @@ class Matcher:
             ways = self._ways(pattern, value, user, rest)
             if not ways:
                 return False
-            for goals in ways[:-1]:
+            for goals in () if self._hopeless else ways[:-1]:
                 mark = self._mark()
                 if self._solve(goals):
                     return True

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import UserError, did_you_mean
+from vacc_opt.ir.infer import RULES_OPSET
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.analysis import Analysis
 from vacc_opt.passes.infra.base import Outcome, Pass, Remark, RuleStats, option, where
@@ -222,6 +223,9 @@ class Matching:
         return root.op in self.item.anchors and self.item.done(root)
 
     def _reasons(self, match: Match) -> Iterator[Reason]:
+        if self.graph.opset < RULES_OPSET:
+            yield match.reason("the graph is of opset {opset}, too old to be rewritten", opset=self.graph.opset)
+            return
         yield from self.item.check(match)
         if len(match.values) > 1:
             between = self._computed_from_a_root(match)
