@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from heapq import heappop, heappush
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -208,6 +208,7 @@ class Graph:
         self._by_op: dict[tuple[str, str], dict[Node, None]] = {}
         self._output_names: dict[Value, dict[str, None]] = {}
         self._order: list[Node] | None = None
+        self._dense = False  # some places have no gap behind them
         self._counter = 0
         self._clock = 0
         self._restored = _Restored()
@@ -378,6 +379,18 @@ class Graph:
                 if used.producer is not None and used.producer.place > place:
                     place = used.producer.place
         node.place = place + gap
+        self._dense |= gap != GAP
+
+    def _spread(self) -> None:
+        """Put gaps between the places again, where nodes made by rewrites stand close: else each would push the next.
+
+        Only between journals: places that a journal holds would not be those of this numbering.
+        """
+        if not self._dense:
+            return
+        self._dense = False
+        for index, node in enumerate(sorted(self._node, key=attrgetter("place", "serial")), 1):
+            node.place = index * GAP
 
     def _remove_node(self, node: Node) -> tuple[int, ...]:
         """Take a node out, and give the numbers of its uses, for :meth:`_restore_node`."""

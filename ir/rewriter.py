@@ -100,6 +100,7 @@ class Rewriter:
         self.timed = False  # asks passes to measure each of their rules
         self.op: OpBuilder = OpBuilder(self)
         self.vastai: OpBuilder = OpBuilder(self, ops.DOMAIN)
+        graph._spread()
         self._journal: list[Undo] = []
         self._names = graph._counter
         self._sources: Sequence[Node] = ()
@@ -107,7 +108,9 @@ class Rewriter:
         self._changed: dict[Node, bool] = {}  # True: made or rewired
         self._unchecked: dict[Node, None] = {}  # nodes whose operands or attributes may not fit any more
         self._stems: dict[Node, str] = {}  # of the nodes made, the name of what they stand for
-        self._begun: tuple[int, int, int] | None = None  # sizes of the journal and _changed, and the counter of names
+        self._earlier: dict[Node, bool] = {}  # changed before the present application
+        self._gone: list[Node] = []  # erased by it
+        self._begun: tuple[int, int, int] | None = None  # size of the journal, nodes erased, and the counter of names
 
     @property
     def modified(self) -> int:
@@ -137,7 +140,8 @@ class Rewriter:
         root = sources[0] if sources else None
         name, provenance = (root.outputs[0].name, root.provenance) if root is not None else ("", _NOWHERE)
         self.applications.append(Application(index + 1, rule or self.by, name, provenance))
-        self._begun = len(self._journal), len(self._changed), self.graph._counter
+        self._begun = len(self._journal), self.erased, self.graph._counter
+        self._earlier, self._changed, self._gone = self._changed, {}, []
         self._sources, self._provenance, self.made = sources, None, []
         self._unchecked.clear()
 
@@ -150,13 +154,21 @@ class Rewriter:
                 raise RewriteError(f"{self.by}: {problem}")
         if len(self._journal) == self._begun[0]:
             self.applications.pop()
-        self._begun, self._sources, self._provenance = None, (), None
+        if self._earlier:
+            for node in self._gone:
+                self._earlier.pop(node, None)
+            for node, rewired in self._changed.items():
+                self._earlier[node] = rewired or self._earlier.get(node, False)
+            self._changed = self._earlier
+        self._begun, self._sources, self._provenance, self._earlier = None, (), None, {}
 
     def _abort(self) -> None:
         assert self._begun is not None
-        journal, changed, self.graph._counter = self._begun
+        journal, self.erased, self.graph._counter = self._begun
         self._undo_to(journal)
-        self._changed = {node: how for node, how in list(self._changed.items())[:changed] if node in self.graph}
+        for node in self.made:
+            self._stems.pop(node, None)
+        self._changed, self._earlier = self._earlier, {}
         self.applications.pop()
         self._begun, self._sources, self._provenance, self.made = None, (), None, []
 
@@ -428,6 +440,7 @@ class Rewriter:
         graph, changed = self.graph, self._changed
         self._journal.append((Graph._restore_node, node, graph._remove_node(node)))
         changed.pop(node, None)
+        self._gone.append(node)
         self.erased += 1
         dead: list[Node] = []
         for value in node.inputs:
@@ -526,6 +539,12 @@ class Rewriter:
         self._log(setattr, "ranks", self.graph.ranks)
         self.graph.ranks = ranks
 
+    def import_domain(self, domain: str, version: int) -> None:
+        """Import the operators of a foreign domain, unless some version of it is imported."""
+        if domain not in self.graph.domains:
+            self._log(_restore_domains, dict(self.graph.domains))
+            self.graph.domains[domain] = version
+
     def raise_opset(self, opset: int) -> None:
         """Import at least this version of the standard operators (23 to 24 only adds types and inputs).
 
@@ -548,6 +567,10 @@ class Rewriter:
 
 
 _NOWHERE = Provenance()
+
+
+def _restore_domains(graph: Graph, domains: dict[str, int]) -> None:
+    graph.domains = domains
 
 
 def _restore_type(graph: Graph, value: Value, type: TensorType, elements: Elements | None) -> None:

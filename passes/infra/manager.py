@@ -19,7 +19,7 @@ from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Step
 from vacc_opt.passes.infra.patterns import why_not
 from vacc_opt.passes.infra.patterns.pattern_pass import PatternPass
-from vacc_opt.passes.infra.pipeline import Item, parse_pipeline
+from vacc_opt.passes.infra.pipeline import Item, check_order, flat, parse_pipeline
 from vacc_opt.passes.infra.scopes import Fixpoint, Functions, Phase
 
 
@@ -60,6 +60,8 @@ def run_pipeline(
         VaccError: a pass declined its task, an expectation is not met, or a pass left an invalid graph.
     """
     items = parse_pipeline(pipeline) if isinstance(pipeline, str) else list(pipeline)
+    if not isinstance(pipeline, str):
+        check_order(items)
     hears = [*instruments, *([_OnPass(on_pass)] if on_pass is not None else [])]
     manager = _Manager(hears, verify_each, check_analyses, until)
     for one in hears:
@@ -87,6 +89,8 @@ class _Manager:
     check_analyses: bool
     until: Until | None
     records: list[PassRecord] = field(default_factory=list)
+    caller: Graph | None = None  # the graph that calls the function whose body is worked on
+    repeating: int = 0  # fixpoint groups around the present pass
 
     def run(self, items: Sequence[Item], graph: Graph, scope: str) -> None:
         for item in items:
@@ -114,7 +118,7 @@ class _Manager:
             self.records.append(record)
             for one in self.hears:
                 one.after(step, graph, record, rw)
-            if not stops:
+            if not stops and not self.repeating:
                 check_expectation(item, record, graph)
         except Exception as error:
             rw.rollback()
@@ -140,6 +144,8 @@ class _Manager:
         ran = time.perf_counter()
         if self.verify_each:
             verify(graph, after=item.name, interface=promised)
+            if self.caller is not None:
+                verify(self.caller, after=f"{step.scope}: {item.name}")
         return PassRecord(
             name=item.name,
             spec=item.spec(),
@@ -156,16 +162,32 @@ class _Manager:
         )
 
     def _fixpoint(self, item: Fixpoint, graph: Graph, scope: str) -> None:
+        start = len(self.records)
         for _ in range(item.max_rounds):
             first = len(self.records)
-            self.run(item.body, graph, scope)
+            self.repeating += 1
+            try:
+                self.run(item.body, graph, scope)
+            finally:
+                self.repeating -= 1
             changing = [r.name for r in self.records[first:] if r.changes]
             if not changing:
+                if not self.repeating:
+                    self._check_rounds(item, start, graph)
                 return
         raise CheckError(
             f"{item.spec()} has not settled after {item.max_rounds} rounds",
             f"still changing the graph: {', '.join(dict.fromkeys(changing))}",
         )
+
+    def _check_rounds(self, item: Fixpoint, start: int, graph: Graph) -> None:
+        """Hold expectations inside a group to the sum of its rounds."""
+        for one in flat(item.body):
+            records = [r for r in self.records[start:] if r.spec == one.spec()]
+            if isinstance(one, Pass) and records:
+                total = sum(r.fused or 0 for r in records)
+                last = dataclasses.replace(records[-1], fused=total, candidates=max(total, records[-1].candidates or 0))
+                check_expectation(one, last, graph)
 
     def _functions(self, item: Functions, graph: Graph, scope: str) -> None:
         try:
@@ -176,8 +198,10 @@ class _Manager:
         if not bodies and item.match:
             hint = did_you_mean(item.match, graph.functions) if graph.functions else "the model kept no functions"
             raise UserError(f"no function of the model matches {item.match!r}", hint)
+        outer, self.caller = self.caller, self.caller or graph
         for name, body in bodies.items():
             self.run(item.body, body, f"{scope} {name}".strip())
+        self.caller = outer
 
     def _phase(self, item: Phase, graph: Graph) -> None:
         if item.name not in graph.phases:

@@ -52,6 +52,7 @@ class Named:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, str) and (not value or value == "none" or value.strip() != value or set(value) & set(",}{")):
-        return f'"{value}"'
+    if isinstance(value, str) and (not value or value == "none" or value.strip() != value or set(value) & set(',}{"')):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -17,7 +17,8 @@ Item = Pass | Scope
 
 _NAME = re.compile(r"\s*([\w.+-]+)\s*")
 _KEY = re.compile(r"\s*([\w-]+)\s*=\s*")
-_VALUE = re.compile(r'"([^"]*)"|([^,}]*)')
+_VALUE = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,}]*)')
+_ESCAPED = re.compile(r'\\(["\\])')
 
 
 def parse_pipeline(text: str) -> list[Item]:
@@ -96,7 +97,7 @@ class _Reader:
                 raise self.error(match.start(1), f"{cls.name!r} has no option {match[1]!r}", hint)
             value = _VALUE.match(self.text, match.end())
             assert value is not None
-            raw = value[1] if value[1] is not None else (value[2] or "").strip()
+            raw = _ESCAPED.sub(r"\1", value[1]) if value[1] is not None else (value[2] or "").strip()
             given[key] = self._convert(raw, declared[key], match.end(), cls.name)
             self.at = value.end()
             if self._next("}"):
@@ -145,29 +146,35 @@ def flat(items: Iterable[Item]) -> Iterator[Item]:
             yield from flat(item.body)
 
 
-def check_order(items: Sequence[Item], reader: _Reader) -> None:
-    """Refuse a pass on the wrong side of another, and a pass on a graph that a phase was already taken from."""
-    where = {id(item): at for item, at in reader.places}
+def check_order(items: Sequence[Item], reader: _Reader | None = None) -> None:
+    """Refuse a pass on the wrong side of another, and a pass on a graph that a phase was already taken from.
+
+    Raises:
+        UserError: with a caret under the place when ``reader`` has read the items from text.
+    """
+    where = {id(item): at for item, at in reader.places} if reader is not None else {}
+
+    def wrong(item: Item, message: str, hint: str) -> UserError:
+        return reader.error(where.get(id(item), 0), message, hint) if reader is not None else UserError(message, hint)
+
     seen: dict[str, Pass] = {}
     for item in flat(items):
         if not isinstance(item, Pass):
             continue
-        at = where.get(id(item), 0)
         for other in item.runs_before:
             if other in seen:
-                raise reader.error(at, f"{item.name!r} must come before {other!r}", f"move it before {other}")
+                raise wrong(item, f"{item.name!r} must come before {other!r}", f"move it before {other}")
         for earlier in seen.values():
             if item.name in earlier.runs_after:
-                raise reader.error(at, f"{earlier.name!r} must come after {item.name!r}", f"move {earlier.name} behind")
+                raise wrong(item, f"{earlier.name!r} must come after {item.name!r}", f"move {earlier.name} behind")
         seen[item.name] = item
     phase: Phase | None = None
     for item in items:
         if isinstance(item, Phase):
             phase = phase or item
         elif phase is not None:
-            at = where.get(id(item), 0)
             hint = f"put it before {phase.name}(...), or inside"
-            raise reader.error(at, f"{item.name!r} runs on a graph that {phase.name!r} was already taken from", hint)
+            raise wrong(item, f"{item.name!r} runs on a graph that {phase.name!r} was already taken from", hint)
 
 
 def dump_pipeline(items: Sequence[Item]) -> str:

@@ -115,7 +115,7 @@ def _inline(call: Node, body: Graph, rw: Rewriter) -> None:
             )
         made.update(zip(node.outputs, twin.outputs, strict=True))
     for domain, version in body.domains.items():
-        rw.graph.domains.setdefault(domain, version)
+        rw.import_domain(domain, version)
     for old, inner in zip(call.outputs, body.outputs.values(), strict=True):
         new = made[inner]
         assert new is not None

@@ -305,3 +305,18 @@ def test_names_of_one_output_value_keep_the_order_of_the_interface() -> None:
     with failing(rw):
         rw.replace(graph.values["z"], rw.op.Exp(graph.values["x"]))
     assert state(graph) == before
+
+
+def test_a_failed_application_forgets_only_its_own_changes() -> None:
+    graph = from_text("g (float[2] x) => (float[2] y) { a = Neg (x) b = Abs (a) y = Exp (b) }")
+    rw = Rewriter(graph, by="p")
+    abs_node = graph.values["b"].producer
+    assert abs_node is not None
+    with rw.applying([abs_node]):
+        rw.set_input(abs_node, 0, graph.inputs[0])
+    erased = rw.erased
+    with pytest.raises(ZeroDivisionError), rw.applying([abs_node]):  # noqa: PT012
+        rw.replace(graph.values["b"], rw.op.Tanh(graph.inputs[0]))
+        raise ZeroDivisionError
+    assert rw.erased == erased
+    assert abs_node in rw.take_changed()

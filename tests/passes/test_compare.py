@@ -111,3 +111,24 @@ def test_the_elements_of_a_sequence_are_compared_one_by_one() -> None:
     one, two = np.ones(2, np.float32), np.zeros(2, np.float32)
     assert compare([Pair("s", [one, two], [one, two])], None).compared == 2  # type: ignore[arg-type]
     assert str(compare([Pair("s", [one, two], [one])], None).wrong) == "s[0] is no output any more"  # type: ignore[arg-type]
+
+
+def test_integers_are_compared_as_integers() -> None:
+    large = of([2**60], [2**60 + 1], None, np.int64)
+    assert large.wrong is not None
+    assert large.wrong.error == 1
+    assert of([2**60], [2**60], None, np.int64).wrong is None
+
+
+def test_codes_that_flip_too_often_are_no_rounding() -> None:
+    codes = np.arange(100).astype(np.int8)
+    few, many = codes.copy(), codes + 1
+    few[:3] += 1
+    assert compare([Pair("k", codes, few)], 1e-5).wrong is None
+    wrong = compare([Pair("k", codes, many)], 1e-5).wrong
+    assert wrong is not None
+    assert "too many int8 codes are a step apart: 100 of 100" in str(wrong)
+
+
+def test_nothing_to_compare_is_told() -> None:
+    assert compare([], None).compared == 0

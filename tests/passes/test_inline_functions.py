@@ -7,6 +7,7 @@ import numpy as np
 from vacc_opt.ir import Provenance
 from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.provenance import Origin
+from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites, run_pass
 from vacc_opt.passes.legalize.inline_functions import InlineFunctions
@@ -94,3 +95,13 @@ def test_a_graph_without_functions_stays_as_it_is() -> None:
     before = to_text(graph)
     record = run_pass(InlineFunctions(), graph)
     assert (to_text(graph), record.changes, record.summary) == (before, 0, "inlined 0 calls")
+
+
+def test_taking_it_back_takes_the_imported_domains_back() -> None:
+    graph = from_text(CALLS)
+    before, domains = to_text(graph), dict(graph.domains)
+    rw = Rewriter(graph, by="inline-functions")
+    InlineFunctions().run(graph, rw)
+    rw.rollback()
+    assert to_text(graph) == before
+    assert graph.domains == domains

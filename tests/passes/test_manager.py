@@ -6,18 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import onnx
 import pytest
 
+from vacc_opt.frontends.onnx_file import import_model
 from vacc_opt.ir import CheckError, DType, Graph, TensorType, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph
 from vacc_opt.passes.infra.analysis import Analysis
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option
+from vacc_opt.passes.infra.driver import replacement, run_rules
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Step
 from vacc_opt.passes.infra.manager import Until, run_pipeline
 from vacc_opt.passes.infra.pipeline import Item
 from vacc_opt.passes.infra.scopes import Fixpoint
+from vacc_opt.passes.quantize.w8a16 import W8A16
+from vacc_opt.passes.shard.split_tp import SplitTp
 from vacc_opt.passes.simplify.simplify import Simplify
 
 
@@ -306,3 +311,50 @@ def test_the_debug_mode_computes_preserved_analyses_again_and_compares() -> None
         run_pipeline(graph, [Lying()], check_analyses=True)
     assert error.value.message == "lying: preserves the analysis 'operators' by its declaration, but changed it"
     assert error.value.hint == "remove 'operators' from `preserves` of lying"
+
+
+def test_expectations_inside_a_fixpoint_hold_for_all_rounds_together() -> None:
+    text = "g (float[8] x) => (float[8] y) { s = Sigmoid (x) m = Mul (x, s) y = Mul (m, x) }"
+    run_pipeline(from_text(text), "fixpoint(fuse-swiglu{expect=1},simplify)")
+    with pytest.raises(CheckError, match="fuse-swiglu: 1 rewritten, 2 expected"):
+        run_pipeline(from_text(text), "fixpoint(fuse-swiglu{expect=2},simplify)")
+
+
+def test_the_order_of_passes_is_checked_without_text_too() -> None:
+    with pytest.raises(UserError, match="'w8a16' must come before 'split-tp'"):
+        run_pipeline(small(), [SplitTp(), W8A16()])
+
+
+CALLING = """
+<ir_version: 10, opset_import: ["" : 24, "o" : 1]>
+g (float[B,8] x) => (float[B,8] y) { y = o.Twice (x) }
+<domain: "o", opset_import: ["" : 24]>
+Twice (a) => (b) { n = Neg (a) b = Neg (n) }
+"""
+
+
+def test_a_body_that_no_longer_fits_its_calls_is_refused() -> None:
+    graph = import_model(onnx.parser.parse_model(CALLING), keep_functions=True)
+    before = to_text(graph)
+    with pytest.raises(CheckError):
+        run_pipeline(graph, "function(cast-float)")
+    assert to_text(graph) == before
+    run_pipeline(graph, "function(simplify)")
+
+
+# places
+
+
+def test_two_passes_that_each_double_a_chain_are_linear() -> None:
+    def pushed(size: int) -> int:
+        chain = "".join(f"v{i + 1} = Neg (v{i}) " for i in range(size))
+        graph = from_text(f"g (float[2] v0) => (float[2] v{size}) {{ {chain} }}")
+        most = 0
+        for op_type, twice in (("Neg", "Abs"), ("Abs", "Relu")):
+            rw = Rewriter(graph, by="double")
+            make = lambda node, rw, twice=twice: getattr(rw.op, twice)(getattr(rw.op, twice)(node.inputs[0]))  # noqa: E731
+            run_rules(graph, rw, [replacement("double", [op_type], make)])
+            most = max(most, sum(len(entry[1]) for entry in rw._journal if entry[0] is Graph._restore_places))
+        return most
+
+    assert pushed(800) <= 5 * pushed(200) + 100

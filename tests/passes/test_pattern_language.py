@@ -229,3 +229,35 @@ def test_a_search_without_end_gives_up_and_says_so() -> None:
     assert matcher.match(root) is None
     assert MAX_STEPS < matcher.steps < MAX_STEPS + 100
     assert str(matcher.miss) == f"gave up after {MAX_STEPS} steps: too many ways to match are left"
+
+
+def test_commutative_operands_beside_one_that_fails_cost_their_number() -> None:
+    def tried(count: int) -> tuple[int, str]:
+        products = [Var(f"v{2 * i}") * Var(f"v{2 * i + 1}") for i in range(count)]
+        lines = [f"m{i} = Mul (a, b)" for i in range(count)]
+        parts = ", ".join(f"m{i}" for i in range(count))
+        g = graph(f"{' '.join(lines)} n = Neg (a) r = Concat <axis = 0> ({parts}, n)")
+        matcher = Matcher(op.Concat(*products, op.Exp(z)), g)
+        (root,) = matcher.candidates()
+        assert matcher.match(root) is None
+        return matcher.steps, str(matcher.miss)
+
+    four, eight, fourteen = tried(4), tried(8), tried(14)
+    assert eight[0] <= 2 * four[0]
+    assert fourteen[1] == "found Neg n, expected Exp"
+
+
+def test_alternatives_at_the_root_may_be_of_other_outputs() -> None:
+    pattern = op.Split(x, ...).out(1) | op.Exp(x)
+    g = graph("h, k = Split <axis = 1, num_outputs = 2> (a) e = Exp (k) r = Neg (e)")
+    assert [m.values[0].name for m in find(pattern, g)] == ["e", "k"]
+
+
+def test_a_name_is_one_node_and_one_rest_everywhere() -> None:
+    pattern = op.Add(op.Neg(ANY).named("n"), op.Exp(op.Neg(ANY).named("n")))
+    assert len(list(find(pattern, graph("n = Neg (a) e = Exp (n) r = Add (n, e)")))) == 1
+    assert not list(find(pattern, graph("n = Neg (a) m = Neg (b) e = Exp (m) r = Add (n, e)")))
+    rests = op.Add(op.Concat(x, Rest("rest"), axis=0), op.Concat(y, Rest("rest"), axis=0))
+    body = "c = Concat <axis = 0> (a, b) d = Concat <axis = 0> (b, {}) r = Add (c, d)"
+    assert len(list(find(rests, graph(body.format("b"))))) == 1
+    assert not list(find(rests, graph(body.format("a"))))

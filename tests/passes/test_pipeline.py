@@ -116,3 +116,9 @@ def test_an_order_is_checked_inside_scopes_and_presets_too() -> None:
     with pytest.raises(UserError, match="column 26: 'split-packed-linear' must come before 'split-tp'") as error:
         parse_pipeline("fixpoint(split-tp{tp=2}),vacc-default")
     assert error.value.hint is not None
+
+
+@given(st.text('ab,{}"\\\\ =', max_size=8))
+def test_any_text_is_an_option(text: str) -> None:
+    items = [Functions(match=text, body=(W8A16(include=text),))]
+    assert parse_pipeline(dump_pipeline(items)) == items

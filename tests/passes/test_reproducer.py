@@ -141,10 +141,10 @@ def test_it_replays_without_the_weights_and_the_files_that_it_was_made_with(tmp_
 
 
 def test_files_that_options_name_are_carried_along(tmp_path: Path) -> None:
-    graph, pipeline = quantized(tmp_path / "there")
+    graph, pipeline = quantized(tmp_path / "over there")
     writer = WriteReproducer(tmp_path / "r.vacc", always=True)
     run_pipeline(graph, pipeline.replace(",wrong-codes{weight=wu}", ""), instruments=[writer])
-    (tmp_path / "there" / "kv.safetensors").unlink()
+    (tmp_path / "over there" / "kv.safetensors").unlink()
     again = Reproducer.read(tmp_path / "r.vacc")
     assert again.replay() is None
     assert "Vastai::QuantizeKV" in again.graph.op_counts()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 
 from vacc_opt._version import __version__
 from vacc_opt.ir import Graph, Source
@@ -81,7 +82,8 @@ class Reproducer:
         lines += [("verify-each", str(self.verify_each).lower()), ("versions", self.versions or versions())]
         lines += [("note", note) for note in self.notes]
         head = [f"# reproducer {key} = {value}" for key, value in lines]
-        head += [f"# reproducer file {n} = {base64.b64encode(data).decode()}" for n, data in sorted(self.files.items())]
+        files = [(quote(name), base64.b64encode(data).decode()) for name, data in sorted(self.files.items())]
+        head += [f"# reproducer file {name} = {data}" for name, data in files]
         return "\n".join(["# Replay: vacc-opt opt --run-reproducer THIS_FILE", *head, to_text(self.graph)])
 
     @staticmethod
@@ -111,7 +113,7 @@ class Reproducer:
             keys.get("verify-each", "true") == "true",
             keys.get("failure", ""),
             json.loads(keys.get("error", '""')),
-            {name: base64.b64decode(rest) for key, name, rest in found if key == "file"},
+            {unquote(name): base64.b64decode(rest) for key, name, rest in found if key == "file"},
             tuple([rest for key, _, rest in found if key == "note"] + notes),
             keys.get("versions", ""),
         )
@@ -120,9 +122,11 @@ class Reproducer:
         """Run it again; gives what was raised. The graph is that of the failing pass, or of the end, afterwards."""
         with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
             items = parse_pipeline(self.pipeline)
-            for name, data in self.files.items():
-                (Path(scratch) / Path(name).name).write_bytes(data)
-            items = [_relocated(item, self.files, Path(scratch)) for item in items]
+            # numbered: two files of other directories may have one name
+            places = {n: Path(scratch) / f"{i}-{Path(n).name}" for i, n in enumerate(sorted(self.files))}
+            for name, place in places.items():
+                place.write_bytes(self.files[name])
+            items = [_relocated(item, places) for item in items]
             checks = [self.numerics.instrument()] if self.numerics is not None else []
             try:
                 run_pipeline(self.graph, items, verify_each=self.verify_each, instruments=[*checks, *instruments])
@@ -198,15 +202,15 @@ def _carried(items: Sequence[Item]) -> tuple[dict[str, bytes], list[str]]:
     return files, notes
 
 
-def _relocated(item: Item, files: Mapping[str, bytes], directory: Path) -> Item:
-    """The item with its options naming the files in ``directory``."""
+def _relocated(item: Item, places: Mapping[str, Path]) -> Item:
+    """The item with its options naming the files where they lie now."""
     changed = {
-        one.name: str(directory / Path(value).name)
+        one.name: str(places[value])
         for one in item.options()
-        if isinstance(value := getattr(item, one.name), str) and value in files
+        if isinstance(value := getattr(item, one.name), str) and value in places
     }
     if isinstance(item, Scope):
-        return replace(item, body=tuple(_relocated(one, files, directory) for one in item.body))
+        return replace(item, body=tuple(_relocated(one, places) for one in item.body))
     return replace(item, **changed) if changed else item
 
 

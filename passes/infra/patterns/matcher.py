@@ -64,6 +64,7 @@ class Matcher:
         self._further = [_Further(p, i, climbs(p, self._shared)) for i, p in enumerate(self.patterns[1:], 1)]
         self._scores = Scores(graph)
         self._flat = Flat.of(self.patterns)
+        self._outputs = _root_outputs(self.pattern)
         self._reset()
 
     def _reset(self) -> None:
@@ -106,18 +107,29 @@ class Matcher:
             return Match(
                 self.graph, root, found, [root], {} if memo is None else memo, {}, (root.output,), root.outputs
             )
-        self._reset()
-        value = _root_value(self.pattern, root)
-        self._values[0] = value
-        # what cannot match is followed one way only, for the reason: backtracking would try all ways in vain
-        self._hopeless = not self._scores.of(self.pattern, value)[0]
-        if not self._solve((self.pattern, value, root, self._behind(root))):
+        value = self._seen_as(root)
+        if value is None:
             return None
         nodes = list(dict.fromkeys(self._nodes))
         values = tuple(self._values[index] for index in range(len(self.patterns)))
         memo = {} if memo is None else memo
         targets = values if len(values) > 1 or value is not root.output else root.outputs
         return Match(self.graph, root, dict(self._captures), nodes, memo, dict(self._dims), values, targets)
+
+    def _seen_as(self, root: Node) -> Value | None:
+        """The output of a root at which the pattern matches, with its captures made; None leaves the deepest miss."""
+        deepest: tuple[int, tuple[Any, ...]] = (-1, ())
+        for index in self._outputs:
+            value = root.outputs[index if index < len(root.outputs) else 0]
+            self._reset()
+            self._values[0] = value
+            # what cannot match is followed one way only, for the reason: backtracking would try all ways in vain
+            self._hopeless = not self._scores.of(self.pattern, value)[0]
+            if self._solve((self.pattern, value, root, self._behind(root))):
+                return value
+            deepest = max(deepest, self._deepest, key=lambda miss: miss[0])
+        self._deepest = deepest
+        return None
 
     def _behind(self, root: Node) -> Goals:
         """The goals behind the first root: the further roots, then products of sizes, which need all sizes."""
@@ -233,8 +245,8 @@ class Matcher:
         self._nodes.append(node)
         if pattern.attributes and not self._attributes(pattern, node, value):
             return ()
-        if pattern.capture:
-            self._bind(self._captures, pattern.capture, node)
+        if pattern.capture and not self._capture(pattern.capture, node, node):
+            return ()
         return self._operands(pattern, node, rest)
 
     def _attributes(self, pattern: Op, node: Node, value: Value | None) -> bool:
@@ -257,7 +269,8 @@ class Matcher:
         inputs = operands(node, len(wanted), pattern.attribute_names)
         if wanted and isinstance(wanted[-1], Rest):
             rest_of, wanted = wanted[-1], wanted[:-1]
-            self._bind(self._captures, rest_of.name, tuple(inputs[len(wanted) :]))
+            if not self._capture(rest_of.name, tuple(inputs[len(wanted) :]), node):
+                return ()
         elif len(inputs) > len(wanted) and not pattern.open_ended and any(inputs[len(wanted) :]):
             message = "{} has {} operands, expected {}"
             self._fail(message, node.op, len(inputs), len(wanted), node=node, pattern=pattern, value=node.output)
@@ -351,6 +364,14 @@ class Matcher:
 
     # the trail
 
+    def _capture(self, name: str, found: object, node: Node) -> bool:
+        """Bind a node or operands to a name, which must be the same everywhere."""
+        known = self._captures.get(name, found)
+        if known != found:
+            return self._fail("{} is another one at {}", name, node.output.name, node=node, value=node.output)
+        self._bind(self._captures, name, found)
+        return True
+
     def _bind(self, where: dict[Any, Any], key: Any, value: Any) -> None:
         self._trail.append((where, key, where.get(key, _UNBOUND)))
         where[key] = value
@@ -386,11 +407,13 @@ _HOLDS: tuple[Any, ...] = (_DONE,)
 _UNBOUND: Any = object()
 
 
-def _root_value(pattern: Pattern, root: Node) -> Value:
-    while isinstance(pattern, Where):
-        pattern = pattern.inner
-    index = pattern.index if isinstance(pattern, Output) and pattern.index < len(root.outputs) else 0
-    return root.outputs[index]
+def _root_outputs(pattern: Pattern) -> tuple[int, ...]:
+    """The outputs of its node through which a root can be seen, in the order of the alternatives."""
+    if isinstance(pattern, Where):
+        return _root_outputs(pattern.inner)
+    if isinstance(pattern, Either):
+        return tuple(dict.fromkeys(index for choice in pattern.choices for index in _root_outputs(choice)))
+    return (pattern.index,) if isinstance(pattern, Output) else (0,)
 
 
 def find(pattern: Pattern | Sequence[Pattern], graph: Graph) -> Iterator[Match]:
