@@ -12,7 +12,7 @@ from vacc_opt.benchmarks.chains import ENGINES, rate
 
 LENGTHS = (1_000, 10_000, 100_000)
 RULES = (1, 10, 50, 200)
-GOAL = 100_000  # nodes a second at the longest chain, on an idle core
+GOAL = 100_000  # nodes a second at the longest chain, on an idle core; the one absolute number of this file
 
 
 def best(repeats: dict[int, int], of: Any) -> dict[tuple[str, int], float]:
@@ -38,6 +38,7 @@ def test_the_rate_does_not_fall_with_the_graph(benchmark: Any) -> None:
     print(f"{mine:,.0f} nodes/s at 100,000 nodes; the goal on an idle core is {GOAL:,}")
     benchmark.extra_info["nodes_per_second"] = round(mine)
     benchmark.pedantic(lambda run: run(), setup=lambda: ((ENGINES["vacc-opt"](100_000, 1)[0],), {}), rounds=1)
+    assert mine >= GOAL
     assert mine >= 0.75 * rates["vacc-opt", 1_000]
     for engine in ("xdsl", "onnxscript"):
         assert mine >= rates[engine, 100_000], f"{engine} is faster"

@@ -32,7 +32,7 @@ from vacc_opt.ir.onnx_export import OUTPUT_PREFIX, PROVENANCE_KEY, provenance_fr
 from vacc_opt.ir.provenance import Provenance
 from vacc_opt.ir.subgraph import captured, inner_graphs
 from vacc_opt.ir.tensor import Literal, TensorExpr
-from vacc_opt.ir.types import Dim, OpaqueType, TensorType
+from vacc_opt.ir.types import Dim, OpaqueType, TensorType, is_opaque
 
 NEWEST_OPSET = 24  # of a model without standard operators
 Extras = tuple[Mapping[str, TensorExpr], Mapping[str, Provenance]]  # constants and provenance inside a body
@@ -358,9 +358,5 @@ def refine(inferred: TensorType, declared: TensorType | None) -> TensorType:
         return inferred
     if inferred.shape is None or len(inferred.shape) != len(declared.shape):
         return TensorType(inferred.dtype, declared.shape)
-    dims = tuple(d if _opaque(i) else i for i, d in zip(inferred.shape, declared.shape, strict=True))
+    dims = tuple(d if is_opaque(i) else i for i, d in zip(inferred.shape, declared.shape, strict=True))
     return TensorType(inferred.dtype, dims)
-
-
-def _opaque(dim: Dim) -> bool:
-    return not isinstance(dim, int) and "." in str(dim)

@@ -222,6 +222,11 @@ def divide(dim: Dim, by: Dim) -> Dim | None:
     return dim.divided_by(by)
 
 
+def is_opaque(dim: Dim) -> bool:
+    """True for a dimension that inference could only name after the value that has it."""
+    return not isinstance(dim, int) and "." in str(dim)
+
+
 def bind_shape(shape: Shape | None, sizes: Mapping[str, Dim]) -> Shape | None:
     """The shape with numbers, or other dimensions, in place of the names in ``sizes``."""
     if shape is None:

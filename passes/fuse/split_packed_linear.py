@@ -11,8 +11,8 @@ from vacc_opt.passes.fuse.unfold_gemm import UnfoldGemm
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear
 from vacc_opt.passes.infra.model.packed import Packed, Part, unpack
+from vacc_opt.passes.infra.model.slices import take_columns, take_rows
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.shard.slices import take_columns, take_rows
 
 
 @register

@@ -14,10 +14,10 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, Ranks, continued
 from vacc_opt.passes.infra.model.linear import Linear, as_linear, flipped
+from vacc_opt.passes.infra.model.slices import Rows, columns_per_rank, even_shares, rows_per_rank
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.shard.block import Attention, attention_block, check_read_inside, feed_forward_blocks
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
-from vacc_opt.passes.shard.slices import Rows, columns_per_rank, even_shares, rows_per_rank
 
 VOCABULARY_MULTIPLE = 16  # rows of the vocabulary a rank, as the accelerator's sequence lengths
 

@@ -11,11 +11,11 @@ from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError, VaccErro
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import verify, verify_origins
+from vacc_opt.passes.infra.model.slices import even_shares, take_columns, take_rows
 from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.quantize.w8a16 import W8A16
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
-from vacc_opt.passes.shard.slices import even_shares, take_columns, take_rows
 from vacc_opt.passes.shard.split_tp import SplitTp
 from vacc_opt.tests.passes.decoder import cached_logits, decoder
 
