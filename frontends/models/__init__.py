@@ -7,11 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from vacc_opt.frontends.models.aquila import Aquila
+from vacc_opt.frontends.models.baichuan import Baichuan
 from vacc_opt.frontends.models.chatglm import ChatGLM, ChatGLMConfig
+from vacc_opt.frontends.models.internlm2 import InternLM2
+from vacc_opt.frontends.models.internlm3 import InternLM3
 
-__all__ = ["OWN", "ChatGLM", "ChatGLMConfig"]
+__all__ = ["OWN", "Aquila", "Baichuan", "ChatGLM", "ChatGLMConfig", "InternLM2", "InternLM3"]
 
 # model_type of config.json -> (config, attention) -> module; raises UserError for a config of another structure
 OWN: dict[str, Callable[[Mapping[str, Any], str], nn.Module]] = {
+    "aquila": Aquila.read,
+    "baichuan": Baichuan.read,
     "chatglm": lambda config, attention: ChatGLM(ChatGLMConfig.read(config, attention)),
+    "internlm2": InternLM2.read,
+    "internlm3": InternLM3.read,
 }
