@@ -59,6 +59,7 @@ def export_checkpoint(
     Raises:
         UserError: the checkpoint is missing, damaged, incomplete, or of an unknown architecture.
     """
+    from vacc_opt.frontends.shared_layers import find_shared_layers
     from vacc_opt.frontends.skeleton import export_skeleton
     from vacc_opt.ir.onnx_proto import from_onnx
     from vacc_opt.ir.origins import name_origins
@@ -66,7 +67,7 @@ def export_checkpoint(
 
     report = progress or (lambda stage: None)
     report("open checkpoint")
-    checkpoint = open_checkpoint(path)
+    checkpoint = find_shared_layers(open_checkpoint(path))
     skeleton = export_skeleton(checkpoint.config, attention, isolated=isolated, progress=report)
     report("import graph")
     graph = from_onnx(

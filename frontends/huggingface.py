@@ -14,7 +14,7 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vacc_opt.frontends.models import OWN
+from vacc_opt.frontends.models import find_own
 from vacc_opt.ir.errors import UserError, did_you_mean
 
 ATTENTION = ("eager", "sdpa")
@@ -30,9 +30,9 @@ def build_module(config: Mapping[str, Any], attention: str = "eager") -> tuple[n
     settings = dict(config)
     model_type = str(settings.pop("model_type", ""))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    if model_type in OWN:
+    if (own := find_own(config)) is not None:
         with fake_parameters(mode), no_init_weights():
-            return OWN[model_type](settings, attention).eval(), mode
+            return own(config, attention).eval(), mode
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if "auto_map" in settings:

@@ -1,4 +1,4 @@
-"""ChatGLM2 and ChatGLM3: multi-query attention in [seq, batch, heads, D] order, interleaved rotary on half a head.
+"""ChatGLM2, ChatGLM3 and GLM-4-9B: multi-query attention in [seq, batch, heads, D] order, interleaved rotary on half a head.
 
 Parameters carry the names of the published checkpoints, so a checkpoint loads without renaming. The published model
 attends in one of two ways that export differently: ``sdpa`` (the fused function) and ``bmm`` (batched matrix products).
@@ -59,7 +59,15 @@ class ChatGLMConfig:
         """The structure that a config.json describes; raises UserError for one that this module does not have."""
         for key, expected in _EXPECTED.items():
             if config.get(key, expected) != expected:
-                raise UserError(f"config.json: {key} is {config[key]!r}, a ChatGLM2 or ChatGLM3 model has {expected!r}")
+                raise UserError(
+                    f"config.json: {key} is {config[key]!r}, a ChatGLM2, ChatGLM3 or GLM-4 model has {expected!r}"
+                )
+        layers = config.get("num_layers", cls.num_layers)
+        if config.get("num_hidden_layers", layers) != layers:
+            raise UserError(
+                f"config.json: num_layers is {layers!r}, but num_hidden_layers is {config['num_hidden_layers']!r}",
+                "the number of layers in the checkpoint goes in both",
+            )
         names = {f.name for f in fields(cls)} - {"core"}
         return cls(**{k: v for k, v in config.items() if k in names}, core=CORES[attention])
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from vacc_opt.frontends import export_checkpoint
-from vacc_opt.frontends.models import OWN
+from vacc_opt.frontends.models import find_own
 from vacc_opt.ir import Graph
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.testing import assert_close
@@ -28,7 +28,9 @@ Config = Mapping[str, Any]
 
 def build(config: Config, attention: str = "sdpa") -> Any:
     """The model of a config in float64, seeded: norms around 1, everything else around 0."""
-    module = OWN[config["model_type"]](config, attention).eval().double()
+    make = find_own(config)
+    assert make is not None
+    module: Any = make(config, attention).eval().double()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
