@@ -1,5 +1,6 @@
-"""ChatGLM2, ChatGLM3 and GLM-4-9B: multi-query attention in [seq, batch, heads, D] order, interleaved rotary on half a head.
+"""ChatGLM2, ChatGLM3 and GLM-4-9B: multi-query attention in [seq, batch, heads, D] order, half of a head in rotary.
 
+The rotary is interleaved; ``rope_ratio`` multiplies its base (1 in ChatGLM2-6B, 500 in GLM-4-9B).
 Parameters carry the names of the published checkpoints, so a checkpoint loads without renaming. The published model
 attends in one of two ways that export differently: ``sdpa`` (the fused function) and ``bmm`` (batched matrix products).
 Source: Zeng et al. 2023, "GLM-130B"; ChatGLM2-6B model card; Su et al. 2021, "RoFormer"; Shazeer 2019, "Fast

@@ -159,7 +159,7 @@ def exported(path: Path, config: Config, attention: str) -> tuple[Graph, Any]:
 
 
 def llama(config: Config, weights: Mapping[str, torch.Tensor], **changes: Any) -> Any:
-    """The Llama of transformers with these weights, in float64 throughout: its norms and rotary are float32 otherwise."""
+    """The Llama of transformers with these weights, in float64; its norms and rotary are float32 otherwise."""
     keys = (
         "vocab_size",
         "hidden_size",
@@ -172,12 +172,17 @@ def llama(config: Config, weights: Mapping[str, torch.Tensor], **changes: Any) -
         "max_position_embeddings",
     )
     entries = {k: config[k] for k in keys if k in config} | {"tie_word_embeddings": False, "pad_token_id": 0} | changes
-    module = LlamaForCausalLM(LlamaConfig(**entries, attn_implementation="sdpa")).eval().double()
+    return exact(LlamaForCausalLM(LlamaConfig(**entries, attn_implementation="sdpa")), weights)
+
+
+def exact(model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model of transformers with these weights, in float64 throughout, but for a rotary that scales with length."""
+    module = model.eval().double()
     module.load_state_dict(dict(weights), strict=True)
     for part in module.modules():
-        if type(part).__name__ == "LlamaRMSNorm":
+        if type(part).__name__.endswith("RMSNorm"):
             part.forward = MethodType(_rms_norm, part)
-    if module.config.rope_scaling is None:
+    if getattr(module.config, "rope_scaling", None) is None:
         module.model.rotary_emb.forward = MethodType(_rotary, module.model.rotary_emb)
     return module
 
@@ -191,7 +196,7 @@ def _rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[tor
     return angles.cos(), angles.sin()
 
 
-def check_equals_llama(config: Config, other: Any, tolerance: float = EXACT) -> None:
+def check_equals(config: Config, other: Any, tolerance: float = EXACT) -> None:
     """The model equals ``other``, left-padded prefill and a decode step after it."""
     module, tokens = build(config), some_tokens(config, 2, 7)
     keep = torch.ones(2, 7, dtype=torch.int64)

@@ -59,13 +59,13 @@ def test_tensors_have_their_published_names() -> None:
 
 
 def test_it_is_a_llama_with_its_projections_packed_by_group() -> None:
-    families.check_equals_llama(PLAIN, llama(PLAIN))
+    families.check_equals(PLAIN, llama(PLAIN))
 
 
 def test_dynamic_ntk_equals_that_of_transformers_beyond_the_trained_length() -> None:
     config = CONFIG | {"max_position_embeddings": 4}  # a prefill of six tokens is beyond it
     scaling = {"rope_type": "dynamic", "factor": 2.0}
-    families.check_equals_llama(config, llama(config, rope_scaling=scaling), families.SINGLE)
+    families.check_equals(config, llama(config, rope_scaling=scaling), families.SINGLE)
 
 
 def test_dynamic_ntk_is_the_plain_rotary_up_to_the_trained_length() -> None:
@@ -78,7 +78,7 @@ def test_dynamic_ntk_is_the_plain_rotary_up_to_the_trained_length() -> None:
 def test_linear_scaling_divides_positions() -> None:
     config = CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}}
     scaling = {"rope_type": "linear", "factor": 4.0}
-    families.check_equals_llama(config, llama(config, rope_scaling=scaling), families.SINGLE)
+    families.check_equals(config, llama(config, rope_scaling=scaling), families.SINGLE)
 
 
 def test_both_kinds_of_attention_agree() -> None:

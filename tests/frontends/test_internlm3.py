@@ -50,20 +50,20 @@ def test_each_bias_entry_has_its_own_projections() -> None:
 
 
 def test_it_is_a_llama_with_a_head_size_of_its_own() -> None:
-    families.check_equals_llama(PLAIN, families.llama(PLAIN, families.build(PLAIN).state_dict(), head_dim=16))
+    families.check_equals(PLAIN, families.llama(PLAIN, families.build(PLAIN).state_dict(), head_dim=16))
 
 
 def test_biases_are_added_where_llama_adds_them() -> None:
     config = PLAIN | {"bias": True, "qkv_bias": True}
     changes = {"head_dim": 16, "attention_bias": True, "mlp_bias": True}
-    families.check_equals_llama(config, families.llama(config, families.build(config).state_dict(), **changes))
+    families.check_equals(config, families.llama(config, families.build(config).state_dict(), **changes))
 
 
 def test_dynamic_ntk_equals_that_of_transformers_beyond_the_trained_length() -> None:
     config = CONFIG | {"max_position_embeddings": 4}  # a prefill of six tokens is beyond it
     weights = families.build(config).state_dict()
     other = families.llama(config, weights, head_dim=16, rope_scaling={"rope_type": "dynamic", "factor": 6.0})
-    families.check_equals_llama(config, other, families.SINGLE)
+    families.check_equals(config, other, families.SINGLE)
 
 
 def test_both_kinds_of_attention_agree() -> None:

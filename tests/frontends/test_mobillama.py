@@ -60,7 +60,7 @@ def test_tensors_have_their_published_names_with_one_feed_forward_block() -> Non
 @pytest.mark.parametrize("config", [CONFIG, ALONE], ids=["05b", "1b"])
 def test_it_is_a_llama_with_one_block_in_all_layers_or_one_in_each(config: dict[str, Any]) -> None:
     weights = families.build(config).state_dict()
-    families.check_equals_llama(config, families.llama(config, weights, num_key_value_heads=6))
+    families.check_equals(config, families.llama(config, weights, num_key_value_heads=6))
 
 
 def test_both_kinds_of_attention_agree() -> None:
