@@ -20,7 +20,8 @@ Build = Callable[[Mapping[str, Any], str], nn.Module]
 
 # architecture or model_type of config.json -> (config, attention) -> module; raises UserError for another structure
 OWN: dict[str, Build] = {
-    "MobiLlamaForCausalLM": MobiLlama.read,
+    "InternLM2ForCausalLM": InternLM2.read,  # its first configs call themselves `internlm`, which is another model
+    "MobiLlamaForCausalLM": MobiLlama.read,  # and these `llama`
     "aquila": Aquila.read,
     "baichuan": Baichuan.read,
     "chatglm": lambda config, attention: ChatGLM(ChatGLMConfig.read(config, attention)),

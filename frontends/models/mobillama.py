@@ -1,8 +1,8 @@
 """MobiLlama: a LLaMA with as many KV heads as query heads; in the 0.5B and 0.8B, layers share one feed-forward block.
 
 Published configs say ``model_type: llama`` with ``num_key_value_heads: 4``, which neither the published model nor this
-one reads; ``architectures`` tells them from Llama. Nothing in them says whether the block is shared: the checkpoint
-does (:mod:`vacc_opt.frontends.shared_layers`), as ``share_mlp``.
+one reads; ``architectures`` tells them from Llama. The 0.5B, which shares, and the 1B, which does not, have the same
+config, so the checkpoint says it (:mod:`vacc_opt.frontends.shared_layers`), as ``share_mlp``.
 Source: Thawakar et al. 2024, "MobiLlama: Towards Accurate and Lightweight Fully Transparent GPT"; its repository,
 model_utils/modeling_mobillama.py.
 """

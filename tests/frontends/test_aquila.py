@@ -14,7 +14,7 @@ from vacc_opt.ir import UserError
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.tests.frontends import families
 
-# entries of the published config.json of Aquila2-7B, small; the 34B adds num_key_value_heads
+# entries of the published config.json of Aquila2-7B, small; the 34B has num_key_value_heads 8 of 48
 SMALL = {
     "model_type": "aquila", "architectures": ["AquilaModel"], "bos_token_id": 100006, "eos_token_id": 100007, "hidden_act": "silu",
     "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 64, "max_position_embeddings": 64, "num_attention_heads": 6,
@@ -22,7 +22,7 @@ SMALL = {
 }  # fmt: skip
 GROUPED = SMALL | {"num_key_value_heads": 2}
 SIZES = pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["7b", "34b"])
-# names: pytorch_model.bin.index.json of BAAI/Aquila2-7B, which are those of Llama
+# names: the state of the published class (modeling_aquila.py), those of Llama
 TENSORS = {
     "model.embed_tokens.weight": [80, 48],
     "model.layers.0.input_layernorm.weight": [48],

@@ -25,7 +25,7 @@ COMMON = {
 SMALL = COMMON | {"max_position_embeddings": 64, "model_max_length": 64}
 LARGE = COMMON | {"model_max_length": 64}
 SIZES = pytest.mark.parametrize("config", [SMALL, LARGE], ids=["7b", "13b"])
-# names: pytorch_model.bin.index.json of baichuan-inc/Baichuan2-7B-Base, as the loaders of vLLM and llama.cpp read them
+# names: the state of the published class (modeling_baichuan.py), as the loader of vLLM (baichuan.py) looks for them
 TENSORS = {
     "model.embed_tokens.weight": [80, 48],
     "model.layers.0.input_layernorm.weight": [48],

@@ -20,7 +20,7 @@ CONFIG = {
     "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 1000000, "tie_word_embeddings": False, "vocab_size": 80,
 }  # fmt: skip
 PLAIN = CONFIG | {"rope_scaling": None}
-# names: model.safetensors.index.json of internlm/internlm2-7b, as the converters of llama.cpp and vLLM read them
+# names: as the loader of vLLM (internlm2.py) and the converter of llama.cpp look for them in published checkpoints
 TENSORS = {
     "model.tok_embeddings.weight": [80, 48],
     "model.layers.0.attention.wo.weight": [48, 48],
@@ -56,6 +56,10 @@ def llama(config: dict[str, Any], **changes: Any) -> Any:
 
 def test_tensors_have_their_published_names() -> None:
     assert families.shapes(families.build(CONFIG)) == TENSORS
+
+
+def test_the_first_configs_name_another_model_type() -> None:
+    assert families.shapes(families.build(CONFIG | {"model_type": "internlm"})) == TENSORS
 
 
 def test_it_is_a_llama_with_its_projections_packed_by_group() -> None:

@@ -19,7 +19,7 @@ CONFIG = {
     "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "rope_theta": 50000000, "tie_word_embeddings": False, "vocab_size": 80,
 }  # fmt: skip
 PLAIN = CONFIG | {"rope_scaling": None}
-# names: model.safetensors.index.json of internlm/internlm3-8b-instruct, which are those of Llama
+# names: the state of the published class (modeling_internlm3.py), those of Llama
 TENSORS = {
     "model.embed_tokens.weight": [80, 48],
     "model.layers.0.input_layernorm.weight": [48],
