@@ -19,7 +19,7 @@ NAMES = Names()
 class ClampedAttention(SeparateAttention):
     """Separate projections; scores between -1024 and 1024."""
 
-    clamp = 1024.0
+    clamp: float | None = 1024.0
 
 
 class Aquila(CausalLM):

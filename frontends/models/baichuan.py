@@ -29,7 +29,9 @@ class PackedThirds(Attention):
 
     def __init__(self, config: DecoderConfig, names: Names) -> None:
         super().__init__(config, names)
-        self.W_pack = nn.Linear(config.hidden_size, 3 * config.num_attention_heads * config.head_dim, bias=False)
+        self.W_pack: nn.Linear = nn.Linear(
+            config.hidden_size, 3 * config.num_attention_heads * config.head_dim, bias=False
+        )
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One product, cut into thirds."""
@@ -42,7 +44,7 @@ class NormHead(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, seq, hidden] to [batch, seq, vocabulary]."""

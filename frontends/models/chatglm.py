@@ -10,7 +10,7 @@ Transformer Decoding" (multi-query attention).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,6 +36,7 @@ _EXPECTED = {
     "pre_seq_len": None,
 }
 Pair = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.layernorm_epsilon
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps: float = config.layernorm_epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Same shape and type as ``hidden``."""
@@ -171,17 +172,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.heads, self.groups, self.width = (
-            config.num_attention_heads,
-            config.multi_query_group_num,
-            config.kv_channels,
-        )
+        self.heads: int = config.num_attention_heads
+        self.groups: int = config.multi_query_group_num
+        self.width: int = config.kv_channels
         projected = self.heads * self.width
-        self.query_key_value = nn.Linear(
+        self.query_key_value: nn.Linear = nn.Linear(
             config.hidden_size, projected + 2 * self.groups * self.width, bias=config.add_qkv_bias
         )
-        self.dense = nn.Linear(projected, config.hidden_size, bias=False)
-        self.attend = attend_sdpa if config.core == "sdpa" else attend_bmm
+        self.dense: nn.Linear = nn.Linear(projected, config.hidden_size, bias=False)
+        self.attend: Attend = attend_sdpa if config.core == "sdpa" else attend_bmm
 
     def forward(
         self, x: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, past: Pair | None
@@ -208,8 +207,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.dense_h_to_4h: nn.Linear = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h: nn.Linear = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[seq, batch, hidden] to the same."""
@@ -223,10 +222,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
-        self.self_attention = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        self.input_layernorm: RMSNorm = RMSNorm(config)
+        self.self_attention: SelfAttention = SelfAttention(config)
+        self.post_attention_layernorm: RMSNorm = RMSNorm(config)
+        self.mlp: MLP = MLP(config)
 
     def forward(
         self, x: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, past: Pair | None
@@ -242,8 +241,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config)
+        self.layers: nn.ModuleList = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_layernorm: RMSNorm = RMSNorm(config)
 
 
 class Embedding(nn.Module):
@@ -251,7 +250,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
 
 class Transformer(nn.Module):
@@ -259,11 +258,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.positions = config.seq_length
-        self.embedding = Embedding(config)
-        self.rotary_pos_emb = RotaryTable(config)
-        self.encoder = Encoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.positions: int = config.seq_length
+        self.embedding: Embedding = Embedding(config)
+        self.rotary_pos_emb: RotaryTable = RotaryTable(config)
+        self.encoder: Encoder = Encoder(config)
+        self.output_layer: nn.Linear = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[Pair]
@@ -300,8 +299,8 @@ class ChatGLM(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
+        self.config: ChatGLMConfig = config
+        self.transformer: Transformer = Transformer(config)
 
     def forward(
         self,

@@ -60,8 +60,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(size))
+        self.eps: float = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Same shape and type as ``hidden``."""
@@ -81,7 +81,9 @@ class Rotary(nn.Module):
 
     def __init__(self, size: int, base: float, scaling: RopeScaling, maximum: int) -> None:
         super().__init__()
-        self.size, self.scaling, self.maximum = size, scaling, maximum
+        self.size: int = size
+        self.scaling: RopeScaling = scaling
+        self.maximum: int = maximum
         even = torch.arange(0, size, 2, dtype=torch.int64).float()
         self.register_buffer("inv_freq", 1.0 / (base ** (even / size)), persistent=False)
         self.register_buffer("even", even, persistent=False)
@@ -144,7 +146,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, names: Names) -> None:
         super().__init__()
-        self.config, self.names = config, names
+        self.config: DecoderConfig = config
+        self.names: Names = names
         size = config.num_attention_heads * config.head_dim
         self.add_module(names.output, nn.Linear(size, config.hidden_size, bias=config.output_bias))
 
@@ -185,9 +188,9 @@ class SeparateAttention(Attention):
     def __init__(self, config: DecoderConfig, names: Names) -> None:
         super().__init__(config, names)
         size, kv_size = (h * config.head_dim for h in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.q_proj: nn.Linear = nn.Linear(config.hidden_size, size, bias=config.qkv_bias)
+        self.k_proj: nn.Linear = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj: nn.Linear = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Three products."""
@@ -204,7 +207,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig, names: Names) -> None:
         super().__init__()
-        self.names = names
+        self.names: Names = names
         for name in (names.gate, names.up):
             self.add_module(name, nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
         self.add_module(names.down, nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias))
@@ -221,7 +224,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, names: Names, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
-        self.names = names
+        self.names: Names = names
         self.add_module(names.attention_norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.add_module(names.attention, attention)
         self.add_module(names.mlp_norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -243,14 +246,14 @@ class Decoder(nn.Module):
     ) -> None:
         """``mlp`` serves every layer; without one, each has its own."""
         super().__init__()
-        self.names = names
+        self.names: Names = names
         self.add_module(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             Layer(config, names, attention(config, names), mlp or MLP(config, names))
             for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = Rotary(
+        self.norm: RMSNorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb: Rotary = Rotary(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
         )
 
@@ -277,7 +280,9 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: DecoderConfig, names: Names, model: Decoder, head: nn.Module | None = None) -> None:
         super().__init__()
-        self.config, self.names, self.model = config, names, model
+        self.config: DecoderConfig = config
+        self.names: Names = names
+        self.model: Decoder = model
         self.add_module(names.head, head or nn.Linear(config.hidden_size, config.vocab_size, bias=False))
 
     def forward(

@@ -36,7 +36,7 @@ class PackedGroups(Attention):
     def __init__(self, config: DecoderConfig, names: Names) -> None:
         super().__init__(config, names)
         rows = config.num_key_value_heads * (config.groups + 2) * config.head_dim
-        self.wqkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.wqkv: nn.Linear = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One product, cut along the axis within a group."""
