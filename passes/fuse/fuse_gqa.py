@@ -24,6 +24,8 @@ from vacc_opt.passes.infra.patterns.pattern_pass import Capture, PatternPass, Sc
 from vacc_opt.passes.infra.patterns.values import shown
 from vacc_opt.passes.infra.registry import register
 
+THREE_AXES = ("q_num_heads", "kv_num_heads")  # say how [batch,seq,hidden] is cut; four axes are cut already
+
 
 @register
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class FuseGqa(PatternPass):
         sdpa: Node | None = m.get("sdpa")
         given: dict[str, object] = {"scale": total_scale(m), "is_causal": 0}
         if sdpa is not None:
-            given = {"is_causal": 0, **sdpa.attributes}
+            kept = {k: v for k, v in sdpa.attributes.items() if k not in THREE_AXES}
+            given = {"is_causal": 0, **kept}
         return rw.op.Attention(q, k, v, added_mask(m, rw), **given)
 
     def done(self, node: Node) -> bool:
