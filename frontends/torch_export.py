@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache
 
 from vacc_opt.frontends.origins import OriginReader
+from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
@@ -75,9 +76,9 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
 
 
 def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
-    """Export a transformers causal language model (``module.config`` gives layers, KV heads and head size)."""
-    config: Any = module.config
-    layers, kv_heads, head_dim = cache_shape(config)
+    """Export a transformers causal language model ; the shape of its cache is found by a run."""
+    trace_lengths(module)
+    layers, kv_heads, head_dim = cache_shape(module, mode)
     with mode:
         token_ids = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
         mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
@@ -109,11 +110,14 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     return Skeleton(model, origins)
 
 
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, KV heads, head size) of a transformers config."""
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+def cache_shape(module: nn.Module, mode: FakeTensorMode) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of what the model caches, seen by running it on one token without data."""
+    with mode, torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        result = module(input_ids=token, attention_mask=torch.ones_like(token), position_ids=token, use_cache=True)
+    layers = result.past_key_values.layers
+    _, kv_heads, _, head_dim = layers[0].keys.shape
+    return len(layers), int(kv_heads), int(head_dim)
 
 
 def _unstack_cache(graph: onnx_ir.Graph, names: list[str]) -> None:
