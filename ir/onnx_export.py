@@ -67,11 +67,7 @@ def to_onnx(
     )
     bodies = called_functions(graph)
     functions = [_function(op, body, provenance, embed) for op, body in bodies.items()]
-    own = [
-        op.function(graph.opset)
-        for op in ops.OPS.values()
-        if not op.is_collective and any(g.by_op(op.name, ops.DOMAIN) for g in (graph, *bodies.values()))
-    ]
+    own = list(_own_functions(graph, bodies.values()))
     imports = _imports(graph)
     if own and all(i.domain != ops.DOMAIN for i in imports):
         imports.append(helper.make_opsetid(ops.DOMAIN, 1))
@@ -80,6 +76,14 @@ def to_onnx(
     metadata = dict(graph.metadata, **({"ranks": str(graph.ranks)} if graph.ranks > 1 else {}))
     helper.set_model_props(model, dict(sorted(metadata.items())))
     return model
+
+
+def _own_functions(graph: Graph, bodies: Collection[Graph]) -> Iterator[onnx.FunctionProto]:
+    """The bodies of our own operators, an overload for each combination of facets in use."""
+    for op in ops.OPS.values():
+        calls = [node for one in (graph, *bodies) for node in one.by_op(op.name, ops.DOMAIN)]
+        if not op.is_collective:
+            yield from (op.function(graph.opset, facets) for facets in sorted({op.facets(node) for node in calls}))
 
 
 def is_inline(value: Value) -> bool:
@@ -127,6 +131,8 @@ def _export_node(node: Node, names: Mapping[Value, str], taken: Collection[str],
     proto = make_node((node.domain, node.op_type), inputs, outputs, node.attributes, taken)
     if node.name:
         proto.name = node.name
+    if facets := ops.facets_of(node):
+        proto.overload = ops.overload(facets)
     if provenance and node.provenance != Provenance():
         proto.metadata_props.add(key=PROVENANCE_KEY, value=provenance_to_json(node.provenance))
     return proto

@@ -114,7 +114,8 @@ def _own_schema(op_type: str) -> Schema | Problem:
     op = ops.get(op_type)
     if op is None:
         return f"no operator Vastai::{op_type}", did_you_mean(op_type, ops.OPS)
-    return Schema((len(op.inputs), len(op.inputs)), len(op.outputs), frozenset(a for a, _ in op.attributes))
+    arity = len(op.inputs) - op.optional, len(op.inputs)
+    return Schema(arity, len(op.outputs), frozenset(a for a, _ in op.attributes))
 
 
 @cache

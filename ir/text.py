@@ -17,6 +17,7 @@ from itertools import count
 import numpy as np
 import onnx
 
+from vacc_opt.ir import ops
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.functions import called_functions
 from vacc_opt.ir.graph import Absent, Graph, Value
@@ -51,6 +52,9 @@ def to_text(graph: Graph) -> str:
     model = to_onnx(graph, provenance=False, embed=_inline)
     bodies = called_functions(graph)
     functions = [f for f in model.functions if f"{f.domain}::{f.name}" in bodies]
+    for node in (*model.graph.node, *(node for function in functions for node in function.node)):
+        if node.domain == ops.DOMAIN:
+            node.ClearField("overload")  # follows from the node
     del model.functions[:]
     del model.metadata_props[:]
     model.producer_name = ""

@@ -1,6 +1,20 @@
 """Operators of the ``Vastai`` domain, one file each (pairs that only make sense together share one)."""
 
-from vacc_opt.ir.ops import collectives, embedding_shard, kv_quant, quantized_linear, swiglu
-from vacc_opt.ir.ops.base import DOMAIN, OPS, OpDef, get
+from vacc_opt.ir.ops import attention, collectives, embedding_shard, geglu, kv_quant, quantized_linear, swiglu
+from vacc_opt.ir.ops.base import DOMAIN, OPS, OpDef, facets_of, get, overload
 
-__all__ = ["DOMAIN", "OPS", "OpDef", "collectives", "embedding_shard", "get", "kv_quant", "quantized_linear", "swiglu"]
+__all__ = [
+    "DOMAIN",
+    "OPS",
+    "OpDef",
+    "attention",
+    "collectives",
+    "embedding_shard",
+    "facets_of",
+    "geglu",
+    "get",
+    "kv_quant",
+    "overload",
+    "quantized_linear",
+    "swiglu",
+]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import onnx
 
+from vacc_opt.ir.graph import Node
 from vacc_opt.ir.infer import Rule, rule
 
 DOMAIN = "Vastai"
 OPS: dict[str, OpDef] = {}
+Facets = tuple[str, ...]  # what a call asks for, such as the optional inputs that it gives
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,11 @@ class OpDef:
     """An operator we define.
 
     ``body`` is ONNX text of the statements between the braces, or None for a collective, which needs all ranks.
-    ``attributes`` maps each attribute to what it means; ``inputs`` and ``outputs`` are formal names in order.
+    ``attributes`` maps each attribute to what it means; ``inputs`` and ``outputs`` are formal names in order, of which
+    the last ``optional`` inputs may be left out.
+
+    A body in ONNX cannot ask whether an input is there. Where it depends on that, ``facets`` says what a call asks for
+    and ``body`` is a function of it: each combination is an overload of its own, named after its facets.
     """
 
     name: str
@@ -27,7 +34,9 @@ class OpDef:
     outputs: tuple[str, ...]
     infer: Rule
     attributes: tuple[tuple[str, str], ...] = ()
-    body: str | None = None
+    body: str | Callable[[Facets], str] | None = None
+    optional: int = 0
+    facets: Callable[[Node], Facets] = lambda node: ()
 
     @property
     def is_collective(self) -> bool:
@@ -35,18 +44,35 @@ class OpDef:
         return self.body is None
 
     @cache  # noqa: B019 - a handful of module-level constants live as long as the process
-    def function(self, opset: int) -> onnx.FunctionProto:
-        """The operator as an ONNX local function over standard operators."""
+    def function(self, opset: int, facets: Facets = ()) -> onnx.FunctionProto:
+        """The operator, for calls with these facets, as an ONNX local function over standard operators."""
         if self.body is None:
             raise ValueError(f"{self.name} is a collective and has no body")
+        body = self.body if isinstance(self.body, str) else self.body(facets)
         attributes = f"<{', '.join(a for a, _ in self.attributes)}>" if self.attributes else ""
         text = (
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-            f"{self.name} {attributes} ({', '.join(self.inputs)}) => ({', '.join(self.outputs)}) {{\n{self.body}\n}}"
+            f"{self.name} {attributes} ({', '.join(self.inputs)}) => ({', '.join(self.outputs)}) {{\n{body}\n}}"
         )
         function = onnx.parser.parse_function(text)
+        function.overload = overload(facets)
         function.doc_string = self.doc
         return function
+
+
+def overload(facets: Facets) -> str:
+    """The overload of a function for calls with these facets; empty when there is only one.
+
+    >>> overload(("length", "causal"))
+    'length_causal'
+    """
+    return "_".join(facets)
+
+
+def facets_of(node: Node) -> Facets:
+    """The facets of a call; none for operators of other domains."""
+    op = get(node.op_type) if node.domain == DOMAIN else None
+    return () if op is None else op.facets(node)
 
 
 def define(op: OpDef) -> OpDef:

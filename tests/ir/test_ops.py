@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,48 @@ def test_an_embedding_shard_gives_its_own_rows_and_zeros_for_the_rest(rng: np.ra
     np.testing.assert_array_equal(found[0], [zero, table[0], table[3], zero, zero])
 
 
+@pytest.mark.parametrize("form", ["none", "tanh"])
+@pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("float16", np.float16)])
+def test_geglu_is_gelu_of_the_gate_times_up(rng: np.random.Generator, form: str, name: str, dtype: type) -> None:
+    gate, up = (rng.standard_normal((3, 7)).astype(dtype) for _ in range(2))
+    text = f'g ({name}[n,7] a, {name}[n,7] b) => (y) {{ y = Vastai.GeGLU <approximate = "{form}"> (a, b) }}'
+    found = run(text, a=gate, b=up)
+    exact = gelu(gate.astype(np.float64), form) * up
+    # fp32: onnxruntime's erf and tanh are good to a few 1e-7; fp16: the result and the factor are rounded once each
+    np.testing.assert_allclose(found, exact, atol=2e-6 if dtype is np.float32 else 2e-3)
+    plain = f'g ({name}[n,7] a) => (y) {{ y = Gelu <approximate = "{form}"> (a) }}'
+    np.testing.assert_allclose(
+        run(plain, a=gate), gelu(gate.astype(np.float64), form), atol=2e-6 if dtype is np.float32 else 2e-3
+    )
+
+
+def gelu(x: Array, form: str) -> Array:
+    inner = (
+        np.vectorize(math.erf)(x / np.sqrt(2))
+        if form == "none"
+        else np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    )
+    return np.asarray(x * (1 + inner) / 2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("float16", np.float16)])
+def test_layer_normalization_runs_on_rows_and_on_heads(
+    rng: np.random.Generator, bias: bool, name: str, dtype: type
+) -> None:
+    x: Array = rng.standard_normal((2, 3, 5, 8)).astype(dtype)
+    scale, shift = (rng.standard_normal(8).astype(dtype) for _ in range(2))
+    operands = f"{name}[b,3,s,8] x, {name}[8] w" + (f", {name}[8] c" if bias else "")
+    text = (
+        f"g ({operands}) => (y) {{ y = LayerNormalization <axis = -1, epsilon = 1e-5> (x, w{', c' if bias else ''}) }}"
+    )
+    found = run(text, x=x, w=scale, **({"c": shift} if bias else {}))
+    wide = x.astype(np.float64)
+    normed = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    exact = normed * scale + (shift if bias else 0)
+    np.testing.assert_allclose(found, exact, atol=5e-6 if dtype is np.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_operator_is_documented(name: str) -> None:
     op = OPS[name]
@@ -125,6 +168,8 @@ WRONG = [
     ("y = Vastai.QuantizedLinearPerChannel (x, x, s)", r"qweight has type float\[2,8\], int8\[N,K\] is expected"),
     ("y = Vastai.DequantizeKV (k, m, m)", r"x has type float\[1,2,5,4\], int8 is expected"),
     ("y = Vastai.QuantizeKV (k, x, x)", r"x \[1,2,5,4\], scale \[2,8\] and zero \[2,8\] do not fit"),
+    ("y = Vastai.GeGLU (x, s)", r"gate float\[2,8\] and up float\[3\] differ"),
+    ('y = Vastai.GeGLU <approximate = "erf"> (x, x)', r"approximate is 'erf', not one of none, tanh"),
     ("y = Vastai.EmbeddingShard (s, x, x)", r"table float\[3\] is no \[V, H\] matrix"),
 ]
 
