@@ -7,6 +7,7 @@ rotated as if the model had just been loaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -21,8 +22,8 @@ def trace_lengths(module: nn.Module) -> None:
     """Give every rotary module of kind ``dynamic`` or ``longrope`` a forward without a branch on the data."""
     for rotary in module.modules():
         kind: str = getattr(rotary, "rope_type", "")
-        plain: Callable[..., Pair] | None = getattr(type(rotary).forward, "__wrapped__", None)
-        if plain is not None and kind in _FREQUENCIES:
+        if kind in _FREQUENCIES:
+            plain: Callable[..., Pair] = inspect.unwrap(type(rotary).forward)  # without the decorator that recomputes
             rotary.forward = MethodType(_forward(plain, _FREQUENCIES[kind](rotary)), rotary)
 
 

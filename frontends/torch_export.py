@@ -26,6 +26,7 @@ from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
+OPSET_WITHOUT_ATTENTION = 20  # where the exporter writes attention out
 OPSET = 23  # at 24 the exporter loses its rotary and RMSNormalization operators
 _TOTAL = "past_plus_seq"  # an identifier for torch; the graph says "past + seq"
 _STACKED = "stacked_past"
@@ -86,20 +87,12 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     inputs, outputs = interface_names(layers)
     tokens = {0: "batch", 1: "seq"}
     dims = (tokens, {0: "batch", 1: _TOTAL}, tokens, {1: "batch", 3: "past"})
-    with _quiet():
-        program = torch.onnx.export(
-            _WithCache(module),
-            (token_ids, mask, token_ids.clone(), past),
-            dynamo=True,
-            opset_version=opset,
-            input_names=[*inputs[:3], _STACKED],
-            output_names=outputs,
-            dynamic_shapes=dims,
-            optimize=False,
-            verbose=False,
-            external_data=False,
-        )
-    assert program is not None
+    arguments = (token_ids, mask, token_ids.clone(), past)
+    named = {"input_names": [*inputs[:3], _STACKED], "output_names": outputs, "dynamic_shapes": dims}
+    try:
+        program = _export(_WithCache(module), arguments, opset, **named)
+    except torch.onnx.OnnxExporterError:  # its Attention-23 does not broadcast one KV head, as torch does for Falcon
+        program = _export(_WithCache(module), arguments, OPSET_WITHOUT_ATTENTION, **named)
     origins = OriginReader(module, _WRAPPED).read(program.model.graph)
     _unstack_cache(program.model.graph, inputs[3:])
     _weights_to_inputs(program.model.graph, _canonical_names(module))
@@ -110,11 +103,27 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     return Skeleton(model, origins)
 
 
+def _export(module: nn.Module, arguments: tuple[torch.Tensor, ...], opset: int, **named: Any) -> torch.onnx.ONNXProgram:
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            external_data=False,
+            **named,
+        )
+    assert program is not None
+    return program
+
+
 def cache_shape(module: nn.Module, mode: FakeTensorMode) -> tuple[int, int, int]:
     """(layers, KV heads, head size) of what the model caches, seen by running it on one token without data."""
     with mode, torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.int64)
-        result = module(input_ids=token, attention_mask=torch.ones_like(token), position_ids=token, use_cache=True)
+        result = module(input_ids=token, position_ids=token, use_cache=True)
     layers = result.past_key_values.layers
     _, kv_heads, _, head_dim = layers[0].keys.shape
     return len(layers), int(kv_heads), int(head_dim)

@@ -68,7 +68,9 @@ def real_module(config: dict[str, Any], attention: str) -> Any:
         return own(config, attention).eval()
     parsed = AutoConfig.for_model(**config)
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(parsed, attn_implementation=attention, dtype=torch.float32).eval()
+        module = AutoModelForCausalLM.from_config(parsed, attn_implementation=attention, dtype=torch.float32)
+    module.tie_weights()
+    return module.eval()
 
 
 def torch_logits(module: Any, ids: Array, keep: Array | None = None, dtype: str = "float64") -> Array:
@@ -139,7 +141,7 @@ def recognize_text(structure: Structure) -> str:
 
     rms = expect("norm") if structure.norm.startswith("RMS") else "expect=0"
     return (
-        f"simplify,fuse-rms-norm{{{rms}}},fuse-rotary{{positions={CONTEXT},{expect('rotary')}}},"
+        f"simplify,fuse-rms-norm{{{rms}}},fuse-head-norms,fold-norm-head,fuse-rotary{{positions={CONTEXT},{expect('rotary')}}},"
         f"split-packed-linear{{{expect('packed')}}},fuse-gqa{{{expect('attention')}}},fuse-swiglu{{{expect('gate')}}}"
     )
 
