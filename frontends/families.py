@@ -146,7 +146,10 @@ FAMILIES = (
         (
             Structure("DeepSeek-R1-Distill-Llama-8B, 70B", "32/8, 64/8", _SCALED, position="rotary, llama3 scaling"),
             Structure(
-                "DeepSeek-R1-Distill-Qwen-1.5B to 32B", "12/2, 28/4, 40/8, 40/8", _config("qwen2", 6, 1), also="QKV bias"
+                "DeepSeek-R1-Distill-Qwen-1.5B to 32B",
+                "12/2, 28/4, 40/8, 40/8",
+                _config("qwen2", 6, 1),
+                also="QKV bias",
             ),
         ),
     ),
@@ -162,7 +165,9 @@ FAMILIES = (
             ),
         ),
     ),
-    Family("wizardlm", (Structure("WizardLM-2-7B", "32/8", {**_MISTRAL, "sliding_window": 11}, also="sliding window"),)),
+    Family(
+        "wizardlm", (Structure("WizardLM-2-7B", "32/8", {**_MISTRAL, "sliding_window": 11}, also="sliding window"),)
+    ),
     Family(
         "qwen1.5",
         (
@@ -319,6 +324,112 @@ FAMILIES = (
                 position="rotary, first half, interleaved",
                 packed=1,
                 also="QKV bias",
+            ),
+            Structure(
+                "glm-4-9b, glm-4-9b-chat",
+                "32/2",
+                {**_CHATGLM, "rope_ratio": 500.0},
+                "rotary, first half, interleaved, rope_ratio",
+                packed=2,
+                also="QKV bias",
+            ),
+        ),
+    ),
+    Family(
+        "internlm2",
+        (
+            Structure(
+                "internlm2-1_8b, 7b, 20b",
+                "16/8, 32/8, 48/8",
+                _config("internlm2", 6, 2, bias=False, rope_theta=1e6, hidden_act="silu"),
+                packed=1,
+                also="grouped QKV",
+            ),
+        ),
+    ),
+    Family(
+        "internlm2_5",
+        (
+            Structure(
+                "internlm2_5-1_8b, 7b, 20b",
+                "16/8, 32/8, 48/8",
+                _config(
+                    "internlm2",
+                    4,
+                    2,
+                    bias=False,
+                    rope_theta=1e6,
+                    hidden_act="silu",
+                    rope_scaling={"type": "dynamic", "factor": 2.0},
+                ),
+                position="rotary, dynamic NTK",
+                packed=1,
+                also="grouped QKV",
+            ),
+        ),
+    ),
+    Family(
+        "internlm3",
+        (
+            Structure(
+                "internlm3-8b-instruct",
+                "32/2",
+                _config(
+                    "internlm3",
+                    8,
+                    2,
+                    vocab_size=101,
+                    head_dim=16,
+                    bias=False,
+                    qkv_bias=False,
+                    rope_theta=5e7,
+                    hidden_act="silu",
+                    rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+                ),
+                position="rotary, dynamic NTK",
+            ),
+        ),
+    ),
+    Family(
+        "baichuan2",
+        (
+            Structure(
+                "Baichuan2-7B",
+                "32/32",
+                _config("baichuan", 4, 4, model_max_length=64, hidden_act="silu"),
+                packed=1,
+                also="NormHead",
+            ),
+            Structure(
+                "Baichuan2-13B",
+                "40/40",
+                _config("baichuan", 5, 5, model_max_length=64, hidden_act="silu", max_position_embeddings=None),
+                position="ALiBi",
+                packed=1,
+                also="NormHead",
+            ),
+        ),
+    ),
+    Family(
+        "aquila",
+        (
+            Structure("Aquila2-7B", "32/32", _config("aquila", 4, 4, hidden_act="silu"), also="scores limited to 1024"),
+            Structure("Aquila2-34B", "48/8", _config("aquila", 6, 1, hidden_act="silu"), also="scores limited to 1024"),
+        ),
+    ),
+    Family(
+        "mobillama",
+        (
+            Structure(
+                "MobiLlama-05B, 05B-Chat",
+                "32/32",
+                {**_config("llama", 4, 4, hidden_act="silu"), "architectures": ["MobiLlamaForCausalLM"], "share_mlp": True},
+                also="one MLP for all layers",
+            ),
+            Structure(
+                "MobiLlama-1B, 1B-Chat",
+                "32/32",
+                {**_config("llama", 4, 4, hidden_act="silu"), "architectures": ["MobiLlamaForCausalLM"], "share_mlp": False},
             ),
         ),
     ),

@@ -27,7 +27,6 @@ from vacc_opt.passes.infra.patterns.values import shown
 from vacc_opt.passes.infra.registry import register
 
 
-
 @register
 @dataclass(frozen=True)
 class FuseGqa(PatternPass):

@@ -22,19 +22,21 @@ class FuseHeadNorms(Pass):
     """Normalize all heads at once where a model norms them one by one, each with a weight of its own (StableLM 2 12B).
 
     Before:
-        g (float[B,2,S,4] x) => (float[B,2,S,4] y) <float[4] w0 = {1, 2, 3, 4}, float[4] w1 = {5, 6, 7, 8}> {
+        g (float[B,2,S,4] x) => (float[B,2,S,4] y) {
             a, b = Split <axis = 1, num_outputs = 2> (x)
             first = LayerNormalization <epsilon = 1e-5> (a, w0)
             second = LayerNormalization <epsilon = 1e-5> (b, w1)
             y = Concat <axis = 1> (first, second)
         }
+        # const "w0" = Seeded('w0', 'float', (4,))
+        # const "w1" = Seeded('w1', 'float', (4,))
     After:
         g (float[B,2,S,4] x) => (float[B,2,S,4] y)
         <float[4] ones = {1, 1, 1, 1}> {
             normed = LayerNormalization <epsilon = 1e-5> (x, ones)
             y = Mul (normed, weights)
         }
-        # const "weights" = Stacked((Literal('float', (4,), 'AACAPwAAAEAAAEBAAACAQA=='), Literal('float', (4,), 'AACgQAAAwEAAAOBAAAAAQQ==')))
+        # const "weights" = Stacked((Seeded('w0', 'float', (4,)), Seeded('w1', 'float', (4,))))
     """
 
     name: ClassVar[str] = "fuse-head-norms"
@@ -70,7 +72,12 @@ def _why_not(graph: Graph, concat: Node, norms: list[Node]) -> str:
     if split is None or split.op != "Split" or list(split.outputs) != parts:
         return "the heads are not the parts of one Split, in order"
     shape = split.outputs[0].shape
-    if shape is None or len(shape) != 4 or shape[1] != 1 or any(n.attributes.get("axis") not in (1, -3) for n in (split, concat)):
+    if (
+        shape is None
+        or len(shape) != 4
+        or shape[1] != 1
+        or any(n.attributes.get("axis") not in (1, -3) for n in (split, concat))
+    ):
         return f"{parts[0].type if parts[0] is not None else ''} is not [batch,1,seq,D] of one head"
     if any(n.op != norms[0].op or n.attributes != norms[0].attributes for n in norms):
         return "the norms are of several kinds"

@@ -10,7 +10,15 @@ from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.fuse.widen_rotary import WidenRotary
 from vacc_opt.passes.infra.base import Kind, Outcome, ancestors, option
-from vacc_opt.passes.infra.model.rotary import Table, halved, paired, rotated, tabulate, why_not_parts, why_not_positions
+from vacc_opt.passes.infra.model.rotary import (
+    Table,
+    halved,
+    paired,
+    rotated,
+    tabulate,
+    why_not_parts,
+    why_not_positions,
+)
 from vacc_opt.passes.infra.model.views import arranged
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.pattern import Pattern, op

@@ -1,4 +1,4 @@
-"""GatherND(Transpose(x), rows)  ->  Transpose(Gather(x, rows)): rows of the axis that the transpose brings to the front."""
+"""GatherND(Transpose(x), rows)  ->  Transpose(Gather(x, rows)), along the axis that the transpose brings forward."""
 
 from __future__ import annotations
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
-from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, FixedBuffers, continued
-from vacc_opt.passes.infra.model.masks import why_not_causal_padding
+from vacc_opt.passes.infra.model.masks import Meaning, recognize_mask
 from vacc_opt.passes.infra.registry import register
 
-POS, VALID = "pos", "valid"
+POS, VALID, MASK = "pos", "valid", "mask"
+OTHER_MASKS = ("refuse", "input")
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One attention with the two Concats that append to its past."""
+    """One attention with the two Concats that append to its past, and what its mask means."""
 
     attention: Node
     key: Node
     value: Node
+    mask: Meaning
 
 
 @register
@@ -32,7 +36,8 @@ class KvCache(Pass):
 
     The interface becomes input_ids [batch, seq], pos [batch] (tokens already cached), valid [batch] and the buffers;
     position ids are pos + arange(seq), attention is causal over the first pos + seq slots (bottom-right aligned), and
-    slots past the valid ones hold what no query may see. Masks other than causal with padding are refused.
+    slots past the valid ones hold what no query may see. A sliding window and ALiBi's slopes become part of the
+    attention; a mask that is anything else is refused, or with ``other_masks=input`` becomes an input over all slots.
 
     Before:
         g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
@@ -59,15 +64,20 @@ class KvCache(Pass):
     runs_after: ClassVar[tuple[str, ...]] = ("fuse-gqa",)
 
     context: int = option(2048, "capacity of the buffers, in tokens")
+    other_masks: str = option(
+        "refuse", "what to do with a mask of another meaning: refuse, or input (the caller masks)"
+    )
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Rewrite all layers or none.
 
         Raises:
-            CheckError: an attention without past, or a mask that is not causal with padding, named.
+            CheckError: an attention without past, or a mask of another meaning, named.
         """
         if self.context < 1:
             raise UserError(f"context is {self.context}, it is at least 1 token")
+        if self.other_masks not in OTHER_MASKS:
+            raise UserError(f"other_masks is {self.other_masks!r}", did_you_mean(self.other_masks, OTHER_MASKS))
         for node in graph.by_op("RotaryEmbedding"):
             rows = node.inputs[1].shape[0] if node.inputs[1] is not None and node.inputs[1].shape else None
             if node.input(3) is not None and isinstance(rows, int) and rows < self.context:
@@ -75,16 +85,31 @@ class KvCache(Pass):
                     f"the rotary table has {rows} rows, the context is {self.context}",
                     f"fuse-rotary{{positions={self.context}}} makes it long enough",
                 )
-        layers = [_layer(graph, node) for node in graph.by_op("Attention")]
-        if not layers:
-            raise CheckError("the graph has no Attention node", "run fuse-gqa before kv-cache")
-        why = why_not_causal_padding(graph, [layer.attention for layer in layers], self.context)
-        if why:
-            raise CheckError(why)
+        layers = self._layers(graph)
         with rw.applying([layers[0].attention]):
             self._rewrite(graph, rw, layers)
-        remarks = [Remark("passed", self.name, "reads a fixed KV buffer", where(n)) for n in graph.by_op("Attention")]
+        remarks = [Remark("passed", self.name, _sees(n), where(n)) for n in attentions(graph)]
         return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {self.context} tokens", remarks)
+
+    def _layers(self, graph: Graph) -> list[_Layer]:
+        known: dict[Value | None, Meaning] = {None: Meaning()}
+        layers: list[_Layer] = []
+        for node in attentions(graph):
+            mask, causal = node.input(3), bool(node.attributes.get("is_causal"))
+            if mask is None and not causal:
+                raise CheckError(f"{where(node)} has no mask: it is bidirectional")
+            if mask is not None and causal:
+                raise CheckError(f"{where(node)} has a mask and is_causal, which is not supported")
+            if mask not in known:
+                assert mask is not None
+                known[mask] = recognize_mask(graph, mask, self.context)
+            if known[mask].why and self.other_masks == "refuse":
+                message = f"the mask of {where(node)} is not causal with padding: {known[mask].why}"
+                raise CheckError(message, "kv-cache{other_masks=input} keeps it as an input over all slots")
+            layers.append(_layer(graph, node, known[mask]))
+        if not layers:
+            raise CheckError("the graph has no Attention node", "run fuse-gqa before kv-cache")
+        return layers
 
     def adapter(self, before: Graph) -> Adapter:
         """Past tokens move to the front of the buffers, new ones are found behind them."""
@@ -105,10 +130,8 @@ class KvCache(Pass):
         buffers = [v for layer in layers for v in (layer.key.inputs[0], layer.value.inputs[0]) if v is not None]
         for layer in layers:
             keys, values = self._append(rw, layer.key, pos), self._append(rw, layer.value, pos)
-            attributes = {**layer.attention.attributes, "is_causal": 1}
-            query = layer.attention.inputs[0]
             with rw.on_behalf_of(layer.attention):
-                new = rw.op.Attention(query, keys, values, None, None, None, end, **attributes)
+                new = self._attention(rw, layer, keys, values, end)
             rw.replace(layer.attention.output, new)
         for layer in layers:
             rw.erase_dead(layer.key, layer.value)
@@ -125,6 +148,31 @@ class KvCache(Pass):
                 if user.op != "TensorScatter":
                     raise CheckError(f"{where(user)} reads the past {buffer.name!r}, which has no length any more")
         rw.infer_again()
+
+    def _attention(self, rw: Rewriter, layer: _Layer, keys: Value, values: Value, end: Value) -> Value:
+        query, mask, given = layer.attention.inputs[0], layer.mask, layer.attention.attributes
+        if mask.why:
+            return rw.op.Attention(query, keys, values, self._input_mask(rw, layer.attention.inputs[3]), **given)
+        if mask.is_plain and layer.attention.op == "Attention":
+            return rw.op.Attention(query, keys, values, None, None, None, end, **{**given, "is_causal": 1})
+        slopes: Value | None = None
+        if mask.slopes is not None:
+            heads = (layer.attention.output.shape or ())[1]
+            assert isinstance(heads, int)
+            slopes = rw.shared_const(np.broadcast_to(mask.slopes.astype(keys.type.dtype.numpy), heads).copy(), "slopes")
+        depth = (keys.shape or ())[3]
+        assert isinstance(depth, int)
+        attributes = {"scale": depth**-0.5, **given, "is_causal": 1}
+        attributes |= {"window": mask.window} if mask.window else {}
+        return rw.vastai.Attention(query, keys, values, None, end, slopes, **attributes)
+
+    def _input_mask(self, rw: Rewriter, mask: Value | None) -> Value:
+        """One input over all slots for each mask of the model, with the dimensions that it broadcasts left at 1."""
+        assert mask is not None
+        assert mask.shape is not None
+        name = f"{MASK}.{mask.name}"
+        shape = (*(mask.shape[:-1]), self.context)
+        return rw.graph.input_named(name) or rw.add_input(name, TensorType(mask.type.dtype, shape))
 
     def _append(self, rw: Rewriter, concat: Node, pos: Value) -> Value:
         past, new = concat.inputs[:2]
@@ -154,7 +202,24 @@ def _masks(layers: list[_Layer]) -> list[Node]:
     return list(dict.fromkeys(m.producer for m in masks if m is not None and m.producer is not None))
 
 
-def _layer(graph: Graph, attention: Node) -> _Layer:
+def attentions(graph: Graph) -> list[Node]:
+    """The fused attentions, in order of the graph."""
+    found = {*graph.by_op("Attention"), *graph.by_op("Attention", "Vastai")}
+    return [node for node in graph.nodes() if node in found]
+
+
+def _sees(attention: Node) -> str:
+    """What the remark says: the buffer, and what is special about the attention."""
+    window = attention.attributes.get("window")
+    parts = [f"a window of {window} keys"] if window else []
+    if attention.domain and attention.input(5) is not None:
+        parts.append("ALiBi slopes")
+    if attention.attributes.get("clamp"):
+        parts.append(f"scores limited to {attention.attributes['clamp']:g}")
+    return ", ".join(["reads a fixed KV buffer", *parts])
+
+
+def _layer(graph: Graph, attention: Node, mask: Meaning) -> _Layer:
     concats: list[Node] = []
     for what, value in zip(("key", "value"), attention.inputs[1:3], strict=True):
         node = value.producer if value is not None else None
@@ -164,4 +229,4 @@ def _layer(graph: Graph, attention: Node) -> _Layer:
         if node.attributes["axis"] not in (2, -2):
             raise CheckError(f"{where(node)} joins past and new along axis {node.attributes['axis']}, not the sequence")
         concats.append(node)
-    return _Layer(attention, *concats)
+    return _Layer(attention, *concats, mask)

@@ -48,7 +48,8 @@ def build(structure: Structure, attention: str, path: Path) -> Case:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             norm = "norm" in name or name.endswith(("ln_f.weight", "layernorm.weight"))
-            parameter.normal_(1.0 if norm and name.endswith("weight") else 0.0, 0.25)
+            scale = norm and name.endswith("weight") and structure.norm != "RMSNorm, 1 + w"
+            parameter.normal_(1.0 if scale else 0.0, 0.25)
     tensors = {n: p.detach().contiguous() for n, p in module.named_parameters()}
     (path / "config.json").write_text(json.dumps(config))
     save_file(tensors, path / "model.safetensors")
