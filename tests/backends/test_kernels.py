@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, attention
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -261,7 +261,7 @@ def test_attention_over_a_float_cache(
     expected = reference(q, k[:, : pos + length], v[:, : pos + length], pos, 0.3)
     k[:, pos + length :], v[:, pos + length :] = np.nan, np.nan  # no query may look there
     shape = param("Q", "in", dtype, q.shape), param("K", "in", dtype, k.shape), param("V", "in", dtype, v.shape)
-    kernel = attention(AttentionParams(*shape, param("Y", "out", dtype, q.shape)), 0.3, target)
+    kernel = attention(AttentionParams(*shape, param("Y", "out", dtype, q.shape)), Scores(0.3), target)
     found = run(kernel, target, {"Q": q, "K": k, "V": v, "pos": pos})["Y"]
     close(found, expected, 1e-6 if dtype == "f32" else 2 * HALF)  # f16: scores' weights and the result are rounded
 
@@ -284,7 +284,9 @@ def test_attention_over_an_int8_cache_equals_attention_over_its_dequantized_valu
         new = param("KN", "in", "f32", values["KN"].shape), param("VN", "in", "f32", values["VN"].shape)
     quantization = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))
     shape = param("Q", "in", "f32", q.shape), param("K", "in", "i8", k.shape), param("V", "in", "i8", v.shape)
-    kernel = attention(AttentionParams(*shape, param("Y", "out", "f32", q.shape), quantization, new), 0.3, target)
+    kernel = attention(
+        AttentionParams(*shape, param("Y", "out", "f32", q.shape), quantization, new), Scores(0.3), target
+    )
     expected = reference(q, wide_k[:, : pos + length], wide_v[:, : pos + length], pos, 0.3)
     # scores of int8 keys cancel a constant of q . zero only after it was rounded: eps x |q . zero|
     close(run(kernel, target, values)["Y"], expected, 1e-5)

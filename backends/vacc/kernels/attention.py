@@ -6,7 +6,8 @@ visited. An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv
     q . k = (q * ks) . qk + q . kz            p . v = (p . qv) * vs + sum(p) * vz
 
 so the K scale multiplies Q once, the V scale and zero are applied once to the sum over the int8 blocks. `q . kz` is one
-number a query: the softmax cancels it, unless float keys of the current call (`new`) follow as blocks of their own.
+number a query: the softmax cancels it, unless float keys of the current call (`new`) follow as blocks of their own, or
+scores pass through a clamp or a soft cap, which are not linear.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vacc_opt.ir.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Scales and zeros of an int8 cache, each [Hkv, 1, D] f32; the zero of K matters beside float keys only."""
+    """Scales and zeros of an int8 cache, each [Hkv, 1, D] f32; see above for when the zero of K matters."""
 
     k_scale: Param
     k_zero: Param | None
@@ -32,7 +33,10 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """Q, Y [Hkv, G, S, D]; K, V [Hkv, C, D]; int8 caches have `quantization`, `new` are float [Hkv, S, D]."""
+    """Q, Y [Hkv, G, S, D]; K, V [Hkv, C, D]; int8 caches have `quantization`, `new` are float [Hkv, S, D].
+
+    `slopes` [Hkv, G, 1, 1] are ALiBi's.
+    """
 
     q: Param
     k: Param
@@ -40,11 +44,36 @@ class AttentionParams:
     y: Param
     quantization: Quantization | None = None
     new: tuple[Param, Param] | None = None
+    slopes: Param | None = None
 
 
-def attention(params: AttentionParams, scale: float, target: Target) -> Kernel:
-    """Build the kernel for the runtime scalar `pos`; `scale` multiplies the scores."""
-    return _Attention(params, scale, target).build()
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of q . k, in this order: times `scale`, a clamp and a soft cap; keys out of `window` are hidden.
+
+    A 0 leaves a step out; ALiBi's slopes are added after the limits, as in `Vastai::Attention`.
+    """
+
+    scale: float
+    window: int = 0
+    clamp: float = 0.0
+    softcap: float = 0.0
+
+    @property
+    def linear(self) -> bool:
+        """Whether a constant added to all scores of a query changes nothing."""
+        return not self.clamp and not self.softcap
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """The attributes of `softmax_step`."""
+        limits = {"window": self.window, "clamp": self.clamp, "softcap": self.softcap}
+        return {"scale": self.scale} | {name: value for name, value in limits.items() if value}
+
+
+def attention(params: AttentionParams, scores: Scores, target: Target) -> Kernel:
+    """Build the kernel for the runtime scalar `pos`."""
+    return _Attention(params, scores, target).build()
 
 
 def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
@@ -74,8 +103,8 @@ def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
 class _Attention:
     """Declares the buffers, then writes one tree after the other over the same loops."""
 
-    def __init__(self, params: AttentionParams, scale: float, target: Target) -> None:
-        self.params, self.scale = params, scale
+    def __init__(self, params: AttentionParams, scores: Scores, target: Target) -> None:
+        self.params, self.scores = params, scores
         heads, group, length, width = params.q.shape
         self.heads, self.length = heads, length
         self.tile, self.block = _tiles(params, target)
@@ -85,10 +114,11 @@ class _Attention:
         b = self.b = KernelBuilder("attention_i8" if q else "attention")
         self.q, self.k, self.v, self.y = (b.param(one) for one in (params.q, params.k, params.v, params.y))
         tables = [q.k_scale, q.v_scale, q.v_zero] if q else []
-        if q and q.k_zero and params.new:
+        if q and q.k_zero and (params.new or not scores.linear):
             tables.append(q.k_zero)
         self.tables = [b.param(one) for one in tables]
         self.new = [b.param(one) for one in params.new] if params.new else []
+        self.slopes = b.param(params.slopes) if params.slopes else None
         self.pos = b.scalar("pos")
         rows = (1, group, self.tile)
         # the float queries go to the array when a block has float keys, to the vector engine to be scaled otherwise
@@ -98,6 +128,8 @@ class _Attention:
         self.rv = b.ring("v", params.v.dtype, (1, self.block, width), "dma_in", "matrix")
         self.rnew = [b.ring(f"{p.name.lower()}", p.dtype, (1, self.block, width), "dma_in", "matrix") for p in self.new]
         self.rtables = [b.ring(p.name.lower(), p.dtype, (1, 1, width), "dma_in", "vector") for p in self.tables]
+        slopes = params.slopes
+        self.rslopes = b.ring("slopes", slopes.dtype, (1, group, 1, 1), "dma_in", "vector") if slopes else None
         self.rqs = b.ring("qs", params.q.dtype, (*rows, width), "vector", "matrix") if q else self.rq
         self.rs = b.ring("s", "f32", (*rows, self.block), "matrix", "vector")
         self.rp = b.ring("p", params.q.dtype, (*rows, self.block), "vector", "matrix")
@@ -131,6 +163,9 @@ class _Attention:
         for ring, table in zip(self.rtables, self.tables, strict=True):
             with b.fill(ring):
                 b.op("load", ring[h, :, :], table[h, :, :])
+        if self.slopes and self.rslopes:
+            with b.fill(self.rslopes):
+                b.op("load", self.rslopes[h, ...], self.slopes[h, ...])
         self._load_blocks("j", self._old_stop(m), h, (self.rk, self.rv), (self.k, self.v))
         if self.new:
             self._load_blocks("i", m.stop, h, self.rnew, self.new)
@@ -168,15 +203,23 @@ class _Attention:
         b.op("constant", self.maximum[:, :, m, :], value=float("-inf"))
         b.op("constant", self.sum[:, :, m, :], value=0.0)
         b.op("constant", self.total[:, :, m, :], value=0.0)
+        if self.rslopes:
+            with b.use(self.rslopes):
+                self._blocks(m)
+        else:
+            self._blocks(m)
+        with b.fill(self.ry):
+            b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
+
+    def _blocks(self, m: LoopVar) -> None:
+        """The cache, then the float keys of this call."""
         if not self.rtables:
             self._softmax("j", self._old_stop(m), m, self.pos + m.start, False)
         else:
-            with b.use(*self.rtables):
+            with self.b.use(*self.rtables):
                 self._quantized(m)
         if self.new:
             self._softmax("i", m.stop, m, m.start, False)
-        with b.fill(self.ry):
-            b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
 
     def _quantized(self, m: LoopVar) -> None:
         """The int8 blocks, with K scale and zero folded into the queries, V scale and zero into the output."""
@@ -196,12 +239,16 @@ class _Attention:
         """Consume scores block by block; `first` is the position of the first query row in the keys of this loop."""
         b = self.b
         state = self.maximum[:, :, m, :], self.sum[:, :, m, :], self.factor[:, :, m, :]
-        addend = (self.offset[:, :, m, :],) if quantized and self.offset else ()
+        added = [self.offset[:, :, m, :]] if quantized and self.offset else []
+        attributes = dict(self.scores.attributes)
+        if self.rslopes:
+            added.append(self.rslopes[...])
+            attributes["slopes"] = 1
         with b.loop(var, 0, stop, self.block) as j:
             with b.use(self.rs), b.fill(self.rp):
                 outs = (self.rp[:, :, m, j], *state)
                 scores = self.rs[:, :, m, j]
-                b.op("softmax_step", outs, scores, *addend, diagonal=first - affine(var), scale=self.scale)
+                b.op("softmax_step", outs, scores, *added, diagonal=first - affine(var), **attributes)
             with b.use(self.ro):
                 total = self.total[:, :, m, :]
                 b.op("mul_add", total, total, self.factor[:, :, m, :], self.ro[:, :, m, :])
