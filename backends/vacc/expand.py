@@ -104,6 +104,7 @@ class _Walker:
         if loop.step < 1 or loop.var in names:
             raise self.error("loop", f"`{loop.var}` has step {loop.step} or hides another variable")
         start, stop = self._value(loop.start.value, names), self._value(loop.stop.value, names)
+        start = max(0, start) if loop.clipped else start
         size = f"|{loop.var}|"
         for count, value in enumerate(range(start, stop, loop.step)):
             if loop.parallel and count % self._cores != self._core:

@@ -33,6 +33,8 @@ MODELS = {
     "int8 weights and KV, 3 ranks": Llama(ranks=3, **W8KV8),
     "int8 weights and KV, 3 ranks, decode": Llama(ranks=3, length=1, **W8KV8),
     "one KV head": Llama(kv_heads=1, heads=3),
+    "71 query heads, one KV head": Llama(kv_heads=1, heads=71, layers=1),
+    "channels of no power of two, two rows": Llama(batch=2, width=20, kv_heads=1, heads=3),
     "ALiBi": Llama(alibi=True),
     "ALiBi, two rows at different positions, decode": Llama(alibi=True, batch=2, length=1),
     "window, clamp and ALiBi over int8 KV": Llama(kv="int8", alibi=True, window=3, clamp=0.4),

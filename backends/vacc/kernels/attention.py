@@ -1,7 +1,9 @@
 """Causal grouped-query attention over a KV cache: online softmax, the query heads of a group stacked.
 
-Query row i of this call is at position `pos + i` and sees cache positions up to it; blocks behind the diagonal are not
-visited. An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
+Query row i of this call is at position `pos + i` and sees cache positions up to it, with a window only the last ones;
+blocks behind the diagonal and before the window are not visited.
+
+An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
 
     q . k = (q * ks) . qk + q . kz            p . v = (p . qv) * vs + sum(p) * vz
 
@@ -12,10 +14,11 @@ scores pass through a clamp or a soft cap, which are not linear.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
-from vacc_opt.backends.vacc.schedule import ALIGN, Affine, Index, Kernel, Param, affine, itemsize
+from vacc_opt.backends.vacc.schedule import ALIGN, Affine, Kernel, Param, affine, itemsize
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.ir.errors import UserError
@@ -156,6 +159,18 @@ class _Attention:
         """Cache rows to visit: those before this call, and its own too when they are not given apart."""
         return self.pos if self.new else self.pos + m.stop
 
+    def _blocks(self, var: str, m: LoopVar) -> AbstractContextManager[LoopVar]:
+        """The loop over blocks of keys that rows `m` may see: of the cache (`j`), or of the keys of this call (`i`)."""
+        first = self._first(var, m)
+        stop = m.stop if var == "i" else self._old_stop(m)
+        if not self.scores.window:
+            return self.b.loop(var, 0, stop, self.block)
+        return self.b.loop(var, first - (self.scores.window - 1), stop, self.block, clipped=True)
+
+    def _first(self, var: str, m: LoopVar) -> Affine:
+        """The position of the first of rows `m` among the keys of a loop."""
+        return m.start if var == "i" else self.pos + m.start
+
     def _load(self, h: LoopVar, m: LoopVar) -> None:
         b = self.b
         with b.fill(self.rq):
@@ -166,33 +181,33 @@ class _Attention:
         if self.slopes and self.rslopes:
             with b.fill(self.rslopes):
                 b.op("load", self.rslopes[h, ...], self.slopes[h, ...])
-        self._load_blocks("j", self._old_stop(m), h, (self.rk, self.rv), (self.k, self.v))
+        self._load_blocks("j", m, h, (self.rk, self.rv), (self.k, self.v))
         if self.new:
-            self._load_blocks("i", m.stop, h, self.rnew, self.new)
+            self._load_blocks("i", m, h, self.rnew, self.new)
 
     def _load_blocks(
         self,
         var: str,
-        stop: Index,
+        m: LoopVar,
         h: LoopVar,
         rings: tuple[Handle, ...] | list[Handle],
         params: tuple[Handle, ...] | list[Handle],
     ) -> None:
-        with self.b.loop(var, 0, stop, self.block) as j:
+        with self._blocks(var, m) as j:
             for ring, param in zip(rings, params, strict=True):
                 with self.b.fill(ring):
                     self.b.op("load", ring[h, j, :], param[h, j, :])
 
     def _matrix(self, h: LoopVar, m: LoopVar) -> None:
         with self.b.use(self.rqs):
-            self._products("j", self._old_stop(m), m, self.rqs, self.rk, self.rv)
+            self._products("j", m, self.rqs, self.rk, self.rv)
         if self.new:
             with self.b.use(self.rq):
-                self._products("i", m.stop, m, self.rq, *self.rnew)
+                self._products("i", m, self.rq, *self.rnew)
 
-    def _products(self, var: str, stop: Index, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
+    def _products(self, var: str, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
         b = self.b
-        with b.loop(var, 0, stop, self.block) as j:
+        with self._blocks(var, m) as j:
             with b.use(keys), b.fill(self.rs):
                 b.op("mma", self.rs[:, :, m, j], query[:, :, m, :], keys[:, j, :], first=0)
             with b.use(self.rp, values), b.fill(self.ro):
@@ -205,21 +220,21 @@ class _Attention:
         b.op("constant", self.total[:, :, m, :], value=0.0)
         if self.rslopes:
             with b.use(self.rslopes):
-                self._blocks(m)
+                self._rows(m)
         else:
-            self._blocks(m)
+            self._rows(m)
         with b.fill(self.ry):
             b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
 
-    def _blocks(self, m: LoopVar) -> None:
-        """The cache, then the float keys of this call."""
+    def _rows(self, m: LoopVar) -> None:
+        """Rows `m` over the cache, then over the float keys of this call."""
         if not self.rtables:
-            self._softmax("j", self._old_stop(m), m, self.pos + m.start, False)
+            self._softmax("j", m, False)
         else:
             with self.b.use(*self.rtables):
                 self._quantized(m)
         if self.new:
-            self._softmax("i", m.stop, m, m.start, False)
+            self._softmax("i", m, False)
 
     def _quantized(self, m: LoopVar) -> None:
         """The int8 blocks, with K scale and zero folded into the queries, V scale and zero into the output."""
@@ -229,22 +244,22 @@ class _Attention:
             b.op("mul", self.rqs[:, :, m, :], self.rq[:, :, m, :], k_scale)
             if self.offset:
                 b.op("row_dot", self.offset[:, :, m, :], self.rq[:, :, m, :], *k_zero)
-        self._softmax("j", self._old_stop(m), m, self.pos + m.start, True)
+        self._softmax("j", m, True)
         assert self.zeros
         total, zeros = self.total[:, :, m, :], self.zeros[:, :, m, :]
         b.op("mul", zeros, self.sum[:, :, m, :], v_zero)
         b.op("mul_add", total, total, v_scale, zeros)
 
-    def _softmax(self, var: str, stop: Index, m: LoopVar, first: Affine, quantized: bool) -> None:
-        """Consume scores block by block; `first` is the position of the first query row in the keys of this loop."""
-        b = self.b
+    def _softmax(self, var: str, m: LoopVar, quantized: bool) -> None:
+        """Consume scores block by block."""
+        b, first = self.b, self._first(var, m)
         state = self.maximum[:, :, m, :], self.sum[:, :, m, :], self.factor[:, :, m, :]
         added = [self.offset[:, :, m, :]] if quantized and self.offset else []
         attributes = dict(self.scores.attributes)
         if self.rslopes:
             added.append(self.rslopes[...])
             attributes["slopes"] = 1
-        with b.loop(var, 0, stop, self.block) as j:
+        with self._blocks(var, m) as j:
             with b.use(self.rs), b.fill(self.rp):
                 outs = (self.rp[:, :, m, j], *state)
                 scores = self.rs[:, :, m, j]

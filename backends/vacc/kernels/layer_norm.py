@@ -16,7 +16,7 @@ def layer_norm(x: Param, w: Param, c: Param | None, y: Param, eps: float, target
     rows, width = x.shape
     tables = [w] if c is None else [w, c]
     row_bytes = width * (2 * itemsize(x.dtype) + 2 * itemsize(y.dtype) + 4) + 8
-    fixed = 2 * width * sum(itemsize(one.dtype) for one in tables) + 1024
+    fixed = width * sum(itemsize(one.dtype) for one in tables) + 1024
     tile = row_tile(rows, row_bytes, fixed, target)
     b = KernelBuilder("layer_norm")
     px, py = b.param(x), b.param(y)
