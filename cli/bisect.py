@@ -9,7 +9,7 @@ import click
 
 from vacc_opt.cli.checking import REPRODUCING, numerics_of, numerics_options
 from vacc_opt.cli.console import Steps
-from vacc_opt.cli.options import GroupedCommand, option
+from vacc_opt.cli.options import GroupedCommand, option, trust_option
 
 
 @click.command("bisect", cls=GroupedCommand)
@@ -26,6 +26,7 @@ from vacc_opt.cli.options import GroupedCommand, option
     help="In place of a script: the graph is valid and no pass raises, or every pass keeps its promise about values.",
 )
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", help="For a checkpoint.")
+@trust_option
 @numerics_options
 @option(
     REPRODUCING,
@@ -40,6 +41,7 @@ def command(
     script: str | None,
     check: str | None,
     attention: str,
+    trust_remote_code: bool,
     check_numerics: tuple[str, ...],
     numerics_weights: str,
     numerics_seed: int,
@@ -65,7 +67,12 @@ def command(
         check_place(reproducer)
     with Steps() as steps:
         with steps.step("load", model) as said:
-            graph = load_model(model, attention=attention, progress=lambda stage: steps.running(f"load: {stage}"))
+            graph = load_model(
+                model,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                progress=lambda stage: steps.running(f"load: {stage}"),
+            )
             said.append(describe(graph))
         with steps.step("bisect", pipeline) as said:
             if script is not None:

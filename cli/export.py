@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vacc_opt.cli.console import Steps
+from vacc_opt.cli.options import trust_option
 
 
 @click.command("export")
@@ -19,7 +20,8 @@ from vacc_opt.cli.console import Steps
     show_default=True,
     help="Which attention code of the model is exported.",
 )
-def command(checkpoint: str, output: str, attention: str) -> None:
+@trust_option
+def command(checkpoint: str, output: str, attention: str, trust_remote_code: bool) -> None:
     """Export CHECKPOINT, a Hugging Face directory or a .gguf file, to one graph for prefill and decode.
 
     The weights become float32 beside the .onnx file; with OUT.vacc they stay where they are, and the text refers to
@@ -32,7 +34,10 @@ def command(checkpoint: str, output: str, attention: str) -> None:
     with Steps() as steps:
         with steps.step("export", checkpoint) as said:
             graph = export_checkpoint(
-                checkpoint, attention=attention, progress=lambda stage: steps.running(f"export: {stage}")
+                checkpoint,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                progress=lambda stage: steps.running(f"export: {stage}"),
             )
             said.append(describe(graph))
         with steps.step("write", output) as said:

@@ -12,7 +12,7 @@ import click
 
 from vacc_opt.cli.checking import CHECKING, Checks, check_options
 from vacc_opt.cli.console import NAME_WIDTH, Steps
-from vacc_opt.cli.options import GroupedCommand, option, optional_value
+from vacc_opt.cli.options import GroupedCommand, option, optional_value, trust_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,6 +60,7 @@ class Seeing:
     show_default=True,
     help="Attention code to export, for a checkpoint.",
 )
+@trust_option
 @click.option(
     "--keep-functions",
     is_flag=True,
@@ -119,6 +120,7 @@ def command(
     pipeline: str,
     output: Path | None,
     attention: str,
+    trust_remote_code: bool,
     keep_functions: bool,
     dump_pipeline: bool,
     verify_each: bool,
@@ -158,6 +160,7 @@ def command(
             graph = load_model(
                 model,
                 attention=attention,
+                trust_remote_code=trust_remote_code,
                 keep_functions=keep_functions,
                 progress=lambda stage: steps.running(f"load: {stage}"),
             )

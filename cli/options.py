@@ -62,3 +62,12 @@ def option(group: str, *names: str, **kwargs: Any) -> Callable[[_F], _F]:
 def optional_value(group: str, *names: str, **kwargs: Any) -> Callable[[_F], _F]:
     """An :class:`OptionalValue` under a heading."""
     return click.option(*names, cls=OptionalValue, group=group, **kwargs)
+
+
+def trust_option(command: _F) -> _F:
+    """``--trust-remote-code`` of the commands that export a checkpoint."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the Python code that comes with a checkpoint, in place of our own definition of the model.",
+    )(command)

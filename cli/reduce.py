@@ -9,7 +9,7 @@ import click
 
 from vacc_opt.cli.checking import numerics_of, numerics_options
 from vacc_opt.cli.console import Steps
-from vacc_opt.cli.options import GroupedCommand
+from vacc_opt.cli.options import GroupedCommand, trust_option
 
 
 @click.command("reduce", cls=GroupedCommand)
@@ -26,6 +26,7 @@ from vacc_opt.cli.options import GroupedCommand
 @click.option("-p", "--pipeline", default="", metavar="PIPELINE", help="Passes of which one fails.")
 @click.option("--error", "text", metavar="TEXT", help="The pipeline fails with TEXT in its message.")
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", help="For a checkpoint.")
+@trust_option
 @click.option(
     "--emit-test",
     type=click.Path(path_type=Path),
@@ -40,6 +41,7 @@ def command(
     pipeline: str,
     text: str | None,
     attention: str,
+    trust_remote_code: bool,
     emit_test: Path | None,
     check_numerics: tuple[str, ...],
     numerics_weights: str,
@@ -66,7 +68,12 @@ def command(
         check_place(emit_test)
     with Steps() as steps:
         with steps.step("load", model) as said:
-            graph = load_model(model, attention=attention, progress=lambda stage: steps.running(f"load: {stage}"))
+            graph = load_model(
+                model,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                progress=lambda stage: steps.running(f"load: {stage}"),
+            )
             said.append(describe(graph))
         with steps.step("reduce", model) as said:
             if script is not None:

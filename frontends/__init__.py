@@ -45,6 +45,7 @@ def export_checkpoint(
     path: str | os.PathLike[str],
     *,
     attention: str = "eager",
+    trust_remote_code: bool = False,
     isolated: bool = True,
     progress: Progress | None = None,
 ) -> Graph:
@@ -53,12 +54,15 @@ def export_checkpoint(
     Args:
         path: directory, .gguf file or ``package:NAME/FILE.gguf``.
         attention: ``eager`` or ``sdpa``, the attention code of transformers that is exported.
+        trust_remote_code: run the Python code in the directory that ``auto_map`` of its config.json names, in place of
+            our own definition or that of transformers.
         isolated: run torch in a child process, so that its memory is gone when this returns.
         progress: called with the name of each stage as it begins.
 
     Raises:
         UserError: the checkpoint is missing, damaged, incomplete, or of an unknown architecture.
     """
+    from vacc_opt.frontends.shared_layers import find_shared_layers
     from vacc_opt.frontends.skeleton import export_skeleton
     from vacc_opt.ir.onnx_proto import from_onnx
     from vacc_opt.ir.origins import name_origins
@@ -66,8 +70,9 @@ def export_checkpoint(
 
     report = progress or (lambda stage: None)
     report("open checkpoint")
-    checkpoint = open_checkpoint(path)
-    skeleton = export_skeleton(checkpoint.config, attention, isolated=isolated, progress=report)
+    checkpoint = find_shared_layers(open_checkpoint(path))
+    code = checkpoint.path if trust_remote_code and checkpoint.kind == "huggingface" else None
+    skeleton = export_skeleton(checkpoint.config, attention, isolated=isolated, progress=report, code=code)
     report("import graph")
     graph = from_onnx(
         skeleton.model,

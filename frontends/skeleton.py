@@ -42,17 +42,26 @@ class SimplifiedSkeleton:
 
 
 def export_skeleton(
-    config: Mapping[str, Any], attention: str, *, isolated: bool, progress: Callable[[str], None]
+    config: Mapping[str, Any],
+    attention: str,
+    *,
+    isolated: bool,
+    progress: Callable[[str], None],
+    code: Path | None = None,
 ) -> SimplifiedSkeleton:
-    """Export the model of a config.json; raises UserError for what the config gets wrong, ExportDefect otherwise."""
+    """Export the model of a config.json; raises UserError for what the config gets wrong, ExportDefect otherwise.
+
+    ``code`` is the directory of the checkpoint if the code in it may run.
+    """
     if not isolated:
         from vacc_opt.frontends.worker import make_skeleton
 
-        model, origins = make_skeleton(config, attention, progress)
+        model, origins = make_skeleton(config, attention, progress, code)
         return SimplifiedSkeleton(model, origins)
     with tempfile.TemporaryDirectory(prefix="vacc-opt-export-") as name:
         folder = Path(name)
-        (folder / REQUEST_FILE).write_text(json.dumps({"config": dict(config), "attention": attention}))
+        request = {"config": dict(config), "attention": attention, "code": str(code) if code else None}
+        (folder / REQUEST_FILE).write_text(json.dumps(request))
         _run_worker(folder, progress)
         origins = origins_from_json((folder / ORIGINS_FILE).read_text())
         return SimplifiedSkeleton(onnx.load(folder / MODEL_FILE), origins)
@@ -60,6 +69,7 @@ def export_skeleton(
 
 def _run_worker(folder: Path, progress: Callable[[str], None]) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")  # where transformers copies code of a checkpoint to
     # -P: the working directory must not shadow installed packages
     command = [sys.executable, "-P", "-m", "vacc_opt.frontends.worker", str(folder)]
     with (folder / "stderr").open("w+b") as errors:

@@ -22,9 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache
 
 from vacc_opt.frontends.origins import OriginReader
+from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
+OPSET_WITHOUT_ATTENTION = 20  # where the exporter writes attention out
 OPSET = 23  # at 24 the exporter loses its rotary and RMSNormalization operators
 _TOTAL = "past_plus_seq"  # an identifier for torch; the graph says "past + seq"
 _STACKED = "stacked_past"
@@ -75,9 +77,9 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
 
 
 def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
-    """Export a transformers causal language model (``module.config`` gives layers, KV heads and head size)."""
-    config: Any = module.config
-    layers, kv_heads, head_dim = cache_shape(config)
+    """Export a transformers causal language model ; the shape of its cache is found by a run."""
+    trace_lengths(module)
+    layers, kv_heads, head_dim = cache_shape(module, mode)
     with mode:
         token_ids = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
         mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
@@ -85,20 +87,12 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     inputs, outputs = interface_names(layers)
     tokens = {0: "batch", 1: "seq"}
     dims = (tokens, {0: "batch", 1: _TOTAL}, tokens, {1: "batch", 3: "past"})
-    with _quiet():
-        program = torch.onnx.export(
-            _WithCache(module),
-            (token_ids, mask, token_ids.clone(), past),
-            dynamo=True,
-            opset_version=opset,
-            input_names=[*inputs[:3], _STACKED],
-            output_names=outputs,
-            dynamic_shapes=dims,
-            optimize=False,
-            verbose=False,
-            external_data=False,
-        )
-    assert program is not None
+    arguments = (token_ids, mask, token_ids.clone(), past)
+    named = {"input_names": [*inputs[:3], _STACKED], "output_names": outputs, "dynamic_shapes": dims}
+    try:
+        program = _export(_WithCache(module), arguments, opset, **named)
+    except torch.onnx.OnnxExporterError:  # its Attention-23 does not broadcast one KV head, as torch does for Falcon
+        program = _export(_WithCache(module), arguments, OPSET_WITHOUT_ATTENTION, **named)
     origins = OriginReader(module, _WRAPPED).read(program.model.graph)
     _unstack_cache(program.model.graph, inputs[3:])
     _weights_to_inputs(program.model.graph, _canonical_names(module))
@@ -109,11 +103,30 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     return Skeleton(model, origins)
 
 
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, KV heads, head size) of a transformers config."""
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+def _export(module: nn.Module, arguments: tuple[torch.Tensor, ...], opset: int, **named: Any) -> torch.onnx.ONNXProgram:
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            external_data=False,
+            **named,
+        )
+    assert program is not None
+    return program
+
+
+def cache_shape(module: nn.Module, mode: FakeTensorMode) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of what the model caches, seen by running it on one token without data."""
+    with mode, torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        result = module(input_ids=token, position_ids=token, use_cache=True)
+    layers = result.past_key_values.layers
+    _, kv_heads, _, head_dim = layers[0].keys.shape
+    return len(layers), int(kv_heads), int(head_dim)
 
 
 def _unstack_cache(graph: onnx_ir.Graph, names: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The compile configuration: the upstream YAML schema (every key of it), checked, with file and line in each message.
 
-Ours are ``frontend.quantize.kv_scales`` and ``backend.target``; keys that steer only the closed compiler are accepted.
+Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.kv_scales`` and ``backend.target``;
+keys that steer only the closed compiler are accepted.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Frontend(_Section):
     checkpoint: str
     type: Literal["huggingface", "onnx"] = "huggingface"
     attention: Literal["eager", "sdpa"] = "eager"
+    trust_remote_code: bool = False
     shape: Shape
     model_kwargs: ModelKwargs = ModelKwargs()
     quantize: Quantize | None = None

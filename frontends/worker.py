@@ -19,27 +19,30 @@ if TYPE_CHECKING:
 
 
 def make_skeleton(
-    config: Mapping[str, Any], attention: str, progress: Callable[[str], None]
+    config: Mapping[str, Any], attention: str, progress: Callable[[str], None], code: Path | None = None
 ) -> tuple[onnx.ModelProto, dict[str, Origin]]:
-    """Build the module, export it, simplify the result: the skeleton and the origin of every node output."""
+    """Build the module, export it, simplify the result: the skeleton and the origin of every node output.
+
+    ``code`` is the directory of the checkpoint if the code in it may run.
+    """
     progress("load torch")
     from vacc_opt.frontends.origins import complete_origins
     from vacc_opt.frontends.simplify_skeleton import simplify_skeleton
     from vacc_opt.frontends.torch_export import OPSET  # noqa: F401 - loads torch within this stage
 
     progress("export")
-    skeleton = trace(config, attention)
+    skeleton = trace(config, attention, code)
     progress("simplify")
     model = simplify_skeleton(skeleton.model)
     return model, complete_origins(model, skeleton.origins)
 
 
-def trace(config: Mapping[str, Any], attention: str) -> Skeleton:
+def trace(config: Mapping[str, Any], attention: str, code: Path | None = None) -> Skeleton:
     """The unsimplified skeleton of the whole model."""
     from vacc_opt.frontends.huggingface import build_module
     from vacc_opt.frontends.torch_export import export_module
 
-    return export_module(*build_module(config, attention))
+    return export_module(*build_module(config, attention, code))
 
 
 def main(folder: Path) -> int:
@@ -48,7 +51,8 @@ def main(folder: Path) -> int:
 
     request = json.loads((folder / REQUEST_FILE).read_text())
     try:
-        model, origins = make_skeleton(request["config"], request["attention"], _report)
+        code = Path(request["code"]) if request["code"] else None
+        model, origins = make_skeleton(request["config"], request["attention"], _report, code)
     except UserError as error:
         (folder / ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
         return error.exit_code

@@ -6,6 +6,7 @@ from vacc_opt.ir.onnx_proto import from_onnx, to_onnx
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.seeded import Seeded
 from vacc_opt.ir.tensor import Literal, PerRank, Source, TensorExpr
+from vacc_opt.ir.tensor_math import RowNormalized, Shifted, Stacked
 from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
 
 __all__ = [
@@ -18,9 +19,12 @@ __all__ = [
     "Origin",
     "PerRank",
     "Provenance",
+    "RowNormalized",
     "Seeded",
     "Shape",
+    "Shifted",
     "Source",
+    "Stacked",
     "SymbolicDim",
     "TensorExpr",
     "TensorType",

@@ -122,6 +122,7 @@ def _export(run: _Run) -> tuple[Graph, Tokenizer | None]:
         graph = load_model(
             frontend.checkpoint,
             attention=frontend.attention,
+            trust_remote_code=frontend.trust_remote_code,
             progress=lambda stage: run.listener.running(f"export: {stage}"),
         )
         layers = run.plan.model.get("num_hidden_layers")

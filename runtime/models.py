@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vacc_opt.ir.errors import UserError
@@ -50,18 +51,23 @@ def load_model(
     reference: str,
     *,
     attention: str = "eager",
+    trust_remote_code: bool = False,
     keep_functions: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Graph:
     """The graph of an .onnx file, a text form (.vacc, or ``-`` for standard input), or a checkpoint (directory, .gguf,
     ``package:NAME/FILE``); verified, so that no pass is blamed for what was wrong before it.
 
+    ``trust_remote_code``: run the code that comes with a checkpoint.
     ``keep_functions``: let the local functions of an .onnx file be bodies instead of inlining them.
 
     Raises:
         UserError: the file is missing, damaged, of no known form, or not a valid graph.
     """
-    graph = _read(reference, attention, progress, keep_functions)
+    from vacc_opt.frontends import export_checkpoint
+
+    export = partial(export_checkpoint, attention=attention, trust_remote_code=trust_remote_code, progress=progress)
+    graph = _read(reference, export, keep_functions)
     try:
         verify(graph)
     except InvalidGraph as error:
@@ -69,11 +75,11 @@ def load_model(
     return graph
 
 
-def _read(reference: str, attention: str, progress: Callable[[str], None] | None, keep_functions: bool) -> Graph:
-    from vacc_opt.frontends import export_checkpoint, load_onnx
+def _read(reference: str, export: Callable[[str | Path], Graph], keep_functions: bool) -> Graph:
+    from vacc_opt.frontends import load_onnx
 
     if reference.startswith("package:"):
-        return export_checkpoint(reference, attention=attention, progress=progress)
+        return export(reference)
     if reference == "-":
         return _from_text(sys.stdin.read(), "standard input")
     path = Path(reference).expanduser()
@@ -87,7 +93,7 @@ def _read(reference: str, attention: str, progress: Callable[[str], None] | None
         except UnicodeDecodeError as error:
             raise UserError(f"{reference}: not text: {error.reason}") from error
     if path.is_dir() or path.suffix == ".gguf":
-        return export_checkpoint(path, attention=attention, progress=progress)
+        return export(path)
     raise UserError(
         f"{reference}: not a model", "give an .onnx file, a .vacc text, a Hugging Face directory or a .gguf file"
     )

@@ -1,5 +1,6 @@
-"""ChatGLM2 and ChatGLM3: multi-query attention in [seq, batch, heads, D] order, interleaved rotary on half a head.
+"""ChatGLM2, ChatGLM3 and GLM-4-9B: multi-query attention in [seq, batch, heads, D] order, half of a head in rotary.
 
+The rotary is interleaved; ``rope_ratio`` multiplies its base (1 in ChatGLM2-6B, 500 in GLM-4-9B).
 Parameters carry the names of the published checkpoints, so a checkpoint loads without renaming. The published model
 attends in one of two ways that export differently: ``sdpa`` (the fused function) and ``bmm`` (batched matrix products).
 Source: Zeng et al. 2023, "GLM-130B"; ChatGLM2-6B model card; Su et al. 2021, "RoFormer"; Shazeer 2019, "Fast
@@ -9,7 +10,7 @@ Transformer Decoding" (multi-query attention).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,7 @@ _EXPECTED = {
     "pre_seq_len": None,
 }
 Pair = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,15 @@ class ChatGLMConfig:
         """The structure that a config.json describes; raises UserError for one that this module does not have."""
         for key, expected in _EXPECTED.items():
             if config.get(key, expected) != expected:
-                raise UserError(f"config.json: {key} is {config[key]!r}, a ChatGLM2 or ChatGLM3 model has {expected!r}")
+                raise UserError(
+                    f"config.json: {key} is {config[key]!r}, a ChatGLM2, ChatGLM3 or GLM-4 model has {expected!r}"
+                )
+        layers = config.get("num_layers", cls.num_layers)
+        if config.get("num_hidden_layers", layers) != layers:
+            raise UserError(
+                f"config.json: num_layers is {layers!r}, but num_hidden_layers is {config['num_hidden_layers']!r}",
+                "the number of layers in the checkpoint goes in both",
+            )
         names = {f.name for f in fields(cls)} - {"core"}
         return cls(**{k: v for k, v in config.items() if k in names}, core=CORES[attention])
 
@@ -122,8 +132,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.layernorm_epsilon
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps: float = config.layernorm_epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Same shape and type as ``hidden``."""
@@ -162,17 +172,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.heads, self.groups, self.width = (
-            config.num_attention_heads,
-            config.multi_query_group_num,
-            config.kv_channels,
-        )
+        self.heads: int = config.num_attention_heads
+        self.groups: int = config.multi_query_group_num
+        self.width: int = config.kv_channels
         projected = self.heads * self.width
-        self.query_key_value = nn.Linear(
+        self.query_key_value: nn.Linear = nn.Linear(
             config.hidden_size, projected + 2 * self.groups * self.width, bias=config.add_qkv_bias
         )
-        self.dense = nn.Linear(projected, config.hidden_size, bias=False)
-        self.attend = attend_sdpa if config.core == "sdpa" else attend_bmm
+        self.dense: nn.Linear = nn.Linear(projected, config.hidden_size, bias=False)
+        self.attend: Attend = attend_sdpa if config.core == "sdpa" else attend_bmm
 
     def forward(
         self, x: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, past: Pair | None
@@ -199,8 +207,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.dense_h_to_4h: nn.Linear = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h: nn.Linear = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[seq, batch, hidden] to the same."""
@@ -214,10 +222,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
-        self.self_attention = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        self.input_layernorm: RMSNorm = RMSNorm(config)
+        self.self_attention: SelfAttention = SelfAttention(config)
+        self.post_attention_layernorm: RMSNorm = RMSNorm(config)
+        self.mlp: MLP = MLP(config)
 
     def forward(
         self, x: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, past: Pair | None
@@ -233,8 +241,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config)
+        self.layers: nn.ModuleList = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_layernorm: RMSNorm = RMSNorm(config)
 
 
 class Embedding(nn.Module):
@@ -242,7 +250,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
 
 class Transformer(nn.Module):
@@ -250,11 +258,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.positions = config.seq_length
-        self.embedding = Embedding(config)
-        self.rotary_pos_emb = RotaryTable(config)
-        self.encoder = Encoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.positions: int = config.seq_length
+        self.embedding: Embedding = Embedding(config)
+        self.rotary_pos_emb: RotaryTable = RotaryTable(config)
+        self.encoder: Encoder = Encoder(config)
+        self.output_layer: nn.Linear = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[Pair]
@@ -291,8 +299,8 @@ class ChatGLM(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
+        self.config: ChatGLMConfig = config
+        self.transformer: Transformer = Transformer(config)
 
     def forward(
         self,

@@ -11,10 +11,12 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind
 from vacc_opt.passes.infra.model.attention import (
     added_mask,
+    attributes,
     is_plain,
     operands,
     total_scale,
     why_not_grouped,
+    why_not_limited,
     why_not_masked,
     why_not_scaled,
 )
@@ -23,6 +25,7 @@ from vacc_opt.passes.infra.patterns.pattern import Pattern, maybe, op
 from vacc_opt.passes.infra.patterns.pattern_pass import Capture, PatternPass, Scalar
 from vacc_opt.passes.infra.patterns.values import shown
 from vacc_opt.passes.infra.registry import register
+
 
 
 @register
@@ -58,22 +61,23 @@ class FuseGqa(PatternPass):
     anchors: ClassVar[tuple[str, ...]] = ("Softmax", "Attention")
 
     def pattern(
-        self, q: Capture, k: Capture, v: Capture, mask: Capture, hidden: Capture,
-        scale: Scalar, divisor: Scalar, q_scale: Scalar, k_scale: Scalar, blocked: Scalar,
+        self, q: Capture, k: Capture, v: Capture, mask: Capture, hidden: Capture, scale: Scalar, divisor: Scalar,
+        q_scale: Scalar, k_scale: Scalar, blocked: Scalar, low: Scalar, high: Scalar, cap: Scalar, back: Scalar,
     ) -> Pattern:  # fmt: skip
         """Products written out, over heads or over batch x heads; or the fused operator."""
         product = op.MatMul(q * q_scale | q, k * k_scale | k)
         scaled = product * scale | product / divisor | product
         # baddbmm adds an empty tensor times beta = 0
         nothing = op.Mul(op.ConstantOfShape(...) | op.Expand(0, ...), 0)
-        scores = maybe(op.Reshape)(scaled + nothing | scaled)
+        limited = op.Clip(scaled, low, high) | op.Tanh(scaled / cap) * back | scaled
+        scores = maybe(op.Reshape)(scaled + nothing | limited)
         masked = op.Where(hidden, blocked, scores).named("fill") | scores + mask | scores
         softmax = op.Softmax(masked, axis=-1).named("softmax")
         weights = maybe(op.Cast)(op.Where(op.IsNaN(softmax), 0, softmax) | softmax)
         eager = op.MatMul(weights, v)
         joined = op.Reshape(op.MatMul(op.Reshape(weights, ...), v), ...)
-        fused = op.Attention(q, k, v, mask, is_causal=0, softcap=0.0).named("sdpa")
-        return eager | joined | fused | op.Attention(q, k, v, softcap=0.0).named("sdpa")
+        fused = op.Attention(q, k, v, mask, is_causal=0).named("sdpa")
+        return eager | joined | fused | op.Attention(q, k, v).named("sdpa")
 
     def check(self, m: Match) -> Iterator[Reason]:
         """Decline operands that are no heads, repetitions that do not group heads, and masks of another meaning."""
@@ -87,17 +91,17 @@ class FuseGqa(PatternPass):
             yield from why_not_grouped(m, q, k, v)
             yield from why_not_masked(m, q, k)
         yield from why_not_scaled(m)
+        yield from why_not_limited(m)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
-        """One node; the scale is explicit."""
+        """One node; the scale is explicit. Limits of the scores other than a soft cap need an operator of ours."""
         rw.raise_opset(23)
         q, k, v = (heads.value(rw) for heads in operands(m) if heads is not None)
-        sdpa: Node | None = m.get("sdpa")
-        given: dict[str, object] = {"scale": total_scale(m), "is_causal": 0}
-        if sdpa is not None:
-            given = {"is_causal": 0, **sdpa.attributes}
-        return rw.op.Attention(q, k, v, added_mask(m, rw), **given)
+        if m.get("low") is not None:
+            return rw.vastai.Attention(q, k, v, added_mask(m, rw), scale=total_scale(m), clamp=m.number("high"))
+        return rw.op.Attention(q, k, v, added_mask(m, rw), **attributes(m))
 
     def done(self, node: Node) -> bool:
-        """An Attention that reads its KV heads where they are made."""
-        return node.op == "Attention" and is_plain(node.input(1)) and is_plain(node.input(2))
+        """An Attention in its one form, that reads its KV heads where they are made."""
+        plain = node.op == "Attention" and not set(node.attributes) - {"scale", "is_causal", "softcap"}
+        return plain and node.attributes.get("softcap") != 0 and all(is_plain(node.input(i)) for i in (1, 2))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from vacc_opt.ir import Node, Value
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.tensor_math import Shifted
 from vacc_opt.passes.infra.base import Kind, option
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.pattern import Pattern, maybe, op
@@ -20,6 +21,7 @@ from vacc_opt.passes.infra.registry import register
 class FuseRmsNorm(PatternPass):
     """Fuse the RMS normalization that exporters write as a chain of primitives.
 
+    A weight that the model adds a number to (Gemma's 1 + w) becomes a weight of its own, added up as it is written.
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; ONNX RMSNormalization-23.
 
     Before:
@@ -46,13 +48,13 @@ class FuseRmsNorm(PatternPass):
 
     max_eps: float = option(1e-3, "largest epsilon taken for one")
 
-    def pattern(self, x: Capture, weight: Const, eps: Scalar) -> Pattern:
+    def pattern(self, x: Capture, weight: Const, eps: Scalar, shift: Scalar) -> Pattern:
         """The chain, with the inverse root written either way and casts around the fp32 part."""
         wide = maybe(op.Cast)(x)
         mean = op.ReduceMean(op.Pow(wide, 2) | wide * wide, axes=[-1], keepdims=1)
         root = op.Sqrt(mean + eps)
         normed = wide * (op.Reciprocal(root) | 1 / root) | wide / root
-        return maybe(op.Cast)(normed) * weight
+        return maybe(op.Cast)(normed * (weight + shift) | normed * weight | op.Cast(normed) * weight)
 
     def check(self, m: Match) -> Iterator[Reason]:
         """Decline what is no epsilon, and weights that are not a vector over the normalized axis."""
@@ -69,9 +71,13 @@ class FuseRmsNorm(PatternPass):
             yield m.reason("weight {weight} and x {x} differ in type", weight=m.weight.type, x=m.x.type)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
-        """One node; the statistics stay in fp32 (stash_type 1)."""
+        """One node; the statistics stay in fp32 (stash_type 1). A weight ``1 + w`` is added up when it is written."""
         rw.raise_opset(23)
-        return rw.op.RMSNormalization(m.x, m.weight, axis=-1, epsilon=m.number("eps"))
+        weight = m.weight
+        if m.get("shift") is not None:
+            shifted = Shifted(weight.const, m.number("shift"))
+            weight = rw.const(shifted, f"{weight.name}.shifted", of=weight.provenance)
+        return rw.op.RMSNormalization(m.x, weight, axis=-1, epsilon=m.number("eps"))
 
     def done(self, node: Node) -> bool:
         """A norm that is one node."""

@@ -10,7 +10,7 @@ from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.fuse.widen_rotary import WidenRotary
 from vacc_opt.passes.infra.base import Kind, Outcome, ancestors, option
-from vacc_opt.passes.infra.model.rotary import Table, halved, rotated, tabulate, why_not_parts, why_not_positions
+from vacc_opt.passes.infra.model.rotary import Table, halved, paired, rotated, tabulate, why_not_parts, why_not_positions
 from vacc_opt.passes.infra.model.views import arranged
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.pattern import Pattern, op
@@ -64,14 +64,17 @@ class FuseRotary(PatternPass):
         return outcome
 
     def pattern(self, x: Capture, pairs: Capture, cos: Capture, sin: Capture) -> Pattern:
-        """Concat(-x[D/2:], x[:D/2]) as exported; pairs (2i, 2i+1) taken apart and stacked; or the fused operator."""
+        """Halves or every second channel exchanged; pairs (2i, 2i+1) taken apart and stacked; or the fused operator."""
         low = op.Slice(x, ..., axes=[3], starts=[0]).named("low")
         high = op.Slice(x, ..., axes=[3]).named("high")
         chain = x * cos + op.Concat(op.Neg(high), low, axis=-1) * sin
+        second, first = op.Slice(x, ..., axes=[3]).named("odd"), op.Slice(x, ..., axes=[3]).named("even")
+        exchanged = op.Concat(op.Unsqueeze(op.Neg(second), ...), op.Unsqueeze(first, ...)).named("stack")
+        strided = x * cos + op.Reshape(exchanged, ...) * sin
         even, odd = op.Gather(pairs, 0, axis=4), op.Gather(pairs, 1, axis=4)
         turned = op.Unsqueeze(even * cos - odd * sin, ...), op.Unsqueeze(odd * cos + even * sin, ...)
         interleaved = op.Reshape(op.Concat(*turned).named("stack"), ...)
-        return chain | interleaved | op.RotaryEmbedding(x, cos, sin, interleaved=0, rotary_embedding_dim=0)
+        return chain | strided | interleaved | op.RotaryEmbedding(x, cos, sin, interleaved=0, rotary_embedding_dim=0)
 
     def check(self, m: Match) -> Iterator[Reason]:
         """Decline parts that are not halves or pairs of x, and cos/sin that depend on more than the positions."""
@@ -97,7 +100,7 @@ class FuseRotary(PatternPass):
         x, (batch, seq), positions = rotated(m), self._table(m, m.cos).axes, self._table(m, m.cos).positions
         assert x is not None
         perm = (0, 1, 2, 3) if m.root.op == "RotaryEmbedding" else (batch, 3 - batch - seq, seq, 3)
-        interleaved = 1 if m.get("pairs") is not None else None
+        interleaved = 1 if m.get("stack") is not None else None
         y = rw.op.RotaryEmbedding(arranged(rw, x, perm), *tables, positions, interleaved=interleaved)
         return arranged(rw, y, tuple(perm.index(i) for i in range(4)))
 
@@ -107,7 +110,8 @@ class FuseRotary(PatternPass):
             return node.input(3) is not None
         if node.op == "Sub":
             return not all(v is not None and v.producer is not None and v.producer.op == "Mul" for v in node.inputs)
-        return not any(u.op == "Concat" for u in node.output.users())
+        readers = [u for user in node.output.users() for u in ([user] if user.op == "Concat" else user.output.users())]
+        return not any(u.op == "Concat" for u in readers)
 
     def _constant(self, m: Match, rw: Rewriter, value: Value, name: str) -> Value:
         made: Value | None = m.memo.get((name, value))
@@ -117,13 +121,13 @@ class FuseRotary(PatternPass):
         return made
 
     def _table(self, m: Match, value: Value) -> Table:
-        half = m.get("low") is not None
+        cut = halved if m.get("low") is not None else paired if m.get("even") is not None else None
 
         def make() -> Table:
             table = tabulate(m.graph, value, self.positions, rotated(m))
-            return halved(table) if half else table
+            return cut(table) if cut is not None else table
 
-        table: Table = m.once((half, value), make)
+        table: Table = m.once((cut, value), make)
         fused = m.root.op == "RotaryEmbedding"
         if table.why or (value.rank == 3 and table.axes == (0, 1) if fused else value.rank == 4):
             return table

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from vacc_opt.ir import Graph, PerRank, Value
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.passes.fuse.gather_channels import GatherChannels
 from vacc_opt.passes.fuse.unfold_gemm import UnfoldGemm
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear
@@ -22,7 +23,7 @@ class SplitPackedLinear(Pass):
 
     Split, Slice, Gather and Reshape behind the layer are followed back to weight rows, so groups such as
     ``[kv, (q.., k, v), D]`` are taken apart as well as plain halves. Weights stay expressions; the bias is split too.
-    Layers over joined axes are written out before (``unfold-gemm``).
+    Layers over joined axes are written out before (``unfold-gemm``), and so are lists of rows (``gather-channels``).
 
     Before:
         g (float[B,8] x) => (gate, up) {
@@ -48,6 +49,7 @@ class SplitPackedLinear(Pass):
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Split each layer that is read in parts only; one that is also read whole is remarked on."""
         UnfoldGemm().run(graph, rw)
+        GatherChannels().run(graph, rw)
         fused, outcome = 0, Outcome()
         for node in list(graph.nodes()):
             linear = as_linear(node) if node in graph else None

@@ -13,7 +13,7 @@ from vacc_opt.ir import Graph, collector
 from vacc_opt.ir.copy import bind, symbols
 from vacc_opt.ir.errors import CheckError, UserError, VaccError, did_you_mean
 from vacc_opt.ir.rewriter import ApplicationLimit, Rewriter
-from vacc_opt.ir.verify import Interface, verify
+from vacc_opt.ir.verify import Interface, InvalidGraph, verify
 from vacc_opt.passes.infra import analysis
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Step
@@ -145,7 +145,7 @@ class _Manager:
         if self.verify_each:
             verify(graph, after=item.name, interface=promised)
             if self.caller is not None:
-                verify(self.caller, after=f"{step.scope}: {item.name}")
+                self._verify_caller(self.caller, step)
         return PassRecord(
             name=item.name,
             spec=item.spec(),
@@ -160,6 +160,16 @@ class _Manager:
             rules=outcome.rules,
             applications=tuple(rw.applications),
         )
+
+    def _verify_caller(self, caller: Graph, step: Step) -> None:
+        """A body still fits its calls; a pass may only break that where its kind lets it change types."""
+        try:
+            verify(caller, after=f"{step.scope}: {step.item.name}")
+        except InvalidGraph as error:
+            if step.item.kind in (Kind.EXACT, Kind.REASSOCIATING):
+                raise
+            message = f"{step.item.name}: the calls of {step.scope} do not fit its changed body any more"
+            raise CheckError(message, "run inline-functions before it") from error
 
     def _fixpoint(self, item: Fixpoint, graph: Graph, scope: str) -> None:
         start = len(self.records)

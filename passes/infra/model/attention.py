@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from vacc_opt.ir import Dim, Value
+from vacc_opt.ir import Dim, Node, Value
 from vacc_opt.ir.infer import shape_text
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.types import divide
@@ -87,6 +87,29 @@ def why_not_scaled(m: Match) -> Iterator[Reason]:
     scale = total_scale(m)
     if not 0 < scale < math.inf:
         yield m.reason("the scale is {scale:g}, a positive number is expected", scale=scale)
+
+
+def why_not_limited(m: Match) -> Iterator[Reason]:
+    """What speaks against the limits of the scores: bounds around 0, and a soft cap that undoes its own division."""
+    if m.get("low") is not None and (m.number("low") != -m.number("high") or m.number("high") <= 0):
+        yield m.reason("scores are clipped to {low:g} .. {high:g}", low=m.number("low"), high=m.number("high"))
+    if m.get("cap") is not None and not (m.number("cap") == m.number("back") > 0):
+        yield m.reason("tanh of scores / {cap:g} is times {back:g}", cap=m.number("cap"), back=m.number("back"))
+    sdpa: Node | None = m.get("sdpa")
+    for name in ("qk_matmul_output_mode", "softmax_precision"):
+        if sdpa is not None and sdpa.attributes.get(name):
+            yield m.reason("{name} is {value}", name=name, value=sdpa.attributes[name])
+
+
+def attributes(m: Match) -> dict[str, object]:
+    """The attributes of the one node, those at their defaults left out."""
+    sdpa: Node | None = m.get("sdpa")
+    found: dict[str, object] = {"is_causal": 0}
+    if sdpa is None:
+        found |= {"scale": total_scale(m)}
+        return found | ({"softcap": m.number("cap")} if m.get("cap") is not None else {})
+    kept = {k: v for k, v in sdpa.attributes.items() if k in ("scale", "is_causal") or (k == "softcap" and v)}
+    return found | kept
 
 
 def total_scale(m: Match) -> float:

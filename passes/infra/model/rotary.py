@@ -41,7 +41,9 @@ def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None)
     ``x`` is what ``value`` is multiplied with, axis by axis: it tells the batch from other axes of size 1.
     """
     nodes = set(ancestors(graph, value))
-    sources = [v for v in graph.inputs if v is value or any(u in nodes for u in v.users())]
+    read = {v: {u.op for u in v.users() if u in nodes} for v in graph.inputs}
+    sources = [v for v, ops in read.items() if v is value or ops - {"Shape"}]
+    measured = [v for v, ops in read.items() if ops == {"Shape"}]  # only their sizes count
     if len(sources) != 1 or sources[0].type.dtype is not DType.INT64 or sources[0].rank != 2:
         return Table(why=f"depends on {', '.join(v.name for v in sources) or 'no input'}, not on positions alone")
     (source,) = sources
@@ -52,7 +54,7 @@ def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None)
         run = Executable(extract(graph, nodes, "rotary", keep=[value]))
 
         def evaluated(grids: Ints) -> list[npt.NDArray[Any]]:
-            return [run.run({source.name: grid})[0][value.name] for grid in grids]
+            return [run.run(_feeds(grid, source, measured))[0][value.name] for grid in grids]
 
         probes = np.concatenate([_grids(one, source, (2, 3))[:1] for one in few])
         again = evaluated(probes)
@@ -71,6 +73,13 @@ def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None)
         ):
             return Table(rows[:positions], source, axes)
     return Table(why=f"is no function of each entry of {source.name!r} alone")
+
+
+def _feeds(grid: Ints, source: Value, measured: Sequence[Value]) -> dict[str, npt.NDArray[Any]]:
+    """The positions, and empty tensors of the right sizes where a model asks another input for its shape."""
+    sizes = dict(zip(map(str, source.shape or ()), grid.shape, strict=True))
+    shapes = {v: [d if isinstance(d, int) else sizes.get(str(d), grid.shape[1]) for d in v.shape or ()] for v in measured}
+    return {source.name: grid, **{v.name: np.zeros(shape, v.type.dtype.numpy) for v, shape in shapes.items()}}
 
 
 def _grids(order: Ints, source: Value, free: tuple[int, int]) -> Ints:
@@ -109,6 +118,16 @@ def halved(table: Table) -> Table:
     return Table(np.ascontiguousarray(table.rows[:, :half]), table.positions, table.axes)
 
 
+def paired(table: Table) -> Table:
+    """A table whose neighbouring channels are equal, as interleaved models make it, with one of each two."""
+    if table.why:
+        return table
+    rows = table.rows
+    if not np.array_equal(rows[:, 0::2], rows[:, 1::2]):
+        return Table(why="its neighbouring channels differ: the rotation is not interleaved")
+    return Table(np.ascontiguousarray(rows[:, 0::2]), table.positions, table.axes)
+
+
 def rotated(m: Match) -> Value | None:
     """What is rotated: ``x``, or what a Reshape takes apart into ``pairs``; None when it is no tensor of four axes."""
     x: Value | None = m.get("x")
@@ -122,11 +141,11 @@ def rotated(m: Match) -> Value | None:
 def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
     """What speaks against the parts of ``x`` being its halves (captures ``low``, ``high``) or its pairs (``stack``)."""
     assert x.shape is not None
-    depth, low, high, stack = x.shape[3], m.get("low"), m.get("high"), m.get("stack")
+    depth, low, high, stack, even = x.shape[3], m.get("low"), m.get("high"), m.get("stack"), m.get("even")
     assert isinstance(depth, int)
     if x.type.dtype is DType.DOUBLE:
         yield m.reason("x is {x}: RotaryEmbedding is not defined for double", x=x.type)
-    if stack is None and m.root.output.shape != x.shape:
+    if (stack is None or even is not None) and m.root.output.shape != x.shape:
         yield m.reason("the result is {y}, x is {x}: x is broadcast", y=m.root.output.type, x=x.type)
     if low is not None:
         sizes = low.output.shape[-1], high.output.shape[-1]
@@ -134,7 +153,13 @@ def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
             yield m.reason("the slices do not halve the last axis of {x}", x=x)
         if any(len(n.inputs) > 4 and attribute(n, "steps") != (1,) for n in (low, high)):
             yield m.reason("the slices skip channels of {x}", x=x)
-    if stack is not None:
+    if even is not None:
+        halves = [(attribute(n, "starts"), attribute(n, "steps"), n.output.shape) for n in (even, m.odd)]
+        pairs = (*x.shape[:3], depth // 2)
+        whole = stack is not None and stack.output.shape == (*pairs, 2)
+        if not whole or halves != [((0,), (2,), pairs), ((1,), (2,), pairs)]:
+            yield m.reason("the slices do not take every second channel of {x}", x=x)
+    elif stack is not None:
         split = (*x.shape[:3], depth // 2, 2)
         if m.pairs.shape != split or stack.output.shape != split or m.root.output.shape != x.shape:
             message = "{x} is not taken apart into pairs of channels and put together again, the stack is [{shape}]"
