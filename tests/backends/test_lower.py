@@ -98,7 +98,11 @@ def test_every_interleaving_of_the_engines_gives_the_same_bits() -> None:
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("options", [{}, W8KV8], ids=["fp16", "fp16 with int8 weights and KV"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, W8KV8, {"alibi": True, "window": 3, "clamp": 0.4, "softcap": 0.5}],
+    ids=["fp16", "fp16 with int8 weights and KV", "fp16 with ALiBi, window and limits"],
+)
 def test_fp16_activations_stay_within_their_rounding(options: dict[str, Any]) -> None:
     """Against the same weights in fp32; each of the two layers rounds its activations to 11 bits about ten times."""
     half, full = Llama(dtype=DType.FLOAT16, **options), Llama(dtype=DType.FLOAT, **options)

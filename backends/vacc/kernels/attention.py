@@ -123,7 +123,11 @@ class _Attention:
         self.new = [b.param(one) for one in params.new] if params.new else []
         self.slopes = b.param(params.slopes) if params.slopes else None
         self.pos = b.scalar("pos")
-        rows = (1, group, self.tile)
+        self._declare_buffers((1, group, self.tile), width)
+
+    def _declare_buffers(self, rows: tuple[int, ...], width: int) -> None:
+        """Rings and scratch of a tile of query `rows`."""
+        b, params, q = self.b, self.params, self.params.quantization
         # the float queries go to the array when a block has float keys, to the vector engine to be scaled otherwise
         readers = (("matrix",) if not q or self.new else ()) + (("vector",) if q else ())
         self.rq = b.ring("q", params.q.dtype, (*rows, width), "dma_in", readers)
@@ -132,7 +136,7 @@ class _Attention:
         self.rnew = [b.ring(f"{p.name.lower()}", p.dtype, (1, self.block, width), "dma_in", "matrix") for p in self.new]
         self.rtables = [b.ring(p.name.lower(), p.dtype, (1, 1, width), "dma_in", "vector") for p in self.tables]
         slopes = params.slopes
-        self.rslopes = b.ring("slopes", slopes.dtype, (1, group, 1, 1), "dma_in", "vector") if slopes else None
+        self.rslopes = b.ring("slopes", slopes.dtype, (*rows[:2], 1, 1), "dma_in", "vector") if slopes else None
         self.rqs = b.ring("qs", params.q.dtype, (*rows, width), "vector", "matrix") if q else self.rq
         self.rs = b.ring("s", "f32", (*rows, self.block), "matrix", "vector")
         self.rp = b.ring("p", params.q.dtype, (*rows, self.block), "vector", "matrix")
@@ -142,7 +146,7 @@ class _Attention:
         self.maximum, self.sum, self.factor = (
             b.scratch(n, "f32", (*rows, 1), "vector") for n in ("max", "sum", "factor")
         )
-        self.offset = b.scratch("offset", "f32", (*rows, 1), "vector") if len(tables) == 4 else None
+        self.offset = b.scratch("offset", "f32", (*rows, 1), "vector") if len(self.tables) == 4 else None
         self.zeros = b.scratch("zeros", "f32", (*rows, width), "vector") if q else None
 
     def build(self) -> Kernel:
