@@ -54,9 +54,28 @@ def _gather(low: Lowering, node: Node) -> Ref:
     table, ids = node.inputs[0], node.inputs[1]
     if table is not None and table.const is not None and int(node.attributes.get("axis", 0)) == 0:
         return _embed(low, node, [])
-    if int(node.attributes.get("axis", 0)) == 1 and low.ref(table).shape[0] == 1 and ids is not None:
+    if (
+        ids is not None
+        and ids.const is None
+        and int(node.attributes.get("axis", 0)) == 1
+        and low.ref(table).shape[0] == 1
+    ):
         return _select(low, node, ids)
-    raise UserError(f"no kernel for Gather of this form (`{node.name}`)")
+    view = _strided_rows(low, node) if ids is not None and ids.const is not None else None
+    if view is None:
+        raise UserError(f"no kernel for Gather of this form (`{node.name}`)")
+    return view
+
+
+def _strided_rows(low: Lowering, node: Node) -> Ref | None:
+    """Rows at constant, evenly spaced places as a view; None for other places."""
+    ref, rows = low.ref(node.inputs[0]), low.integers(node, 1)
+    axis = int(node.attributes.get("axis", 0)) % len(ref.shape)
+    places = [one % ref.shape[axis] for one in rows or ()]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if not places or step < 1 or places != list(range(places[0], places[-1] + 1, step)):
+        return None
+    return low.view(ref.sliced(axis, places[0], places[-1] + 1, step), low.type(node.outputs[0])[1])
 
 
 def _embedding_shard(low: Lowering, node: Node) -> Ref:

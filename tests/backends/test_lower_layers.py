@@ -110,6 +110,23 @@ def test_whatever_broadcasts_meets_a_tensor_from_either_side(op: str, shape: tup
     check((2, 4, 4), lambda rw, x: rw.add(op, (x, weight(rw, *shape)), {}).outputs[0])
 
 
+@pytest.mark.parametrize("rows", [[-2], [0, 2, 4], [3, 4], 1])
+def test_rows_at_even_places_are_taken_by_strides(rows: Any) -> None:
+    """Falcon's packed keys and values are the last rows but one and the last of each group."""
+
+    def build(rw: Rewriter, x: Value) -> Value:
+        return rw.op.Tanh(rw.op.Gather(x, rw.const(np.array(rows)), axis=2))
+
+    assert check((1, 3, 5, 4), build)[-1] == "tanh"  # a copy first where groups of rows do not join to one matrix
+
+
+def test_rows_in_no_order_are_refused() -> None:
+    with pytest.raises(UserError, match="no kernel for Gather"):
+        lower(
+            graph_of((2, 3, 5), lambda rw, x: rw.op.Gather(x, rw.const(np.array([2, 0, 1])), axis=1)), TARGET, phase="x"
+        )
+
+
 def test_a_difference_knows_its_sides() -> None:
     check((2, 4, 4), lambda rw, x: rw.op.Sub(x, weight(rw, 4)))
     check((2, 4, 4), lambda rw, x: rw.op.Sub(weight(rw, 2, 4, 4), x))
