@@ -71,7 +71,8 @@ def expand(kernel: Kernel, engine: str, core: int, cores: int, scalars: Mapping[
 
 def work(kernel: Kernel, step: Step) -> Work:
     """Cost of a step on tiles of its size."""
-    return step.primitive.work([_tile(kernel, box) for box in step.outs], [_tile(kernel, box) for box in step.ins])
+    outs, ins = ([_tile(kernel, box) for box in side] for side in (step.outs, step.ins))
+    return step.primitive.work(outs, ins, step.attributes.keys())
 
 
 def _tile(kernel: Kernel, box: Box) -> Tile:
@@ -103,6 +104,7 @@ class _Walker:
         if loop.step < 1 or loop.var in names:
             raise self.error("loop", f"`{loop.var}` has step {loop.step} or hides another variable")
         start, stop = self._value(loop.start.value, names), self._value(loop.stop.value, names)
+        start = max(0, start) if loop.clipped else start
         size = f"|{loop.var}|"
         for count, value in enumerate(range(start, stop, loop.step)):
             if loop.parallel and count % self._cores != self._core:
@@ -145,7 +147,7 @@ class _Walker:
             raise self.error("op", f"`{op.kind}` is not an operation of this engine")
         fewest, most = primitive.inputs
         given = {name for name, _ in op.attributes}
-        if not fewest <= len(op.ins) <= most or len(op.outs) != primitive.outputs or given != set(primitive.attributes):
+        if not fewest <= len(op.ins) <= most or len(op.outs) != primitive.outputs or not primitive.takes(given):
             raise self.error("op", f"`{op.kind}` has the wrong operands or attributes")
         outs = tuple(self._box(view, names, True) for view in op.outs)
         ins = tuple(self._box(view, names, False) for view in op.ins)

@@ -6,18 +6,18 @@ Reshapes, transposes and slices become strides. Index arithmetic on `pos` and `v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
+from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
 from vacc_opt.backends.vacc.kernels.move import select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.lower_attention import lower_attention, lower_quantization, lower_rotary, lower_scatter
 from vacc_opt.backends.vacc.lowering import Known, Lowering, is_cache
-from vacc_opt.backends.vacc.refs import Ref
+from vacc_opt.backends.vacc.refs import Ref, inverse
 from vacc_opt.backends.vacc.schedule import Kernel, Param, Program
 from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.target import Target
@@ -54,9 +54,28 @@ def _gather(low: Lowering, node: Node) -> Ref:
     table, ids = node.inputs[0], node.inputs[1]
     if table is not None and table.const is not None and int(node.attributes.get("axis", 0)) == 0:
         return _embed(low, node, [])
-    if int(node.attributes.get("axis", 0)) == 1 and low.ref(table).shape[0] == 1 and ids is not None:
+    if (
+        ids is not None
+        and ids.const is None
+        and int(node.attributes.get("axis", 0)) == 1
+        and low.ref(table).shape[0] == 1
+    ):
         return _select(low, node, ids)
-    raise UserError(f"no kernel for Gather of this form (`{node.name}`)")
+    view = _strided_rows(low, node) if ids is not None and ids.const is not None else None
+    if view is None:
+        raise UserError(f"no kernel for Gather of this form (`{node.name}`)")
+    return view
+
+
+def _strided_rows(low: Lowering, node: Node) -> Ref | None:
+    """Rows at constant, evenly spaced places as a view; None for other places."""
+    ref, rows = low.ref(node.inputs[0]), low.integers(node, 1)
+    axis = int(node.attributes.get("axis", 0)) % len(ref.shape)
+    places = [one % ref.shape[axis] for one in rows or ()]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if not places or step < 1 or places != list(range(places[0], places[-1] + 1, step)):
+        return None
+    return low.view(ref.sliced(axis, places[0], places[-1] + 1, step), low.type(node.outputs[0])[1])
 
 
 def _embedding_shard(low: Lowering, node: Node) -> Ref:
@@ -93,15 +112,24 @@ def _select(low: Lowering, node: Node, index: Value) -> Ref:
     return low.view(y, low.type(node.outputs[0])[1])
 
 
-def _rms_norm(low: Lowering, node: Node) -> Ref:
+def _norm(low: Lowering, node: Node) -> Ref:
+    """RMSNormalization or LayerNormalization over the last axis, rows in the order in which they lie in memory."""
     source = low.ref(node.inputs[0])
-    if int(node.attributes.get("axis", -1)) not in (-1, len(source.shape) - 1):
-        raise UserError(f"no kernel for a norm over several axes (`{node.name}`)")
-    x, eps = low.rows(source), float(node.attributes.get("epsilon", 1e-5))
+    if int(node.attributes.get("axis", -1)) not in (-1, len(source.shape) - 1) or len(node.outputs) != 1:
+        raise UserError(f"no kernel for a norm over several axes, or one that gives its statistics (`{node.name}`)")
+    eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(source)
+    moved = source.transposed(order)
+    x = low.rows(moved)
     y = low.out.temp(x.dtype, x.shape)
-    operands = [Operand("X", "in", x), Operand("W", "in", low.ref(node.inputs[1])), Operand("Y", "out", y)]
-    low.emit(("norm", eps), lambda a, w, b: rms_norm(a, w, b, eps, low.target), operands)
-    return low.view(y, source.shape)
+    tables = [Operand(name, "in", low.ref(v)) for name, v in zip("WC", node.inputs[1:], strict=False) if v is not None]
+
+    def build(a: Param, w: Param, *rest: Param) -> Kernel:
+        if node.op == "RMSNormalization":
+            return rms_norm(a, w, rest[-1], eps, low.target)
+        return layer_norm(a, w, rest[0] if len(rest) > 1 else None, rest[-1], eps, low.target)
+
+    low.emit((node.op, eps), build, [Operand("X", "in", x), *tables, Operand("Y", "out", y)])
+    return low.view(y, moved.shape).transposed(inverse(order))
 
 
 def _matmul(low: Lowering, node: Node) -> Ref:
@@ -128,28 +156,66 @@ def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref
     return low.view(y, (*source.shape[:-1], weight.shape[0]))
 
 
-def _row(b: Ref, size: int) -> Ref | None:
-    """`b` as the vector of `size` elements that every row meets; None when `b` differs from row to row."""
-    if any(one != 1 for one in b.shape[:-1]):
-        return None
-    return replace(b, shape=b.shape[-1:], strides=b.strides[-1:]).broadcast((size,))
+_ELEMENTWISE = {
+    "Add": "add",
+    "Div": "div",
+    "Gelu": "gelu",
+    "Mul": "mul",
+    "Sub": "sub",
+    "Tanh": "tanh",
+    "Vastai::GeGLU": "gelu_mul",
+    "Vastai::SwiGLU": "silu_mul",
+}
 
 
 def _elementwise(low: Lowering, node: Node) -> Ref:
-    kind = {"Add": "add", "Mul": "mul", "Vastai::SwiGLU": "silu_mul"}[node.op]
-    shape = low.type(node.outputs[0])[1]
-    a, b = low.ref(node.inputs[0]), low.ref(node.inputs[1])
-    if a.shape != shape and kind in ("add", "mul"):
-        a, b = b, a
-    row = _row(b, shape[-1]) if shape and b.shape != shape else None
-    if not shape or a.shape != shape or (row is None and b.shape != shape):
-        raise UserError(f"no kernel for {node.op} of {list(a.shape)} and {list(b.shape)} (`{node.name}`)")
-    left = low.rows(a)
-    right = low.rows(b) if row is None else row
+    """An operation of one or two tensors, rows in the order in which the first lies in memory."""
+    kind, shape = _ELEMENTWISE[node.op], low.type(node.outputs[0])[1]
+    refs = [low.ref(one) for one in node.inputs]
+    if kind in ("add", "mul"):
+        refs.sort(key=lambda one: one.shape != shape)  # either way round
+    if not shape or refs[0].shape != shape:
+        shapes = " and ".join(str(list(one.shape)) for one in refs)
+        raise UserError(f"no kernel for {node.op} of {shapes} (`{node.name}`)")
+    order = low.by_layout(refs[0])
+    moved, *others = (one.transposed(order) for one in [refs[0], *(_broadcast(one, shape) for one in refs[1:])])
+    alike = all(one.shape == shape for one in refs)
+    repeated = len(shape) - 1 if alike else _repeated(others[0])
+    left = low.view(moved, (prod(moved.shape[:repeated]), prod(moved.shape[repeated:])))
+    operands = [Operand("A", "in", left)]
+    for one in others:
+        right = low.rows(one) if alike else low.view(_first(one, repeated), left.shape[1:])
+        operands.append(Operand("B", "in", right))
     y = low.out.temp(left.dtype, left.shape)
-    operands = [Operand("A", "in", left), Operand("B", "in", right), Operand("Y", "out", y)]
-    low.emit(kind, lambda p, q, r: elementwise(kind, p, q, r, low.target), operands)
-    return low.view(y, shape)
+    attributes = {"tanh": int(node.attributes.get("approximate") == "tanh")} if kind.startswith("gelu") else {}
+
+    def build(a: Param, *rest: Param) -> Kernel:
+        return elementwise(kind, a, rest[0] if others else None, rest[-1], low.target, **attributes)
+
+    low.emit((kind, *attributes.values()), build, [*operands, Operand("Y", "out", y)])
+    return low.view(y, moved.shape).transposed(inverse(order))
+
+
+def _broadcast(ref: Ref, shape: tuple[int, ...]) -> Ref:
+    found = ref.broadcast(shape)
+    if found is None:
+        raise UserError(f"a tensor {list(ref.shape)} does not broadcast to {list(shape)}")
+    return found
+
+
+def _repeated(ref: Ref) -> int:
+    """Leading axes, but for the last axis, along which all elements are the same: what is left meets every row."""
+    count = 0
+    while count < len(ref.shape) - 1 and (ref.shape[count] == 1 or not ref.strides[count]):
+        count += 1
+    return count
+
+
+def _first(ref: Ref, axes: int) -> Ref:
+    """The first element along that many axes."""
+    for _ in range(axes):
+        ref = ref.at(0)
+    return ref
 
 
 def _all_reduce(low: Lowering, node: Node) -> Ref:
@@ -207,25 +273,32 @@ def _split(low: Lowering, node: Node) -> tuple[Ref, ...]:
 RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
     "Add": _elementwise,
     "Attention": lower_attention,
+    "Div": _elementwise,
     "Flatten": _reshape,
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "Gelu": _elementwise,
     "Identity": lambda low, node: low.ref(node.inputs[0]),
+    "LayerNormalization": _norm,
     "MatMul": _matmul,
     "Mul": _elementwise,
-    "RMSNormalization": _rms_norm,
+    "RMSNormalization": _norm,
     "Reshape": _reshape,
     "RotaryEmbedding": lower_rotary,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _reshape,
+    "Sub": _elementwise,
+    "Tanh": _elementwise,
     "TensorScatter": lower_scatter,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
     "Vastai::AllGather": _all_gather,
     "Vastai::AllReduce": _all_reduce,
+    "Vastai::Attention": lower_attention,
     "Vastai::DequantizeKV": lower_quantization,
     "Vastai::EmbeddingShard": _embedding_shard,
+    "Vastai::GeGLU": _elementwise,
     "Vastai::QuantizeKV": lower_quantization,
     "Vastai::QuantizedLinearPerChannel": _quantized_linear,
     "Vastai::SwiGLU": _elementwise,

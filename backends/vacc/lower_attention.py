@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vacc_opt.backends.vacc.assemble import Operand
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, attention
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.lowering import Joined, Known, Lowering, Quantized, is_cache
@@ -81,15 +81,21 @@ def lower_attention(low: Lowering, node: Node) -> Ref:
     operands = _cache_operands(keys, values, low.table)
     if operands is None or not (is_cache(operands["K"].tensor) and is_cache(operands["V"].tensor)):
         raise UserError(f"keys and values of `{node.name}` do not come from KV caches alike", "run the pass `kv-cache`")
-    heads = operands["K"].shape[1]
+    if operands["K"].shape != operands["V"].shape:
+        raise UserError(f"no kernel for keys and values of different widths (`{node.name}`)")
+    heads, context = operands["K"].shape[1:3]
     batch, every, length, width = q.shape
-    group = every // heads
+    shape = heads, every // heads, length, width
     y = low.heads(q.dtype, q.shape)
-    scale = float(node.attributes.get("scale") or width**-0.5)
+    scores = _scores(node, width, context)
+    if scores.linear and "KN" not in operands:
+        operands.pop("KZ", None)
     shared = {name: ref for name, ref in operands.items() if len(ref.shape) == 3}
+    if node.domain and node.input(5) is not None:
+        shared["SLOPES"] = low.view(low.ref(node.input(5)), (*shape[:2], 1, 1))
     for row in range(batch):
-        refs = {name: ref.at(row) for name, ref in operands.items() if len(ref.shape) == 4} | shared
-        grouped = [one.at(row).reshaped((heads, group, length, width)) for one in (q, y)]
+        refs = {name: ref.at(row) for name, ref in operands.items() if name not in shared} | shared
+        grouped = [one.at(row).reshaped(shape) for one in (q, y)]
         assert grouped[0] is not None
         assert grouped[1] is not None
         listed = [Operand("Q", "in", grouped[0]), *(Operand(name, "in", ref) for name, ref in refs.items())]
@@ -100,19 +106,37 @@ def lower_attention(low: Lowering, node: Node) -> Ref:
             p = dict(zip(names, params, strict=True))
             folded = Quantization(p["KS"], p.get("KZ"), p["VS"], p["VZ"]) if "KS" in p else None
             new = (p["KN"], p["VN"]) if "KN" in p else None
-            return attention(AttentionParams(p["Q"], p["K"], p["V"], p["Y"], folded, new), scale, low.target)
+            tensors = AttentionParams(p["Q"], p["K"], p["V"], p["Y"], folded, new, p.get("SLOPES"))
+            return attention(tensors, scores, low.target)
 
-        low.emit(("attention", scale), build, listed, pos=("pos", row))
+        low.emit(("attention", scores), build, listed, pos=("pos", row))
     return y
 
 
+def _scores(node: Node, width: int, context: int) -> Scores:
+    """What the attributes say of the scores; a window that holds the whole cache is none."""
+    given = node.attributes
+    window = int(given.get("window", 0))
+    return Scores(
+        float(given.get("scale") or width**-0.5),
+        window if window < context else 0,
+        float(given.get("clamp", 0)),
+        float(given.get("softcap", 0)) if node.domain else 0.0,
+    )
+
+
 def _check_attention(low: Lowering, node: Node, q: Ref) -> None:
-    """Only causal attention over the cache, aligned at `pos`, without mask or soft cap, is what the kernel does."""
-    kept = {k: v for k, v in node.attributes.items() if k in ("softcap", "qk_matmul_output_mode") and v}
-    inputs = [node.input(index) for index in (3, 4, 5)]
-    if len(q.shape) != 4 or not node.attributes.get("is_causal") or any(inputs) or kept or len(node.outputs) != 1:
+    """Only causal attention over the cache, aligned at `pos` and without a mask, is what the kernel does.
+
+    The soft cap of ONNX's own operator is not taken: Vastai::Attention says where it applies.
+    """
+    own = bool(node.domain)
+    masks, length = ((3,), 4) if own else ((3, 4, 5), 6)
+    foreign = () if own else ("softcap", "qk_matmul_output_mode")
+    unknown = any(node.input(index) for index in masks) or any(node.attributes.get(name) for name in foreign)
+    if len(q.shape) != 4 or not node.attributes.get("is_causal") or unknown or len(node.outputs) != 1:
         raise UserError(f"no kernel for an attention of this form (`{node.name}`)", "expected causal, 4-D, no mask")
-    low.expect(node, node.input(6), "pos", q.shape[2], "nonpad_kv_seqlen")
+    low.expect(node, node.input(length), "pos", q.shape[2], "length" if own else "nonpad_kv_seqlen")
 
 
 def _cache_operands(keys: Known, values: Known, table: Callable[[Ref], Ref]) -> dict[str, Ref] | None:
@@ -120,11 +144,11 @@ def _cache_operands(keys: Known, values: Known, table: Callable[[Ref], Ref]) -> 
     if isinstance(keys, Ref) and isinstance(values, Ref):
         return {"K": keys, "V": values}
     if isinstance(keys, Joined) and isinstance(values, Joined):
-        new = {"KZ": table(keys.cache.zero), "KN": keys.new, "VN": values.new}
+        new = {"KN": keys.new, "VN": values.new}
         keys, values = keys.cache, values.cache
     elif isinstance(keys, Quantized) and isinstance(values, Quantized):
         new = {}
     else:
         return None
-    tables = {"KS": keys.scale, "VS": values.scale, "VZ": values.zero}
+    tables = {"KS": keys.scale, "KZ": keys.zero, "VS": values.scale, "VZ": values.zero}
     return {"K": keys.values, "V": values.values, **{name: table(ref) for name, ref in tables.items()}, **new}

@@ -112,6 +112,11 @@ class Lowering:
         """`ref` as a matrix of its last axis."""
         return self.view(ref, (prod(ref.shape[:-1]), ref.shape[-1]))
 
+    def by_layout(self, ref: Ref) -> tuple[int, ...]:
+        """The order of axes, the last one last, in which `ref` lies in memory: rows in that order need no copy."""
+        last = len(ref.shape) - 1
+        return (*sorted(range(last), key=lambda axis: -ref.strides[axis]), last)
+
     def emit(
         self,
         key: object,

@@ -6,7 +6,7 @@ the output buffer. Matrix operations multiply exactly and accumulate in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -79,8 +79,10 @@ class Work:
 class Primitive:
     """A tile operation: `body(outs, ins, attributes)` writes the outs.
 
-    `cost`: lane operations for each element of the largest operand (vector engine). `updates`: the outs are read too;
-    a product overwrites where its attribute `first` is 0. A collective gets outs[rank], ins[rank] of all ranks.
+    `cost`: lane operations for each element of the largest operand (vector engine); each of the `optional` attributes
+    adds its own when it is given. `form`: `elementwise`, inputs broadcast to the output; `rows`, the last axis is
+    reduced to one element; else its own. `updates`: the outs are read too; a product overwrites where its attribute
+    `first` is 0. A collective gets outs[rank], ins[rank] of all ranks.
     """
 
     name: str
@@ -92,9 +94,16 @@ class Primitive:
     cost: float = 0.0
     updates: bool = False
     collective: bool = False
+    optional: tuple[tuple[str, float], ...] = ()  # attribute, lane operations an element
+    form: str = ""
 
-    def work(self, outs: Sequence[Tile], ins: Sequence[Tile]) -> Work:
-        """Work on tiles of these shapes."""
+    def takes(self, attributes: Collection[str]) -> bool:
+        """Whether these are all its attributes but perhaps optional ones."""
+        rest = set(attributes) - {name for name, _ in self.optional}
+        return rest == set(self.attributes)
+
+    def work(self, outs: Sequence[Tile], ins: Sequence[Tile], attributes: Collection[str] = ()) -> Work:
+        """Work on tiles of these shapes, with these attributes given."""
         if self.collective:
             return Work(link_bytes=ins[0].bytes)
         if self.name == "gather":
@@ -110,7 +119,7 @@ class Primitive:
             dtype = "f32" if "f32" in (a.dtype, weight) else a.dtype
             return Work(m=prod(a.shape[:-1]), n=n, k=k, dtype=dtype, weight_itemsize=itemsize(b.dtype))
         elements = max(prod(one.shape) for one in (*outs, *ins))
-        return Work(lane_ops=self.cost * elements)
+        return Work(lane_ops=(self.cost + sum(cost for name, cost in self.optional if name in attributes)) * elements)
 
 
 def _f32(tile: Array) -> Array:
@@ -157,6 +166,36 @@ def _silu_mul(gate: Array, up: Array) -> Array:
     return np.asarray(gate / (np.float32(1) + np.exp(-gate)) * up)
 
 
+def _erfc(x: Array) -> Array:
+    """1 - erf(x), with a relative error below 1.2e-7 (Press et al. 1992, Numerical Recipes, sec. 6.2, `erfcc`)."""
+    z = np.abs(x.astype(np.float64))
+    t = 1 / (1 + z / 2)
+    tail = t * np.exp(-z * z + np.polynomial.polynomial.polyval(t, _ERFC))
+    return np.where(x < 0, 2 - tail, tail)
+
+
+_ERFC = (
+    -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
+    0.17087277,
+)  # fmt: skip
+
+
+def _gelu(x: Array, tanh: float) -> Array:
+    """GELU, x Phi(x), or its tanh approximation (Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", sec. 2)."""
+    if tanh:
+        inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
+        return np.asarray(np.float32(0.5) * x * (np.float32(1) + np.tanh(inner)))
+    return np.asarray(x * (_erfc(x * -np.sqrt(0.5)) / 2))
+
+
+def _gelu_mul(gate: Array, up: Array, tanh: float) -> Array:
+    return np.asarray(_gelu(gate, tanh) * up)
+
+
+def _row_mean(x: Array) -> Array:
+    return np.asarray(np.mean(x, axis=-1, keepdims=True, dtype=np.float32))
+
+
 def _inverse_rms(x: Array, eps: float) -> Array:
     mean = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
     return np.asarray(np.float32(1) / np.sqrt(mean + np.float32(eps)))
@@ -189,21 +228,37 @@ def _constant(outs: Sequence[Array], _: Sequence[Array], attributes: Attributes)
     outs[0][...] = attributes["value"]
 
 
+def _scores(ins: Sequence[Array], attributes: Attributes, distance: Array) -> Array:
+    """Scaled products, limited by `clamp` and `softcap`, and ALiBi's slope times the distance of key and query."""
+    products, *added = map(_f32, ins)
+    slopes = added.pop() if attributes.get("slopes", 0) else None
+    for one in added:
+        products = products + one
+    scores = products * np.float32(attributes["scale"])
+    if clamp := np.float32(attributes.get("clamp", 0)):
+        scores = np.clip(scores, -clamp, clamp)
+    if cap := np.float32(attributes.get("softcap", 0)):
+        scores = cap * np.tanh(scores / cap)
+    return scores if slopes is None else scores + slopes * distance.astype(np.float32)
+
+
 def _softmax_step(outs: Sequence[Array], ins: Sequence[Array], attributes: Attributes) -> None:
     """One block of the online softmax (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
 
-    ins: scores [..., rows, keys], and optionally an addend that broadcasts. outs: weights like the scores, and the
-    running maximum, the running sum and the factor for what was accumulated before, each [..., rows, 1].
-    Row i sees key j when j <= i + diagonal.
+    ins: products [..., rows, keys], optionally an addend that broadcasts, and, with the attribute `slopes`, ALiBi's.
+    outs: weights like the products, and the running maximum, the running sum and the factor for what was accumulated
+    before, each [..., rows, 1]. Row i stands at key i + `diagonal`: it sees key j when j <= i + diagonal, and with a
+    `window` when also j > i + diagonal - window.
     """
     weights, maximum, total, factor = outs
-    scores: Array = _f32(ins[0]) * np.float32(attributes["scale"])
-    if len(ins) > 1:
-        scores = scores + _f32(ins[1]) * np.float32(attributes["scale"])
-    rows, keys = scores.shape[-2:]
-    diagonal = int(attributes["diagonal"])
-    if diagonal < keys - 1:
-        hidden = np.arange(keys)[None, :] > np.arange(rows)[:, None] + diagonal
+    rows, keys = ins[0].shape[-2:]
+    distance = np.arange(keys)[None, :] - np.arange(rows)[:, None] - int(attributes["diagonal"])
+    scores = _scores(ins, attributes, distance)
+    window = attributes.get("window", 0)
+    hidden = distance > 0
+    if window:
+        hidden |= distance <= -window
+    if hidden.any():
         scores = np.where(hidden, np.float32(-np.inf), scores)
     new = np.maximum(maximum, scores.max(axis=-1, keepdims=True))
     shown = np.where(np.isneginf(new), np.float32(0), new)  # a row without a visible key so far
@@ -228,8 +283,13 @@ def _all_gather(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> N
             out[:, rank] = one
 
 
-def _vector(name: str, inputs: int, function: Callable[..., Array], cost: float, *attributes: str) -> Primitive:
-    return Primitive(name, ("vector",), (inputs, inputs), 1, attributes, _map(function), cost)
+def _vector(
+    name: str, inputs: int, function: Callable[..., Array], cost: float, *attributes: str, form: str = "elementwise"
+) -> Primitive:
+    return Primitive(name, ("vector",), (inputs, inputs), 1, attributes, _map(function), cost, form=form)
+
+
+_SOFTMAX = (("window", 1.0), ("clamp", 2.0), ("softcap", 6.0), ("slopes", 2.0))
 
 
 _DMA_IN, _DMA_OUT, _MATRIX, _VECTOR, _LINK = ("dma_in",), ("dma_out",), ("matrix",), ("vector",), ("link",)
@@ -242,16 +302,23 @@ _TABLE = (
     Primitive("cast", _VECTOR, (1, 1), 1, (), _copy, 1),
     Primitive("constant", _VECTOR, (0, 0), 1, ("value",), _constant, 1),
     _vector("add", 2, np.add, 1),
+    _vector("sub", 2, np.subtract, 1),
     _vector("mul", 2, np.multiply, 1),
     _vector("div", 2, np.divide, 4),
+    _vector("tanh", 1, np.tanh, 6),
     _vector("mul_add", 3, _multiply_add, 2),  # x * y + z
     _vector("silu_mul", 2, _silu_mul, 8),  # gate, up
-    _vector("inverse_rms", 1, _inverse_rms, 2, "eps"),  # [..., n] -> [..., 1]
-    _vector("row_dot", 2, _row_dot, 2),  # [..., n] -> [..., 1]
-    _vector("rotary", 3, _rotary, 4, "interleaved"),  # x [...,m,D], cos [m,R/2], sin; columns from R on pass through
+    _vector("gelu", 1, _gelu, 8, "tanh"),
+    _vector("gelu_mul", 2, _gelu_mul, 9, "tanh"),  # gate, up
+    _vector("row_mean", 1, _row_mean, 1, form="rows"),
+    _vector("inverse_rms", 1, _inverse_rms, 2, "eps", form="rows"),
+    _vector("row_dot", 2, _row_dot, 2, form="rows"),
+    _vector(
+        "rotary", 3, _rotary, 4, "interleaved", form=""
+    ),  # x [...,m,D], cos [m,R/2], sin; columns from R on pass through
     _vector("quantize", 3, _quantize, 6),  # x, scale, zero -> clip(rint((x - zero) / scale), -127, 127)
     _vector("dequantize", 3, _multiply_add, 2),  # codes, scale, zero
-    Primitive("softmax_step", _VECTOR, (1, 2), 4, ("diagonal", "scale"), _softmax_step, 8, updates=True),
+    Primitive("softmax_step", _VECTOR, (1, 3), 4, ("diagonal", "scale"), _softmax_step, 8, True, optional=_SOFTMAX),
     Primitive("all_reduce", _LINK, (1, 1), 1, (), _all_reduce, collective=True),
     Primitive("all_gather", _LINK, (1, 1), 1, (), _all_gather, collective=True),  # [rows, n] -> [rows, ranks, n]
 )

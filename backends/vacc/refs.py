@@ -71,3 +71,12 @@ class Ref:
         normal = row_major(self.shape)
         strides = tuple(n if size == 1 else s for size, s, n in zip(self.shape, self.strides, normal, strict=True))
         return param(name, mode, self.dtype, self.shape, strides)
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes a transposition.
+
+    >>> inverse((1, 2, 0))
+    (2, 0, 1)
+    """
+    return tuple(order.index(axis) for axis in range(len(order)))

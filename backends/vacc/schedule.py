@@ -159,7 +159,10 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """`for var in start:stop:step`, empty when start >= stop; `parallel` deals iterations out to cores."""
+    """`for var in start:stop:step`, empty when start >= stop; `parallel` deals iterations out to cores.
+
+    A start that is `clipped`, written `max(0, start)`, counts as 0 below 0: a window that reaches before the first row.
+    """
 
     var: str
     start: Affine
@@ -167,6 +170,7 @@ class Loop:
     step: int
     body: tuple[Statement, ...]
     parallel: bool = False
+    clipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

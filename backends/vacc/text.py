@@ -91,7 +91,8 @@ def _statements(body: tuple[Statement, ...], indent: str) -> Iterator[str]:
             continue
         if isinstance(one, Loop):
             word = "par" if one.parallel else "for"
-            yield f"{indent}{word} {one.var} in {one.start}:{one.stop}:{one.step} {{"
+            start = f"max(0, {one.start})" if one.clipped else one.start
+            yield f"{indent}{word} {one.var} in {start}:{one.stop}:{one.step} {{"
         else:
             yield f"{indent}{one.mode} {', '.join(one.rings)} {{"
         yield from _statements(one.body, indent + "  ")
@@ -132,7 +133,7 @@ _OUTPUT = re.compile(rf"output ({_N}) {_DIMS}(?:/{_DIMS})? = ({_N})\[(\d+)\]")
 _KERNEL = re.compile(rf"kernel ({_N})\((.*)\)(?: with ([\w, ]+))? \{{")
 _PARAM = re.compile(rf"(inout|in|out) (\w+) (\w+){_DIMS}(?:/{_DIMS})?(?:, |$)")
 _BUFFER = re.compile(rf"(ring|scratch) (\w+) (\w+){_DIMS} x(\d+) @(\d+) (\w+)(?: -> ([\w, ]+))?")
-_LOOP = re.compile(r"(for|par) (\w+) in ([^:]+):([^:]+):(\d+) \{")
+_LOOP = re.compile(r"(for|par) (\w+) in (max\(0, )?([^:]+?)(?(3)\)):([^:]+):(\d+) \{")
 _SCOPE = re.compile(r"(fill|use) ([\w, ]+) \{")
 _OP = re.compile(r"(\S.*?) <- (\w+)\((.*)\)")
 _CALL = re.compile(rf"call (\d+) ({_N})\(([^()]*)\)(?: with (.+?))?(?: from ({_N}(?:, {_N})*))?")
@@ -270,8 +271,9 @@ def _block(lines: _Lines) -> tuple[Statement, ...]:
     body: list[Statement] = []
     while lines.peek() != "}":
         if found := lines.match(_LOOP):
-            start, stop = _affine(found[3], lines), _affine(found[4], lines)
-            body.append(Loop(found[2], start, stop, int(found[5]), _block(lines), found[1] == "par"))
+            start, stop = _affine(found[4], lines), _affine(found[5], lines)
+            inside = _block(lines)
+            body.append(Loop(found[2], start, stop, int(found[6]), inside, found[1] == "par", bool(found[3])))
         elif found := lines.match(_SCOPE):
             body.append(Scope(found[1], _words(found[2]), _block(lines)))
         elif found := lines.match(_OP):

@@ -9,6 +9,7 @@ import numpy as np
 
 from vacc_opt.backends.vacc.binding import Lanes, is_parallel, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
+from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
 from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
@@ -94,17 +95,21 @@ def _conform(kind: str, outs: Sequence[tuple[int, ...]], ins: Sequence[tuple[int
             return False
         return outs[0][:-1] == ins[0][:-1] and outs[0][-1] == columns and ins[0][-1] == depth
     if kind == "softmax_step":
-        return outs[0] == ins[0] and {(*ins[0][:-1], 1)} == {*outs[1:], *ins[1:]}
-    if kind in {"inverse_rms", "row_dot"}:
-        return outs[0] == (*ins[0][:-1], 1) and ins[-1][-1] == ins[0][-1]
+        column = (*ins[0][:-1], 1)
+        return outs[0] == ins[0] and {column} == {*outs[1:]} and _broadcasts(ins[1:], column)
     if kind == "rotary":
         return outs[0] == ins[0] and ins[1] == ins[2]
-    if kind in {"add", "mul", "div", "mul_add", "silu_mul", "quantize", "dequantize"}:
-        try:
-            return np.broadcast_shapes(*ins, outs[0]) == outs[0]
-        except ValueError:
-            return False
-    return True
+    form = PRIMITIVES[kind].form
+    if form == "rows":
+        return outs[0] == (*ins[0][:-1], 1) and ins[-1][-1] == ins[0][-1]
+    return form != "elementwise" or _broadcasts(ins, outs[0])
+
+
+def _broadcasts(shapes: Sequence[tuple[int, ...]], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(*shapes, to) == to
+    except ValueError:
+        return False
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

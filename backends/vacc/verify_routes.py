@@ -94,7 +94,10 @@ def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     """Rings of which the array or the vector engine fills a slot that nobody reads, scratch that nobody reads."""
     # what is read under other scalars (the block of old keys when `pos` can only be 0) is no lost result
     elsewhere = {tile.ref for _, one in kernel.operations() for tile in one.ins} if kernel.scalars else set()
+    windowed = _windowed(kernel)
     for name, written, read in _slots(kernel, lanes):
+        if name in windowed:
+            continue
         if name in elsewhere and not any(box.ref == name for visit in _visits(lanes) for box in visit.step.ins):
             continue
         if written and not read and kernel.buffer[name].producer in {"matrix", "vector"}:
@@ -103,6 +106,24 @@ def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     for buffer in kernel.buffers:
         if not buffer.is_ring and buffer.name not in used | elsewhere | _running(kernel):
             yield "uncovered", f"scratch `{buffer.name}` is never read"
+
+
+def _windowed(kernel: Kernel) -> set[str]:
+    """Buffers filled outside and read inside of loops over a window, which are empty for rows that reach no key."""
+    read: set[str] = set()
+    written: set[str] = set()
+
+    def visit(body: tuple[Statement, ...], inside: bool) -> None:
+        for one in body:
+            if isinstance(one, Op) and inside:
+                read.update(tile.ref for tile in one.ins)
+                written.update(tile.ref for tile in one.outs)
+            elif not isinstance(one, Op):
+                visit(one.body, inside or (isinstance(one, Loop) and one.clipped))
+
+    for _, tree in kernel.trees:
+        visit(tree, False)
+    return read - written
 
 
 def _running(kernel: Kernel) -> set[str]:

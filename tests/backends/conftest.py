@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, attention
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
+from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
@@ -21,6 +22,7 @@ from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.target import Target, load_target
 
 Scalars = Sequence[dict[str, int]]
+PLAIN = Scores(0.125)
 TARGETS = ("vacc-reference", "peer-64x64-1mib-64bpc", "tiny")
 
 
@@ -31,15 +33,24 @@ def gemm(target: Target, m: int, n: int, k: int, weights: str = "f16", activatio
     return linear(x, w, scale, param("Y", "out", activations, (m, n)), target)
 
 
-def attend(target: Target, tokens: int, capacity: int, cache: str, new: bool) -> Kernel:
+def attend(
+    target: Target,
+    tokens: int,
+    capacity: int,
+    cache: str,
+    new: bool,
+    scores: Scores = PLAIN,
+    alibi: bool = False,
+) -> Kernel:
     """Two KV heads, three query heads each, 32 channels."""
     heads, group, width = 2, 3, 32
     q, y = (param(name, mode, "f32", (heads, group, tokens, width)) for name, mode in (("Q", "in"), ("Y", "out")))
     k, v = (param(name, "in", cache, (heads, capacity, width)) for name in "KV")
     tables = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))
     fresh = tuple(param(name, "in", "f32", (heads, tokens, width)) for name in ("KN", "VN"))
-    params = AttentionParams(q, k, v, y, tables if cache == "i8" else None, (fresh[0], fresh[1]) if new else None)
-    return attention(params, 0.125, target)
+    slopes = param("SLOPES", "in", "f32", (heads, group, 1, 1)) if alibi else None
+    folded, apart = tables if cache == "i8" else None, (fresh[0], fresh[1]) if new else None
+    return attention(AttentionParams(q, k, v, y, folded, apart, slopes), scores, target)
 
 
 def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
@@ -65,6 +76,11 @@ def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
         "attention_i8": (attend(target, 13, 64, "i8", False), positions),
         "attention_i8_new": (attend(target, 13, 64, "i8", True), positions),
         "attention_decode": (attend(target, 1, 64, "i8", True), [{"pos": pos} for pos in (0, 1, 63)]),
+        "attention_window": (attend(target, 13, 64, "f32", False, Scores(0.125, window=9)), positions),
+        "attention_limits": (
+            attend(target, 13, 64, "i8", True, Scores(0.125, 20, clamp=2.0, softcap=3.0), alibi=True),
+            positions,
+        ),
         "kv_append": (kv_append(new, param("CACHE", "inout", "f32", (2, 64, 32)), None, None, target), positions),
         "kv_append_i8": (
             kv_append(new, param("CACHE", "inout", "i8", (2, 64, 32)), tables[0], tables[1], target),
@@ -72,6 +88,10 @@ def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
         ),
         "add": (elementwise("add", rows[0], rows[1], rows[2], target), none),
         "swiglu": (elementwise("silu_mul", rows[0], rows[1], rows[2], target), none),
+        "gelu": (elementwise("gelu", rows[0], None, rows[2], target, tanh=0), none),
+        "geglu": (elementwise("gelu_mul", *rows, target, tanh=1), none),
+        "layer_norm": (layer_norm(norm[0], norm[1], param("C", "in", "f32", (100,)), norm[2], 1e-5, target), none),
+        "layer_norm_plain": (layer_norm(norm[0], norm[1], None, norm[2], 1e-5, target), none),
         "rms_norm": (rms_norm(*norm, 1e-5, target), none),
         "rotary": (rotary(*turn, param("Y", "out", "f32", (3, 13, 32)), False, target), positions),
         "embedding": (embedding(*embed, target), none),

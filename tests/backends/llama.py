@@ -32,6 +32,10 @@ class Llama:
     dtype: DType = DType.FLOAT
     int8_weights: bool = False
     kv: str = "float"  # "float", "int8" (new tokens attended as floats), "int8-quantised"
+    alibi: bool = False
+    window: int = 0
+    clamp: float = 0.0
+    softcap: float = 0.0
 
     def graph(self) -> Graph:
         """The graph of one phase: length > 1 is a prefill, 1 a decode."""
@@ -122,12 +126,19 @@ class _Builder:
         q, k, v = (self.heads(self.linear(x, h * m.width, bias=True), h) for h in (m.heads, m.kv_heads, m.kv_heads))
         q, k = (op.RotaryEmbedding(one, *self.tables, self.positions) for one in (q, k))
         keys, values = self.cache(layer, "key", k), self.cache(layer, "value", v)
-        y = op.Attention(q, keys, values, None, None, None, self.end, is_causal=1, scale=0.4)
+        y = self.attention(q, keys, values)
         merged = op.Reshape(op.Transpose(y, perm=(0, 2, 1, 3)), self.ints(m.batch, m.length, m.heads * m.width))
         hidden = op.Add(hidden, self.reduce(self.linear(merged, m.hidden)))
         x = self.norm(hidden)
         gated = self.rw.vastai.SwiGLU(self.linear(x, m.ffn), self.linear(x, m.ffn))
         return op.Add(hidden, self.reduce(self.linear(gated, m.hidden)))
+
+    def attention(self, q: Value, keys: Value, values: Value) -> Value:
+        m, limits = self.m, {"window": self.m.window, "clamp": self.m.clamp, "softcap": self.m.softcap}
+        if not m.alibi and not any(limits.values()):
+            return self.rw.op.Attention(q, keys, values, None, None, None, self.end, is_causal=1, scale=0.4)
+        slopes = self.weight(m.heads) if m.alibi else None
+        return self.rw.vastai.Attention(q, keys, values, None, self.end, slopes, is_causal=1, scale=0.4, **limits)
 
     def cache(self, layer: int, kind: str, new: Value) -> Value:
         m, op = self.m, self.rw.op

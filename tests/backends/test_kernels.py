@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import erf
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, attention
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
+from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
@@ -165,6 +167,57 @@ def test_elementwise_kernels(kind: str, rows: int, target: Target) -> None:
     close(run(kernel, target, {"A": a, "B": b})["Y"], expected)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("form", [0, 1])
+def test_gelu_kernels(form: int, dtype: str, target: Target) -> None:
+    a, b = normal(1, 29, 1543, dtype=dtype), normal(2, 29, 1543, dtype=dtype)
+    wide = a.astype(np.float64)
+    inner = np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)) if form else np.vectorize(erf)(wide / 2**0.5)
+    pa, pb, py = param("A", "in", dtype, a.shape), param("B", "in", dtype, b.shape), param("Y", "out", dtype, a.shape)
+    one, two = (
+        elementwise(kind, pa, given, py, target, tanh=form) for kind, given in (("gelu", None), ("gelu_mul", pb))
+    )
+    expected, tolerance = wide * (1 + inner) / 2, RELATIVE if dtype == "f32" else HALF
+    close(run(one, target, {"A": a})["Y"], expected, tolerance)
+    close(run(two, target, {"A": a, "B": b})["Y"], expected * b, tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 2050), (37, 80), (3, 1)])
+def test_layer_norm_centers_before_it_squares(rows: int, width: int, bias: bool, dtype: str, target: Target) -> None:
+    """A mean of 50 would cost the variance three digits if it were a difference of squares."""
+    x = (normal(1, rows, width) + 50).astype(DTYPES[dtype])
+    tables = {"W": normal(2, width, dtype=dtype)} | ({"C": normal(3, width, dtype=dtype)} if bias else {})
+    p = {name: param(name, "in", dtype, array.shape) for name, array in ({"X": x} | tables).items()}
+    kernel = layer_norm(p["X"], p["W"], p.get("C"), param("Y", "out", dtype, x.shape), 1e-5, target)
+    wide = x.astype(np.float64)
+    centered = wide - wide.mean(-1, keepdims=True)
+    normed = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+    expected = normed * tables["W"].astype(float) + (tables["C"].astype(float) if bias else 0)
+    # f32: the mean of 50 is rounded to 4e-6
+    close(run(kernel, target, {"X": x} | tables)["Y"], expected, 1e-5 if dtype == "f32" else HALF)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "width", "half"), [(71, 64, 32), (5, 80, 16), (3, 256, 32), (2, 96, 48), (3, 160, 20)]
+)
+def test_rotary_at_sizes_of_real_models(heads: int, width: int, half: int, interleaved: bool, target: Target) -> None:
+    x, angle = normal(1, heads, 9, width), normal(2, 30, half).astype(np.float64)
+    kernel = rotary(
+        param("X", "in", "f32", x.shape), param("COS", "in", "f32", angle.shape),
+        param("SIN", "in", "f32", angle.shape), param("Y", "out", "f32", x.shape), interleaved, target,
+    )  # fmt: skip
+    tables = {"COS": np.cos(angle).astype(np.float32), "SIN": np.sin(angle).astype(np.float32)}
+    found = run(kernel, target, {"X": x, "pos": 11} | tables)["Y"]
+    pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    turned = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * np.exp(1j * angle[11:20])
+    expected = x.astype(np.float64)
+    expected[..., pairs[0]], expected[..., pairs[1]] = turned.real, turned.imag
+    close(found, expected)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_turns_pairs_at_the_runtime_position_in_place_of_strides(interleaved: bool, target: Target) -> None:
     """X lies as [S, heads, D] and is read as [heads, S, D]; only the first 12 of 16 channels turn."""
@@ -261,7 +314,7 @@ def test_attention_over_a_float_cache(
     expected = reference(q, k[:, : pos + length], v[:, : pos + length], pos, 0.3)
     k[:, pos + length :], v[:, pos + length :] = np.nan, np.nan  # no query may look there
     shape = param("Q", "in", dtype, q.shape), param("K", "in", dtype, k.shape), param("V", "in", dtype, v.shape)
-    kernel = attention(AttentionParams(*shape, param("Y", "out", dtype, q.shape)), 0.3, target)
+    kernel = attention(AttentionParams(*shape, param("Y", "out", dtype, q.shape)), Scores(0.3), target)
     found = run(kernel, target, {"Q": q, "K": k, "V": v, "pos": pos})["Y"]
     close(found, expected, 1e-6 if dtype == "f32" else 2 * HALF)  # f16: scores' weights and the result are rounded
 
@@ -284,7 +337,9 @@ def test_attention_over_an_int8_cache_equals_attention_over_its_dequantized_valu
         new = param("KN", "in", "f32", values["KN"].shape), param("VN", "in", "f32", values["VN"].shape)
     quantization = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))
     shape = param("Q", "in", "f32", q.shape), param("K", "in", "i8", k.shape), param("V", "in", "i8", v.shape)
-    kernel = attention(AttentionParams(*shape, param("Y", "out", "f32", q.shape), quantization, new), 0.3, target)
+    kernel = attention(
+        AttentionParams(*shape, param("Y", "out", "f32", q.shape), quantization, new), Scores(0.3), target
+    )
     expected = reference(q, wide_k[:, : pos + length], wide_v[:, : pos + length], pos, 0.3)
     # scores of int8 keys cancel a constant of q . zero only after it was rounded: eps x |q . zero|
     close(run(kernel, target, values)["Y"], expected, 1e-5)

@@ -33,6 +33,15 @@ MODELS = {
     "int8 weights and KV, 3 ranks": Llama(ranks=3, **W8KV8),
     "int8 weights and KV, 3 ranks, decode": Llama(ranks=3, length=1, **W8KV8),
     "one KV head": Llama(kv_heads=1, heads=3),
+    "71 query heads, one KV head": Llama(kv_heads=1, heads=71, layers=1),
+    "channels of no power of two, two rows": Llama(batch=2, width=20, kv_heads=1, heads=3),
+    "ALiBi": Llama(alibi=True),
+    "ALiBi, two rows at different positions, decode": Llama(alibi=True, batch=2, length=1),
+    "window, clamp and ALiBi over int8 KV": Llama(kv="int8", alibi=True, window=3, clamp=0.4),
+    "soft cap over int8 KV, new tokens quantised": Llama(kv="int8-quantised", softcap=0.5),
+    "window, longer than a query tile": Llama(length=19, window=6),
+    "window, decode": Llama(length=1, window=3),
+    "everything, int8 weights and KV, 3 ranks": Llama(ranks=3, alibi=True, window=4, clamp=0.4, softcap=0.5, **W8KV8),
 }
 
 
@@ -89,7 +98,11 @@ def test_every_interleaving_of_the_engines_gives_the_same_bits() -> None:
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("options", [{}, W8KV8], ids=["fp16", "fp16 with int8 weights and KV"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, W8KV8, {"alibi": True, "window": 3, "clamp": 0.4, "softcap": 0.5}],
+    ids=["fp16", "fp16 with int8 weights and KV", "fp16 with ALiBi, window and limits"],
+)
 def test_fp16_activations_stay_within_their_rounding(options: dict[str, Any]) -> None:
     """Against the same weights in fp32; each of the two layers rounds its activations to 11 bits about ten times."""
     half, full = Llama(dtype=DType.FLOAT16, **options), Llama(dtype=DType.FLOAT, **options)
@@ -130,7 +143,7 @@ def test_chunks_and_single_steps_leave_the_same_cache_and_logits_as_one_prefill(
         np.testing.assert_allclose(array, other[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fp32", "int8 weights and KV, 3 ranks", "int8 KV, new tokens quantised"])
+@pytest.mark.parametrize("name", MODELS)
 def test_lowered_programs_pass_the_verifier_and_round_trip(name: str) -> None:
     program = lower(MODELS[name].graph(), TARGET, phase="prefill")
     verify(program, TARGET)
@@ -250,29 +263,6 @@ def test_an_attention_that_looks_past_the_new_tokens_is_refused() -> None:
     rewriter.set_input(node, 6, rewriter.op.Add(node.inputs[6], rewriter.const(np.array([1]))))
     with pytest.raises(UserError, match="nonpad_kv_seqlen is not pos"):
         lower(graph, TARGET, phase="prefill")
-
-
-@pytest.mark.parametrize("shape", [(4, 1), (1, 4, 1), (2, 1, 1), (2, 1, 4)])
-@pytest.mark.parametrize("op", ["Add", "Mul"])
-def test_a_vector_along_another_axis_than_the_last_is_refused(op: str, shape: tuple[int, ...]) -> None:
-    """The other operand is [2, 4, 4]: the element count of a column equals the size of the last axis."""
-    graph = Graph("small")
-    rw = Rewriter(graph)
-    x = rw.add_input("x", TensorType(DType.FLOAT, (2, 4, 4)))
-    column = rw.const(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
-    rw.set_output("y", rw.add(op, (column, x), {}).outputs[0])
-    with pytest.raises(UserError, match=f"no kernel for {op} of"):
-        lower(graph, TARGET, phase="prefill")
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 4), (1, 1, 1)])
-def test_one_row_or_number_meets_every_row_from_either_side(shape: tuple[int, ...]) -> None:
-    row = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
-    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    left = execute(small(lambda rw, v: rw.op.Mul(rw.const(row), v)), x)
-    right = execute(small(lambda rw, v: rw.op.Mul(v, rw.const(row))), x)
-    assert np.array_equal(left, x * row)
-    assert np.array_equal(right, x * row)
 
 
 @pytest.mark.parametrize("other", ["valid", "input_ids"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vacc_opt.backends.vacc import Program, load_target
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, attention
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Scores, attention
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder, param
 from vacc_opt.backends.vacc.schedule import Affine, affine
 from vacc_opt.backends.vacc.single import single
@@ -24,7 +24,7 @@ def program() -> Program:
     q, k = (1, 3, 5, 8), (1, 16, 8)
     cache = param("K", "in", "f32", k), param("V", "in", "f32", k)
     params = AttentionParams(param("Q", "in", "f32", q, (8, 40, 8, 1)), *cache, param("Y", "out", "f32", q))
-    return single(attention(params, 0.125, TARGET), TARGET)
+    return single(attention(params, Scores(0.125), TARGET), TARGET)
 
 
 def test_a_program_reads_back_exactly() -> None:

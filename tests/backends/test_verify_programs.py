@@ -124,6 +124,19 @@ def test_an_append_at_the_position_of_another_row_of_the_batch_is_found() -> Non
     assert {"WAW", "uncovered"} <= kinds(replace(program, calls=calls))
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_rows_of_a_window_that_no_loop_visits_are_found(length: int) -> None:
+    """Nothing but the attribute says that rows further back than 6 may be left out."""
+    program = lower(Llama(length=length, window=6).graph(), TARGET, phase="prefill")
+    assert check(program, TARGET) == []
+    text = program.to_text()
+    start = "max(0, m+pos-5)"
+    assert start in text
+    assert "uncovered" in kinds(Program.from_text(text.replace(start, "max(0, m+pos-3)")))
+    assert kinds(Program.from_text(text.replace("window=6", "window=4"))) == set()
+    assert "uncovered" in kinds(Program.from_text(text.replace(", window=6", "")))
+
+
 # Products
 
 

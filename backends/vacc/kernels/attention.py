@@ -1,20 +1,24 @@
 """Causal grouped-query attention over a KV cache: online softmax, the query heads of a group stacked.
 
-Query row i of this call is at position `pos + i` and sees cache positions up to it; blocks behind the diagonal are not
-visited. An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
+Query row i of this call is at position `pos + i` and sees cache positions up to it, with a window only the last ones;
+blocks behind the diagonal and before the window are not visited.
+
+An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
 
     q . k = (q * ks) . qk + q . kz            p . v = (p . qv) * vs + sum(p) * vz
 
 so the K scale multiplies Q once, the V scale and zero are applied once to the sum over the int8 blocks. `q . kz` is one
-number a query: the softmax cancels it, unless float keys of the current call (`new`) follow as blocks of their own.
+number a query: the softmax cancels it, unless float keys of the current call (`new`) follow as blocks of their own, or
+scores pass through a clamp or a soft cap, which are not linear.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
-from vacc_opt.backends.vacc.schedule import ALIGN, Affine, Index, Kernel, Param, affine, itemsize
+from vacc_opt.backends.vacc.schedule import ALIGN, Affine, Kernel, Param, affine, itemsize
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.ir.errors import UserError
@@ -22,7 +26,7 @@ from vacc_opt.ir.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Scales and zeros of an int8 cache, each [Hkv, 1, D] f32; the zero of K matters beside float keys only."""
+    """Scales and zeros of an int8 cache, each [Hkv, 1, D] f32; see above for when the zero of K matters."""
 
     k_scale: Param
     k_zero: Param | None
@@ -32,7 +36,10 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """Q, Y [Hkv, G, S, D]; K, V [Hkv, C, D]; int8 caches have `quantization`, `new` are float [Hkv, S, D]."""
+    """Q, Y [Hkv, G, S, D]; K, V [Hkv, C, D]; int8 caches have `quantization`, `new` are float [Hkv, S, D].
+
+    `slopes` [Hkv, G, 1, 1] are ALiBi's.
+    """
 
     q: Param
     k: Param
@@ -40,11 +47,36 @@ class AttentionParams:
     y: Param
     quantization: Quantization | None = None
     new: tuple[Param, Param] | None = None
+    slopes: Param | None = None
 
 
-def attention(params: AttentionParams, scale: float, target: Target) -> Kernel:
-    """Build the kernel for the runtime scalar `pos`; `scale` multiplies the scores."""
-    return _Attention(params, scale, target).build()
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of q . k, in this order: times `scale`, a clamp and a soft cap; keys out of `window` are hidden.
+
+    A 0 leaves a step out; ALiBi's slopes are added after the limits, as in `Vastai::Attention`.
+    """
+
+    scale: float
+    window: int = 0
+    clamp: float = 0.0
+    softcap: float = 0.0
+
+    @property
+    def linear(self) -> bool:
+        """Whether a constant added to all scores of a query changes nothing."""
+        return not self.clamp and not self.softcap
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """The attributes of `softmax_step`."""
+        limits = {"window": self.window, "clamp": self.clamp, "softcap": self.softcap}
+        return {"scale": self.scale} | {name: value for name, value in limits.items() if value}
+
+
+def attention(params: AttentionParams, scores: Scores, target: Target) -> Kernel:
+    """Build the kernel for the runtime scalar `pos`."""
+    return _Attention(params, scores, target).build()
 
 
 def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
@@ -74,8 +106,8 @@ def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
 class _Attention:
     """Declares the buffers, then writes one tree after the other over the same loops."""
 
-    def __init__(self, params: AttentionParams, scale: float, target: Target) -> None:
-        self.params, self.scale = params, scale
+    def __init__(self, params: AttentionParams, scores: Scores, target: Target) -> None:
+        self.params, self.scores = params, scores
         heads, group, length, width = params.q.shape
         self.heads, self.length = heads, length
         self.tile, self.block = _tiles(params, target)
@@ -85,12 +117,17 @@ class _Attention:
         b = self.b = KernelBuilder("attention_i8" if q else "attention")
         self.q, self.k, self.v, self.y = (b.param(one) for one in (params.q, params.k, params.v, params.y))
         tables = [q.k_scale, q.v_scale, q.v_zero] if q else []
-        if q and q.k_zero and params.new:
+        if q and q.k_zero and (params.new or not scores.linear):
             tables.append(q.k_zero)
         self.tables = [b.param(one) for one in tables]
         self.new = [b.param(one) for one in params.new] if params.new else []
+        self.slopes = b.param(params.slopes) if params.slopes else None
         self.pos = b.scalar("pos")
-        rows = (1, group, self.tile)
+        self._declare_buffers((1, group, self.tile), width)
+
+    def _declare_buffers(self, rows: tuple[int, ...], width: int) -> None:
+        """Rings and scratch of a tile of query `rows`."""
+        b, params, q = self.b, self.params, self.params.quantization
         # the float queries go to the array when a block has float keys, to the vector engine to be scaled otherwise
         readers = (("matrix",) if not q or self.new else ()) + (("vector",) if q else ())
         self.rq = b.ring("q", params.q.dtype, (*rows, width), "dma_in", readers)
@@ -98,6 +135,8 @@ class _Attention:
         self.rv = b.ring("v", params.v.dtype, (1, self.block, width), "dma_in", "matrix")
         self.rnew = [b.ring(f"{p.name.lower()}", p.dtype, (1, self.block, width), "dma_in", "matrix") for p in self.new]
         self.rtables = [b.ring(p.name.lower(), p.dtype, (1, 1, width), "dma_in", "vector") for p in self.tables]
+        slopes = params.slopes
+        self.rslopes = b.ring("slopes", slopes.dtype, (*rows[:2], 1, 1), "dma_in", "vector") if slopes else None
         self.rqs = b.ring("qs", params.q.dtype, (*rows, width), "vector", "matrix") if q else self.rq
         self.rs = b.ring("s", "f32", (*rows, self.block), "matrix", "vector")
         self.rp = b.ring("p", params.q.dtype, (*rows, self.block), "vector", "matrix")
@@ -107,7 +146,7 @@ class _Attention:
         self.maximum, self.sum, self.factor = (
             b.scratch(n, "f32", (*rows, 1), "vector") for n in ("max", "sum", "factor")
         )
-        self.offset = b.scratch("offset", "f32", (*rows, 1), "vector") if len(tables) == 4 else None
+        self.offset = b.scratch("offset", "f32", (*rows, 1), "vector") if len(self.tables) == 4 else None
         self.zeros = b.scratch("zeros", "f32", (*rows, width), "vector") if q else None
 
     def build(self) -> Kernel:
@@ -124,6 +163,18 @@ class _Attention:
         """Cache rows to visit: those before this call, and its own too when they are not given apart."""
         return self.pos if self.new else self.pos + m.stop
 
+    def _blocks(self, var: str, m: LoopVar) -> AbstractContextManager[LoopVar]:
+        """The loop over blocks of keys that rows `m` may see: of the cache (`j`), or of the keys of this call (`i`)."""
+        first = self._first(var, m)
+        stop = m.stop if var == "i" else self._old_stop(m)
+        if not self.scores.window:
+            return self.b.loop(var, 0, stop, self.block)
+        return self.b.loop(var, first - (self.scores.window - 1), stop, self.block, clipped=True)
+
+    def _first(self, var: str, m: LoopVar) -> Affine:
+        """The position of the first of rows `m` among the keys of a loop."""
+        return m.start if var == "i" else self.pos + m.start
+
     def _load(self, h: LoopVar, m: LoopVar) -> None:
         b = self.b
         with b.fill(self.rq):
@@ -131,33 +182,36 @@ class _Attention:
         for ring, table in zip(self.rtables, self.tables, strict=True):
             with b.fill(ring):
                 b.op("load", ring[h, :, :], table[h, :, :])
-        self._load_blocks("j", self._old_stop(m), h, (self.rk, self.rv), (self.k, self.v))
+        if self.slopes and self.rslopes:
+            with b.fill(self.rslopes):
+                b.op("load", self.rslopes[h, ...], self.slopes[h, ...])
+        self._load_blocks("j", m, h, (self.rk, self.rv), (self.k, self.v))
         if self.new:
-            self._load_blocks("i", m.stop, h, self.rnew, self.new)
+            self._load_blocks("i", m, h, self.rnew, self.new)
 
     def _load_blocks(
         self,
         var: str,
-        stop: Index,
+        m: LoopVar,
         h: LoopVar,
         rings: tuple[Handle, ...] | list[Handle],
         params: tuple[Handle, ...] | list[Handle],
     ) -> None:
-        with self.b.loop(var, 0, stop, self.block) as j:
+        with self._blocks(var, m) as j:
             for ring, param in zip(rings, params, strict=True):
                 with self.b.fill(ring):
                     self.b.op("load", ring[h, j, :], param[h, j, :])
 
     def _matrix(self, h: LoopVar, m: LoopVar) -> None:
         with self.b.use(self.rqs):
-            self._products("j", self._old_stop(m), m, self.rqs, self.rk, self.rv)
+            self._products("j", m, self.rqs, self.rk, self.rv)
         if self.new:
             with self.b.use(self.rq):
-                self._products("i", m.stop, m, self.rq, *self.rnew)
+                self._products("i", m, self.rq, *self.rnew)
 
-    def _products(self, var: str, stop: Index, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
+    def _products(self, var: str, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
         b = self.b
-        with b.loop(var, 0, stop, self.block) as j:
+        with self._blocks(var, m) as j:
             with b.use(keys), b.fill(self.rs):
                 b.op("mma", self.rs[:, :, m, j], query[:, :, m, :], keys[:, j, :], first=0)
             with b.use(self.rp, values), b.fill(self.ro):
@@ -168,15 +222,23 @@ class _Attention:
         b.op("constant", self.maximum[:, :, m, :], value=float("-inf"))
         b.op("constant", self.sum[:, :, m, :], value=0.0)
         b.op("constant", self.total[:, :, m, :], value=0.0)
-        if not self.rtables:
-            self._softmax("j", self._old_stop(m), m, self.pos + m.start, False)
+        if self.rslopes:
+            with b.use(self.rslopes):
+                self._rows(m)
         else:
-            with b.use(*self.rtables):
-                self._quantized(m)
-        if self.new:
-            self._softmax("i", m.stop, m, m.start, False)
+            self._rows(m)
         with b.fill(self.ry):
             b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
+
+    def _rows(self, m: LoopVar) -> None:
+        """Rows `m` over the cache, then over the float keys of this call."""
+        if not self.rtables:
+            self._softmax("j", m, False)
+        else:
+            with self.b.use(*self.rtables):
+                self._quantized(m)
+        if self.new:
+            self._softmax("i", m, False)
 
     def _quantized(self, m: LoopVar) -> None:
         """The int8 blocks, with K scale and zero folded into the queries, V scale and zero into the output."""
@@ -186,22 +248,26 @@ class _Attention:
             b.op("mul", self.rqs[:, :, m, :], self.rq[:, :, m, :], k_scale)
             if self.offset:
                 b.op("row_dot", self.offset[:, :, m, :], self.rq[:, :, m, :], *k_zero)
-        self._softmax("j", self._old_stop(m), m, self.pos + m.start, True)
+        self._softmax("j", m, True)
         assert self.zeros
         total, zeros = self.total[:, :, m, :], self.zeros[:, :, m, :]
         b.op("mul", zeros, self.sum[:, :, m, :], v_zero)
         b.op("mul_add", total, total, v_scale, zeros)
 
-    def _softmax(self, var: str, stop: Index, m: LoopVar, first: Affine, quantized: bool) -> None:
-        """Consume scores block by block; `first` is the position of the first query row in the keys of this loop."""
-        b = self.b
+    def _softmax(self, var: str, m: LoopVar, quantized: bool) -> None:
+        """Consume scores block by block."""
+        b, first = self.b, self._first(var, m)
         state = self.maximum[:, :, m, :], self.sum[:, :, m, :], self.factor[:, :, m, :]
-        addend = (self.offset[:, :, m, :],) if quantized and self.offset else ()
-        with b.loop(var, 0, stop, self.block) as j:
+        added = [self.offset[:, :, m, :]] if quantized and self.offset else []
+        attributes = dict(self.scores.attributes)
+        if self.rslopes:
+            added.append(self.rslopes[...])
+            attributes["slopes"] = 1
+        with self._blocks(var, m) as j:
             with b.use(self.rs), b.fill(self.rp):
                 outs = (self.rp[:, :, m, j], *state)
                 scores = self.rs[:, :, m, j]
-                b.op("softmax_step", outs, scores, *addend, diagonal=first - affine(var), scale=self.scale)
+                b.op("softmax_step", outs, scores, *added, diagonal=first - affine(var), **attributes)
             with b.use(self.ro):
                 total = self.total[:, :, m, :]
                 b.op("mul_add", total, total, self.factor[:, :, m, :], self.ro[:, :, m, :])

@@ -136,12 +136,14 @@ class KernelBuilder:
         self._trees[name] = tuple(self._open.pop())
 
     @contextmanager
-    def loop(self, var: str, start: Index, stop: Index, step: int, *, parallel: bool = False) -> Iterator[LoopVar]:
-        """`for var in start:stop:step`; `parallel` deals iterations out to the cores."""
+    def loop(
+        self, var: str, start: Index, stop: Index, step: int, *, parallel: bool = False, clipped: bool = False
+    ) -> Iterator[LoopVar]:
+        """`for var in start:stop:step`; `parallel` deals iterations out to the cores, `clipped`: from 0 at least."""
         self._open.append([])
         yield LoopVar(var)
         body = tuple(self._open.pop())
-        self._open[-1].append(Loop(var, affine(start), affine(stop), step, body, parallel))
+        self._open[-1].append(Loop(var, affine(start), affine(stop), step, body, parallel, clipped))
 
     @contextmanager
     def fill(self, *rings: Handle) -> Iterator[None]:
