@@ -423,13 +423,21 @@ FAMILIES = (
             Structure(
                 "MobiLlama-05B, 05B-Chat",
                 "32/32",
-                {**_config("llama", 4, 4, hidden_act="silu"), "architectures": ["MobiLlamaForCausalLM"], "share_mlp": True},
+                {
+                    **_config("llama", 4, 4, hidden_act="silu"),
+                    "architectures": ["MobiLlamaForCausalLM"],
+                    "share_mlp": True,
+                },
                 also="one MLP for all layers",
             ),
             Structure(
                 "MobiLlama-1B, 1B-Chat",
                 "32/32",
-                {**_config("llama", 4, 4, hidden_act="silu"), "architectures": ["MobiLlamaForCausalLM"], "share_mlp": False},
+                {
+                    **_config("llama", 4, 4, hidden_act="silu"),
+                    "architectures": ["MobiLlamaForCausalLM"],
+                    "share_mlp": False,
+                },
             ),
         ),
     ),

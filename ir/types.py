@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -164,22 +164,30 @@ class SymbolicDim:
     __rmul__ = __mul__
 
     def divided_by(self, other: Dim) -> Dim | None:
-        """The exact quotient, or None: by a number, or by a single product of names that every term holds."""
+        """The exact quotient, or None: division of polynomials, term by term from the highest.
+
+        >>> batch, past, seq = map(SymbolicDim.parse, ("batch", "past", "seq"))
+        >>> (batch * (past + seq) * 8).divided_by((past + seq) * 8)
+        SymbolicDim(batch)
+        """
         divisor = _terms(other)
-        if len(divisor) != 1 or divisor[0][1] == 0:
-            return 1 if self == other else None
-        names, coefficient = divisor[0]
-        terms: dict[Monomial, int] = {}
-        for own, c in self.terms:
-            left = list(own)
-            for name in names:
-                if name not in left:
-                    return None
-                left.remove(name)
-            if c % coefficient:
+        if divisor == (((), 0),):
+            return None
+        every = sorted({*self.names(), *(name for names, _ in divisor for name in names)})
+        names, coefficient = max(divisor, key=lambda term: _degrees(term[0], every))
+        rest, quotient = dict(self.terms), dict[Monomial, int]()
+        while rest:
+            highest = max(rest, key=lambda own: _degrees(own, every))
+            left = _without(highest, names)
+            if left is None or rest[highest] % coefficient:
                 return None
-            terms[tuple(left)] = c // coefficient
-        return _dim(terms)
+            quotient[left] = factor = rest[highest] // coefficient
+            for own, c in divisor:
+                product = tuple(sorted(own + left))
+                rest[product] = rest.get(product, 0) - c * factor
+                if not rest[product]:
+                    del rest[product]
+        return _dim(quotient)
 
     def names(self) -> Iterator[str]:
         """The sizes that this dimension depends on."""
@@ -203,6 +211,21 @@ Shape = tuple[Dim, ...]
 
 def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:
     return (((), dim),) if isinstance(dim, int) else dim.terms
+
+
+def _degrees(monomial: Monomial, names: Sequence[str]) -> tuple[int, ...]:
+    """Where a monomial stands in graded lexicographic order."""
+    return (len(monomial), *(monomial.count(name) for name in names))
+
+
+def _without(monomial: Monomial, names: Monomial) -> Monomial | None:
+    """The monomial divided by another, or None."""
+    left = list(monomial)
+    for name in names:
+        if name not in left:
+            return None
+        left.remove(name)
+    return tuple(left)
 
 
 def _dim(terms: Mapping[Monomial, int]) -> Dim:

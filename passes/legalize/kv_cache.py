@@ -153,7 +153,7 @@ class KvCache(Pass):
         query, mask, given = layer.attention.inputs[0], layer.mask, layer.attention.attributes
         if mask.why:
             return rw.op.Attention(query, keys, values, self._input_mask(rw, layer.attention.inputs[3]), **given)
-        if mask.is_plain and layer.attention.op == "Attention":
+        if mask.is_plain and layer.attention.op == "Attention" and not given.get("softcap"):
             return rw.op.Attention(query, keys, values, None, None, None, end, **{**given, "is_causal": 1})
         slopes: Value | None = None
         if mask.slopes is not None:
@@ -229,4 +229,4 @@ def _layer(graph: Graph, attention: Node, mask: Meaning) -> _Layer:
         if node.attributes["axis"] not in (2, -2):
             raise CheckError(f"{where(node)} joins past and new along axis {node.attributes['axis']}, not the sequence")
         concats.append(node)
-    return _Layer(attention, *concats, mask)
+    return _Layer(attention, concats[0], concats[1], mask)

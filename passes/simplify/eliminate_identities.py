@@ -185,7 +185,12 @@ def _cast_like(node: Node, rw: Rewriter) -> Value | None:
 
 
 def _concat(node: Node, rw: Rewriter) -> Value | None:
-    return node.inputs[0] if len(node.inputs) == 1 else None
+    """Parts without elements join nothing; one part alone is the whole."""
+    axis = int(node.attributes["axis"])
+    kept = [v for v in node.inputs if v is None or v.shape is None or v.shape[axis] != 0] or node.inputs[:1]
+    if len(kept) == 1:
+        return kept[0]
+    return rw.op.Concat(*kept, axis=axis) if len(kept) < len(node.inputs) else None
 
 
 def _and(node: Node, rw: Rewriter) -> Value | None:

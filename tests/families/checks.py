@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vacc_opt.backends.vacc import ValueSimulator, load_target, lower, verify
+from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.ir import Graph
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
@@ -85,6 +87,29 @@ def assert_all(case: Case) -> None:
     assert counts["TensorScatter"] == 2 * LAYERS
     assert counts["GatherND"] == 1  # the last valid token, before lm_head
     assert_buffers(case, graph)
+    assert_schedules(case, graph)
+
+
+def assert_schedules(case: Case, graph: Graph) -> None:
+    """A prefill and 3 steps by the schedule engine, in fp32, against torch in float64; every schedule is verified."""
+    seq, steps = 8, 3
+    run_pipeline(graph, f"legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
+    target, rng = load_target("vacc-reference"), np.random.default_rng(3)
+    programs = {phase: lower(bound, target, phase=phase) for phase, bound in graph.phases.items()}
+    for program in programs.values():
+        verify(program, target)
+    machines = {phase: ValueSimulator(p, [rank_weights(p, graph.phases[phase], 0)]) for phase, p in programs.items()}
+    caches = {t.name: np.zeros(t.shape, np.float32) for t in programs["prefill"].of_role("cache")}
+    ids, valid = rng.integers(3, 90, (1, seq + steps)), 5
+    tokens = np.concatenate([ids[:, :valid], ids[:, seq:]], axis=1)
+    expected, pos = torch_logits(case.module, tokens)[0], 0
+    calls = [("prefill", ids[:, :seq], valid), *(("decode", ids[:, seq + i : seq + i + 1], 1) for i in range(steps))]
+    for phase, given, count in calls:
+        feeds = {"input_ids": given, "pos": np.array([pos]), "valid": np.array([count])}
+        used = {t.name for t in programs[phase].of_role("input")}
+        found = machines[phase].run({k: v for k, v in feeds.items() if k in used}, [caches])["logits"]
+        pos += count
+        assert_close(found[0, 0], expected[pos - 1], f"{phase} up to {pos}")
 
 
 def assert_half(case: Case) -> None:

@@ -152,7 +152,7 @@ TABLES = {
     "the number of tokens": (
         "count = Shape <start = 1> (position_ids) n = Squeeze (count) a = Constant <value_int = 0> () b = Constant <value_int = 1> () "
         "p = Range (a, n, b) row = Unsqueeze (p, zero) " + ANGLE.split("(position_ids, one)")[1].replace("(row)", "(row2)").join(["row2 = Unsqueeze (row, one)", ""]),
-        "is no function of each entry of 'position_ids' alone",
+        "depends on no input, not on positions alone",
     ),
 }  # fmt: skip
 

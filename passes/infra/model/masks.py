@@ -95,7 +95,7 @@ def _slopes(longest: npt.NDArray[np.generic], graph: Graph, nodes: Sequence[Node
             exact = value.const.array.reshape(-1)
             if exact.dtype.kind == "f" and np.allclose(exact, slopes, rtol=1e-5):
                 return np.asarray(exact)
-    return slopes.astype(np.float32)
+    return np.asarray(slopes, np.float32)
 
 
 def _within(seen: npt.NDArray[np.bool_], window: int, past: int) -> npt.NDArray[np.bool_]:

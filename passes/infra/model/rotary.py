@@ -77,10 +77,9 @@ def tabulate(graph: Graph, value: Value, positions: int, x: Value | None = None)
 
 def _feeds(grid: Ints, source: Value, measured: Sequence[Value]) -> dict[str, npt.NDArray[Any]]:
     """The positions, and empty tensors of the right sizes where a model asks another input for its shape."""
-    sizes = dict(zip(map(str, source.shape or ()), grid.shape, strict=True))
-    shapes = {
-        v: [d if isinstance(d, int) else sizes.get(str(d), grid.shape[1]) for d in v.shape or ()] for v in measured
-    }
+    sizes = {str(d): n for d, n in zip(source.shape or (), grid.shape, strict=True)}
+    longest: int = grid.shape[1]
+    shapes = {v: [d if isinstance(d, int) else sizes.get(str(d), longest) for d in v.shape or ()] for v in measured}
     return {source.name: grid, **{v.name: np.zeros(shape, v.type.dtype.numpy) for v, shape in shapes.items()}}
 
 
