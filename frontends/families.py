@@ -44,9 +44,18 @@ class Structure:
         return {name: count for name, count in found.items() if count}
 
     @property
-    def model_type(self) -> str:
-        """The architecture's name in config.json."""
-        return str(self.config["model_type"])
+    def facts(self) -> dict[str, object]:
+        """What the table of families says of the structure."""
+        return {
+            "checkpoints": self.checkpoints,
+            "heads": self.heads,
+            "model_type": self.config["model_type"],
+            "position": self.position,
+            "norm": self.norm,
+            "gate": self.gate,
+            "also": self.also,
+            "fused": self.fused,
+        }
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class FoldNormHead(PatternPass):
             yield m.reason("{a} is divided by the length of {b}", a=m.again, b=m.w)
         if m.w.rank != 2 or attribute(m.length, "axes") not in ((1,), (-1,)):
             yield m.reason("the length is not of the rows of {w}", w=m.w.type)
+        if m.root.output.type != m.w.type:
+            yield m.reason("the result is {y}, w is {w}: something is broadcast", y=m.root.output.type, w=m.w.type)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """A constant over the same file."""

@@ -79,8 +79,12 @@ def _why_not(graph: Graph, concat: Node, norms: list[Node]) -> str:
         or any(n.attributes.get("axis") not in (1, -3) for n in (split, concat))
     ):
         return f"{parts[0].type if parts[0] is not None else ''} is not [batch,1,seq,D] of one head"
+    if any(v.shape != shape for v in split.outputs):
+        return "the parts of the Split are not one head each"
     if any(n.op != norms[0].op or n.attributes != norms[0].attributes for n in norms):
         return "the norms are of several kinds"
+    if norms[0].attributes.get("axis", -1) not in (-1, 3):
+        return f"the norms are over the axes from {norms[0].attributes['axis']} on, the channels are expected"
     weights = [n.inputs[1] for n in norms]
     if any(w is None or w.const is None or w.shape != shape[3:] for w in weights) or any(n.input(2) for n in norms):
         return "a norm has a bias, or a weight that is no constant vector over the channels"

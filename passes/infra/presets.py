@@ -29,7 +29,8 @@ class Recognize(Preset):
     def text(self) -> str:
         """Recognizers only: the interface stays."""
         rotary = f"fuse-rotary{{positions={self.context}}}"
-        return f"simplify,fuse-rms-norm,{rotary},split-packed-linear,fuse-gqa,fuse-swiglu"
+        norms = "fuse-rms-norm,fuse-head-norms,fold-norm-head"
+        return f"simplify,{norms},{rotary},split-packed-linear,fuse-gqa,fuse-swiglu"
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,10 @@ def recognize_mask(graph: Graph, mask: Value, context: int) -> Meaning:
     """
     nodes = list(ancestors(graph, mask))
     region = extract(graph, nodes, "mask", keep=[mask])
+    fitting = [probe for probe in PROBES if probe[1] + probe[2] <= context]  # beyond it a window may hide keys
     try:
         run = Executable(region)
-        probes = [(probe, *_feeds(region, probe)) for probe in ((1, 1, context - 1, (0,), (0,)), *PROBES)]
+        probes = [(probe, *_feeds(region, probe)) for probe in ((1, 1, context - 1, (0,), (0,)), *fitting)]
         missing = [v.name for v in region.inputs if v.name not in probes[0][1]]
         if missing:
             return Meaning(why=f"it depends on the input {missing[0]!r}")
