@@ -44,6 +44,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "include": ("", "proj|gate"),
     "exclude": ("", "k_proj"),
     "only": ("", "local::Part0"),
+    "other_masks": ("refuse",),
 }
 # how a model goes to the accelerator; other passes, and other orders, are drawn around it
 ROUTE = (

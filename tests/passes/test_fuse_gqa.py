@@ -225,7 +225,7 @@ WRONG = {
     ),
     "a clamp in the chain": (
         text(eager().replace("masked = Add (scaled, mask)", "clamped = Clip (scaled) masked = Add (clamped, mask)")),
-        "found Clip clamped",
+        "Clip lacks an operand for low",
     ),
     "a soft cap in the chain": (
         text(eager().replace("masked = Add (scaled, mask)", "capped = Tanh (scaled) masked = Add (capped, mask)")),

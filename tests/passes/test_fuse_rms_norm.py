@@ -93,7 +93,7 @@ OTHER = {
     ),
     "a weight that is computed": (
         chain(inputs="float[B,S,64] x, float[64] w", weight=""),
-        "weight is the input w, expected a constant",
+        "found the input w, expected Add",
     ),
 }
 

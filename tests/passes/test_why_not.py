@@ -37,19 +37,19 @@ def why(text: str, pipeline: str = "fuse-gqa", name: str = "fuse-gqa") -> str:
 
 
 def test_a_node_in_between_is_shown_with_its_attributes_and_its_neighbours() -> None:
-    assert why(attention("c = Clip (m, low, high)", "c")) == "\n".join(
+    assert why(attention("c = Elu <alpha = 0.5> (m)", "c")) == "\n".join(
         [
             "fuse-gqa: 0 of 1 roots matched",
             "  Softmax w  deepest partial match 2 of 26 nodes",
-            "    expected  Where(...) | Add(...) | Reshape(...) | Mul(...) | Div(...) | MatMul(...)",
-            "    found     Clip(min=-1024, max=1024) c: float[B,8,S,S] between Mul and Softmax",
+            "    expected  Where(...) | Add(...) | Reshape(...) | Clip(...) | Mul(...) | Div(...) | MatMul(...)",
+            "    found     Elu(alpha=0.5) c: float[B,8,S,S] between Mul and Softmax",
         ]
     )
 
 
 def test_the_source_line_of_the_model_stands_beside_the_place() -> None:
     source = '# from "w" = [[["layers.13.attn", "modeling_x.py:214", "aten.softmax"]], []]\n'
-    text = why(attention("c = Clip (m, low, high)", "c", source))
+    text = why(attention("c = Elu <alpha = 0.5> (m)", "c", source))
     assert "  Softmax w (layers.13.attn modeling_x.py:214 aten.softmax)  deepest partial match 2 of 26 nodes" in text
 
 
@@ -91,10 +91,10 @@ def test_when_all_matched_nothing_else_is_said() -> None:
 
 def test_an_unmet_expectation_says_why() -> None:
     with pytest.raises(CheckError) as error:
-        run_pipeline(from_text(attention("c = Clip (m, low, high)", "c")), "fuse-gqa{expect=1}")
+        run_pipeline(from_text(attention("c = Elu <alpha = 0.5> (m)", "c")), "fuse-gqa{expect=1}")
     assert error.value.message == "fuse-gqa: 0 rewritten, 1 expected"
     assert error.value.hint is not None
-    assert "found     Clip(min=-1024, max=1024) c: float[B,8,S,S] between Mul and Softmax" in error.value.hint
+    assert "found     Elu(alpha=0.5) c: float[B,8,S,S] between Mul and Softmax" in error.value.hint
 
 
 def test_a_pass_that_the_pipeline_does_not_hold_is_refused() -> None:

@@ -68,11 +68,15 @@ def recognize_mask(graph: Graph, mask: Value, context: int) -> Meaning:
     window = int(visible[0].sum())
     window = 0 if window >= context else window
     slopes = _slopes(longest, graph, nodes)
-    for probe, seen, array in found:
-        why = _compare(array, _within(seen, window, probe[2]), probe, slopes)
-        if why:
-            return Meaning(why=why)
-    return Meaning(window, slopes)
+    found.append(found.pop(0))  # short calls make short reasons
+
+    def compare(window: int) -> str:
+        reasons = (_compare(array, _within(seen, window, probe[2]), probe, slopes) for probe, seen, array in found)
+        return next((why for why in reasons if why), "")
+
+    if not compare(window):
+        return Meaning(window, slopes)
+    return Meaning(why=compare(0))
 
 
 def _allowed(found: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
@@ -91,6 +95,8 @@ def _slopes(longest: npt.NDArray[np.generic], graph: Graph, nodes: Sequence[Node
     if len(keys) < 2 or not np.any(rows[:, keys]):
         return None
     slopes = (rows[:, keys[-1]] - rows[:, keys[0]]) / (keys[-1] - keys[0])
+    if not slopes.any():
+        return None
     for value in {v: None for node in nodes for v in node.inputs if v is not None and v.const is not None}:
         if isinstance(value.const, Literal) and value.const.array.size == slopes.size:
             exact = value.const.array.reshape(-1)
