@@ -57,7 +57,10 @@ def test_a_description_has_promise_order_options_and_example() -> None:
     assert lines[0] == "kv-cache (interface)"
     assert "Promise: the same model behind other inputs or outputs" in lines
     assert any(line.startswith("Order:   after fuse-gqa; before kv8, ") for line in lines)
-    assert any(line.split() == ["context:", "int", "=", "2048", "capacity", "of", "the", "buffers,", "in", "tokens"] for line in lines)
+    assert any(
+        line.split() == ["context:", "int", "=", "2048", "capacity", "of", "the", "buffers,", "in", "tokens"]
+        for line in lines
+    )
     assert lines[lines.index("Example:") + 1] == "  before"
     assert "  after kv-cache{context=16}" in lines
 
