@@ -268,7 +268,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.setattr(frontends, "export_checkpoint", lambda *_, **__: copy(smollm2_graph))
     # the last one is the example of why-not, whose output tests/docs holds to that of the tutorial
     *shown, last = commands("README.md")
-    assert [words[0] for words in shown] == ["compile", "generate", "export", "smollm2.onnx"]
+    assert [words[0] for words in shown] == ["compile", "generate", "export", "smollm2.onnx", "models"]
     assert "--why-not" in last
     for words in shown:
         assert main(words) == 0, words
@@ -278,6 +278,8 @@ def test_every_command_of_the_readme_runs(
             assert "17 kernels, 576 calls, 1.31 x bound (DDR)" in printed
         if words[0] == "generate":
             assert "The capital of France is Paris." in printed
+        if words[0] == "models":
+            assert printed in (ROOT / "README.md").read_text()
     assert (scratch / "fused.onnx").stat().st_size > 0
 
 
