@@ -10,15 +10,7 @@ from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.fuse.widen_rotary import WidenRotary
 from vacc_opt.passes.infra.base import Kind, Outcome, ancestors, option
-from vacc_opt.passes.infra.model.rotary import (
-    Table,
-    halved,
-    paired,
-    rotated,
-    tabulate,
-    why_not_parts,
-    why_not_positions,
-)
+from vacc_opt.passes.infra.model.rotary import rotated, tabulated, why_not_parts, why_not_positions
 from vacc_opt.passes.infra.model.views import arranged
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.pattern import Pattern, op
@@ -91,7 +83,7 @@ class FuseRotary(PatternPass):
             yield m.reason("x is {x}, [batch,heads,seq,D] or another order is expected", x=(m.get("x") or m.pairs).type)
             return
         yield from why_not_parts(m, x)
-        cos, sin = self._table(m, m.cos), self._table(m, m.sin)
+        cos, sin = tabulated(m, m.cos, self.positions), tabulated(m, m.sin, self.positions)
         for name, table in (("cos", cos), ("sin", sin)):
             if table.why:
                 yield m.reason("{name}: {why}", name=name, why=table.why)
@@ -105,11 +97,12 @@ class FuseRotary(PatternPass):
         """Gather from the shared tables by position; another layout is turned to [batch,heads,seq,D] and back."""
         rw.raise_opset(23)
         tables = [self._constant(m, rw, value, name) for value, name in ((m.cos, "rotary_cos"), (m.sin, "rotary_sin"))]
-        x, (batch, seq), positions = rotated(m), self._table(m, m.cos).axes, self._table(m, m.cos).positions
+        x, table = rotated(m), tabulated(m, m.cos, self.positions)
         assert x is not None
+        batch, seq = table.axes
         perm = (0, 1, 2, 3) if m.root.op == "RotaryEmbedding" else (batch, 3 - batch - seq, seq, 3)
         interleaved = 1 if m.get("stack") is not None else None
-        y = rw.op.RotaryEmbedding(arranged(rw, x, perm), *tables, positions, interleaved=interleaved)
+        y = rw.op.RotaryEmbedding(arranged(rw, x, perm), *tables, table.positions, interleaved=interleaved)
         return arranged(rw, y, tuple(perm.index(i) for i in range(4)))
 
     def done(self, node: Node) -> bool:
@@ -125,18 +118,5 @@ class FuseRotary(PatternPass):
         made: Value | None = m.memo.get((name, value))
         if made is None or m.graph.values.get(made.name) is not made:  # hashing a long table for each layer takes long
             with rw.on_behalf_of(*ancestors(m.graph, value)):
-                made = m.memo[name, value] = rw.shared_const(self._table(m, value).rows, name)
+                made = m.memo[name, value] = rw.shared_const(tabulated(m, value, self.positions).rows, name)
         return made
-
-    def _table(self, m: Match, value: Value) -> Table:
-        cut = halved if m.get("low") is not None else paired if m.get("even") is not None else None
-
-        def make() -> Table:
-            table = tabulate(m.graph, value, self.positions, rotated(m))
-            return cut(table) if cut is not None else table
-
-        table: Table = m.once((cut, value), make)
-        fused = m.root.op == "RotaryEmbedding"
-        if table.why or (value.rank == 3 and table.axes == (0, 1) if fused else value.rank == 4):
-            return table
-        return Table(why=f"has type {value.type}, {'[batch,seq,D/2] is' if fused else 'four axes are'} expected")

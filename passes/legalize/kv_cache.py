@@ -204,8 +204,7 @@ def _masks(layers: list[_Layer]) -> list[Node]:
 
 def attentions(graph: Graph) -> list[Node]:
     """The fused attentions, in order of the graph."""
-    found = {*graph.by_op("Attention"), *graph.by_op("Attention", "Vastai")}
-    return [node for node in graph.nodes() if node in found]
+    return [node for node in graph.nodes() if node.op_type == "Attention"]
 
 
 def _sees(attention: Node) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vacc_opt.backends.vacc import ValueSimulator, load_target, lower, verify
 from vacc_opt.backends.vacc.pack import rank_weights
+from vacc_opt.frontends.families import LAYERS
 from vacc_opt.ir import Graph
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.tests.families.harness import (
     CONTEXT,
-    LAYERS,
     Array,
     Case,
     recognize_text,
@@ -124,7 +123,3 @@ def assert_half(case: Case) -> None:
 
 def _error(found: Any, expected: Any) -> float:
     return float(np.abs(found.astype(np.float64) - expected).max())
-
-
-def names(chosen: Sequence[tuple[str, Any]]) -> list[str]:
-    return [name for name, _ in chosen]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.frontends import export_checkpoint
-from vacc_opt.frontends.families import LAYERS, Structure
+from vacc_opt.frontends.families import Structure
 from vacc_opt.ir import Graph
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable
@@ -145,6 +145,3 @@ def recognize_text(structure: Structure) -> str:
         f"simplify,fuse-rms-norm{{{rms}}},fuse-head-norms,fold-norm-head,fuse-rotary{{positions={CONTEXT},{expect('rotary')}}},"
         f"split-packed-linear{{{expect('packed')}}},fuse-gqa{{{expect('attention')}}},fuse-swiglu{{{expect('gate')}}}"
     )
-
-
-__all__ = ["CONTEXT", "LAYERS", "Case", "build", "recognize_text", "run_buffers", "run_growing", "torch_logits"]

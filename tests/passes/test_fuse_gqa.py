@@ -70,6 +70,39 @@ def test_a_cast_of_the_weights_is_taken_along() -> None:
     assert_rewrites(FuseGqa(), before=text(body), after=after())
 
 
+LIMITS = (
+    CONSTS
+    + " low = Constant <value = float {-0.5}> () high = Constant <value = float {0.5}> () cap = Constant <value = float {0.7}> ()"
+)
+CLAMPED = "limited = Clip (scaled, low, high) masked = Add (limited, mask)"
+CAPPED = "part = Div (scaled, cap) bent = Tanh (part) limited = Mul (bent, cap) masked = Add (limited, mask)"
+
+
+def limited(chain: str) -> str:
+    return text(eager().replace("masked = Add (scaled, mask)", chain), consts=LIMITS)
+
+
+def test_clamped_scores_become_an_attribute() -> None:
+    node = "y = Vastai.Attention <clamp = 0.5, scale = 0.25> (q, k, v, mask)"
+    assert_rewrites(FuseGqa(expect=1), before=limited(CLAMPED), after=after(node=node))
+
+
+def test_a_soft_cap_becomes_an_attribute() -> None:
+    node = "y = Attention <is_causal = 0, scale = 0.25, softcap = 0.7> (q, k, v, mask)"
+    assert_rewrites(FuseGqa(expect=1), before=limited(CAPPED), after=after(node=node))
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        (CLAMPED.replace("low,", "cap,"), "scores are clipped to 0.7 .. 0.5"),
+        (CAPPED.replace("Mul (bent, cap)", "Mul (bent, high)"), "tanh of scores / 0.7 is times 0.5"),
+    ],
+)
+def test_other_limits_stay_with_a_reason(chain: str, reason: str) -> None:
+    assert_no_match(FuseGqa(), limited(chain), reason)
+
+
 def test_an_sdpa_attention_loses_its_repetition() -> None:
     body = GROUPED + "y = Attention <scale = 0.25> (q, kr, vr, mask)"
     assert_rewrites(FuseGqa(expect=1), before=text(body, kv=2), after=after(kv=2))

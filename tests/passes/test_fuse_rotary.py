@@ -67,6 +67,55 @@ def test_the_exported_chain_becomes_one_node_with_a_table() -> None:
     )
 
 
+STRIDED_ANGLE = ANGLE.replace(
+    "both = Concat <axis = -1> (angle, angle)",
+    "pair = Unsqueeze (angle, three) twice = Concat <axis = -1> (pair, pair) both = Reshape (twice, full)",
+)
+STRIDED = """
+    even = Slice (x, zero, end, three, two)
+    odd = Slice (x, one, end, three, two)
+    negative = Neg (odd)
+    first = Unsqueeze (negative, last)
+    second = Unsqueeze (even, last)
+    stack = Concat <axis = -1> (first, second)
+    rotated = Reshape (stack, whole)
+    straight = Mul (x, cos)
+    turned = Mul (rotated, sin)
+    y = Add (straight, turned)"""
+STRIDED_CONSTS = " last = Constant <value_ints = [-1]> () full = Constant <value_ints = [0, 0, 8]> () whole = Constant <value_ints = [0, 0, 0, 8]> () "
+
+
+def strided(rotate: str = STRIDED) -> str:
+    return chain(STRIDED_CONSTS + STRIDED_ANGLE, rotate)
+
+
+def test_every_second_channel_exchanged_is_an_interleaved_rotation() -> None:
+    assert_rewrites(
+        PASS,
+        before=strided(),
+        after=f"""
+            {HEAD} {{ y = RotaryEmbedding <interleaved = 1> (x, cos, sin, position_ids) }}
+# const "cos" = {Literal(table(np.cos))}
+# const "sin" = {Literal(table(np.sin))}
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (("odd = Slice (x, one,", "odd = Slice (x, zero,"), "do not take every second channel"),
+        (("Concat <axis = -1> (first, second)", "Concat <axis = 3> (first, second)"), "stacked along axis 3"),
+    ],
+)
+def test_other_strided_slices_stay(edit: tuple[str, str], reason: str) -> None:
+    assert_no_match(PASS, strided(STRIDED.replace(*edit)), reason)
+
+
+def test_a_table_for_halves_does_not_serve_strided_channels() -> None:
+    assert_no_match(PASS, chain(STRIDED_CONSTS + ANGLE, STRIDED), "its neighbouring channels differ")
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -129,6 +129,21 @@ def paired(table: Table) -> Table:
     return Table(np.ascontiguousarray(rows[:, 0::2]), table.positions, table.axes)
 
 
+def tabulated(m: Match, value: Value, positions: int) -> Table:
+    """The table of ``cos`` or ``sin`` of a match, one entry a pair of channels; each value is evaluated once a run."""
+    cut = halved if m.get("low") is not None else paired if m.get("even") is not None else None
+
+    def make() -> Table:
+        table = tabulate(m.graph, value, positions, rotated(m))
+        return cut(table) if cut is not None else table
+
+    table: Table = m.once((cut, value), make)
+    fused = m.root.op == "RotaryEmbedding"
+    if table.why or (value.rank == 3 and table.axes == (0, 1) if fused else value.rank == 4):
+        return table
+    return Table(why=f"has type {value.type}, {'[batch,seq,D/2] is' if fused else 'four axes are'} expected")
+
+
 def rotated(m: Match) -> Value | None:
     """What is rotated: ``x``, or what a Reshape takes apart into ``pairs``; None when it is no tensor of four axes."""
     x: Value | None = m.get("x")
@@ -154,6 +169,8 @@ def why_not_parts(m: Match, x: Value) -> Iterator[Reason]:
             yield m.reason("the slices do not halve the last axis of {x}", x=x)
         if any(len(n.inputs) > 4 and attribute(n, "steps") != (1,) for n in (low, high)):
             yield m.reason("the slices skip channels of {x}", x=x)
+    if stack is not None and attribute(stack, "axis") not in (-1, 4):
+        yield m.reason("{x} are stacked along axis {axis}, not the last", x=stack.output, axis=attribute(stack, "axis"))
     if even is not None:
         halves = [(attribute(n, "starts"), attribute(n, "steps"), n.output.shape) for n in (even, m.odd)]
         pairs = (*x.shape[:3], depth // 2)
