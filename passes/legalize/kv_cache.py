@@ -12,6 +12,7 @@ from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, FixedBuffers, continued
+from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.infra.model.masks import Meaning, recognize_mask
 from vacc_opt.passes.infra.registry import register
 
@@ -152,7 +153,8 @@ class KvCache(Pass):
     def _attention(self, rw: Rewriter, layer: _Layer, keys: Value, values: Value, end: Value) -> Value:
         query, mask, given = layer.attention.inputs[0], layer.mask, layer.attention.attributes
         if mask.why:
-            return rw.op.Attention(query, keys, values, self._input_mask(rw, layer.attention.inputs[3]), **given)
+            make = rw.vastai if layer.attention.domain else rw.op
+            return make.Attention(query, keys, values, self._input_mask(rw, layer.attention.inputs[3]), **given)
         if mask.is_plain and layer.attention.op == "Attention" and not given.get("softcap"):
             return rw.op.Attention(query, keys, values, None, None, None, end, **{**given, "is_causal": 1})
         slopes: Value | None = None
@@ -200,11 +202,6 @@ class KvCache(Pass):
 def _masks(layers: list[_Layer]) -> list[Node]:
     masks = [layer.attention.input(3) for layer in layers]
     return list(dict.fromkeys(m.producer for m in masks if m is not None and m.producer is not None))
-
-
-def attentions(graph: Graph) -> list[Node]:
-    """The fused attentions, in order of the graph."""
-    return [node for node in graph.nodes() if node.op_type == "Attention"]
 
 
 def _sees(attention: Node) -> str:

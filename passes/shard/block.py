@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.ops.attention import SLOPES
 from vacc_opt.passes.infra.base import where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear
 
@@ -23,7 +24,8 @@ _UPSTREAM = {
     "Vastai::DequantizeKV": 0,
 }
 _DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
-_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::SwiGLU"})
+_GATED = ("Vastai::SwiGLU", "Vastai::GeGLU")
+_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::Attention", *_GATED})
 _CACHE_WRITES = ("TensorScatter", "Concat")
 
 
@@ -43,6 +45,7 @@ class Attention:
     value_bias: tuple[Value, ...]
     caches: tuple[Value, ...]
     kv_constants: tuple[Value, ...]
+    slopes: Value | None  # ALiBi, one a query head
     reshapes: tuple[tuple[Node, int], ...]  # and the axis of the result that holds heads
     adds: tuple[Node, ...]  # of the biases
 
@@ -88,6 +91,7 @@ def attention_block(node: Node) -> Attention:
         tuple(value.biases),
         tuple(dict.fromkeys(key.caches + value.caches)),
         tuple(dict.fromkeys(key.constants + value.constants)),
+        node.input(SLOPES) if node.domain else None,
         (*((n, -2) for path in (query, key, value) for n in path.reshapes), *((n, -1) for n in joins)),
         tuple(node for path in (query, key, value) for node in path.adds),
     )
@@ -157,9 +161,9 @@ def _downstream(value: Value) -> tuple[Linear, list[Node]]:
 
 
 def feed_forward_blocks(graph: Graph) -> list[tuple[Linear, Linear, Linear]]:
-    """(gate, up, down) of every SwiGLU whose operands come from linears and whose result goes into one."""
+    """(gate, up, down) of every gated activation whose operands come from linears and whose result goes into one."""
     blocks: list[tuple[Linear, Linear, Linear]] = []
-    for node in graph.by_op("SwiGLU", "Vastai"):
+    for node in (node for node in graph.nodes() if node.op in _GATED):
         gate, up = (as_linear(v.producer) if v is not None and v.producer is not None else None for v in node.inputs)
         if gate is None or up is None:
             raise CheckError(f"{where(node)} is not fed by two linear layers")

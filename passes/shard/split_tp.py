@@ -13,6 +13,7 @@ from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, Ranks, continued
+from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.infra.model.linear import Linear, as_linear, flipped
 from vacc_opt.passes.infra.model.slices import Rows, columns_per_rank, even_shares, rows_per_rank
 from vacc_opt.passes.infra.registry import register
@@ -161,12 +162,13 @@ class SplitTp(Pass):
             raise UserError(f"tp = {self.tp}, at least 1 rank is needed")
         if graph.ranks > 1:
             raise CheckError(f"the graph is split over {graph.ranks} ranks already")
-        blocks = [attention_block(n) for n in graph.by_op("Attention")]
-        if not blocks:
+        found = attentions(graph)
+        if not found:
             raise CheckError("the graph has no Attention node", "run fuse-gqa before split-tp")
-        plans = {b.heads: plan_heads(*b.heads, self.tp) for b in blocks}
         if self.tp == 1:
             return Outcome("tp 1: nothing to split")
+        blocks = [attention_block(node) for node in found]
+        plans = {b.heads: plan_heads(*b.heads, self.tp) for b in blocks}
         forward = feed_forward_blocks(graph)
         parts = [linear for b in blocks for linear in (b.query, b.key, b.value)]
         parts += [linear for gate, up, _ in forward for linear in (gate, up)]
@@ -191,7 +193,7 @@ class SplitTp(Pass):
 
     def adapter(self, before: Graph) -> Adapter:
         """Every rank gets its heads of the KV buffers."""
-        blocks = [attention_block(node) for node in before.by_op("Attention")] if self.tp > 1 else []
+        blocks = [attention_block(node) for node in attentions(before)] if self.tp > 1 else []
         heads = {cache.name: plan_heads(*block.heads, self.tp).kv for block in blocks for cache in block.caches}
         return Ranks(heads, continued(before), self.tp) if blocks else Adapter()
 
@@ -212,6 +214,9 @@ class SplitTp(Pass):
         for value in block.kv_constants:
             if value.const is not None and value not in split.done:
                 split.set(value, ("kv", real), rows_per_rank(value.const, real))
+        split.readers.add(block.node)
+        if block.slopes is not None and block.slopes.const is not None and block.slopes not in split.done:
+            split.set(block.slopes, ("heads", plan.query), rows_per_rank(block.slopes.const, plan.query))
         for cache in block.caches:
             assert cache.shape is not None
             batch, _, context, width = cache.shape

@@ -123,13 +123,15 @@ def run_buffers(executable: Executable, ids: Array, valid: Array, steps: Array) 
             shape = [batch if i == 0 else int(d) for i, d in enumerate(value.shape or ())]
             # what lies in slots that nobody wrote must not matter
             buffers[value.name] = np.full(shape, 7, value.type.dtype.numpy)
+    caches = [dict(buffers) for _ in range(graph.ranks)]
     pos = np.zeros(batch, np.int64)
     calls = [(ids, valid), *((steps[:, i : i + 1], np.ones(batch, np.int64)) for i in range(steps.shape[1]))]
     for tokens, count in calls:
         feeds = {"input_ids": tokens, "pos": pos, "valid": count}
-        found = executable.run({k: v for k, v in feeds.items() if graph.input_named(k)}, [buffers])[0]
-        buffers.update({n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"})
-        yield found["logits"][:, 0]
+        found = executable.run({k: v for k, v in feeds.items() if graph.input_named(k)}, caches)
+        for rank, outputs in zip(caches, found, strict=True):
+            rank.update({n.replace("present", "past_key_values"): v for n, v in outputs.items() if n != "logits"})
+        yield found[0]["logits"][:, 0]
         pos = pos + count
 
 

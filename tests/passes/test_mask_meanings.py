@@ -52,6 +52,14 @@ def meaning(*edits: tuple[str, str], context: int = 128) -> Meaning:
     return recognize_mask(graph, graph.outputs["mask"], context)
 
 
+def test_a_mask_by_chunks_is_no_window_even_where_a_chunk_ends_with_the_context() -> None:
+    chunks = (
+        "c = Constant <value_int = 64> () mine = Div (column, c) its = Div (row, c) other = Less (its, mine) "
+        "outside = Or (future, other) hidden = Or (outside, padded)"
+    )
+    assert "does not see key" in meaning((PLAIN, chunks), context=128).why
+
+
 @pytest.mark.parametrize(
     "final", [FINAL, "mask = Not (hidden)", "far = CastLike (hidden, hide) mask = Mul (far, hide)"]
 )

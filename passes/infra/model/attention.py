@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from vacc_opt.ir import Dim, Node, Value
+from vacc_opt.ir import Dim, Graph, Node, Value
 from vacc_opt.ir.infer import shape_text
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.types import divide
@@ -14,6 +14,11 @@ from vacc_opt.passes.infra.model.masks import BLOCKED
 from vacc_opt.passes.infra.model.views import joins_turned
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.values import scalar
+
+
+def attentions(graph: Graph) -> list[Node]:
+    """The fused attentions, ONNX's and ours, in order of the graph."""
+    return [node for node in graph.nodes() if node.op in ("Attention", "Vastai::Attention")]
 
 
 def operands(m: Match) -> tuple[Heads | None, Heads | None, Heads | None]:

@@ -61,12 +61,16 @@ def recognize_mask(graph: Graph, mask: Value, context: int) -> Meaning:
         if missing:
             return Meaning(why=f"it depends on the input {missing[0]!r}")
         found = [(probe, seen, run.run(feeds)[0][mask.name]) for probe, feeds, seen in probes]
+        longest = found[0][2]
+        window = int(_allowed(longest).reshape(-1, longest.shape[-1])[0].sum())
+        window = 0 if window >= context else window
+        # one length cannot tell a window from a chunk that ends there
+        for past in {window, window + window // 2, (window + context) // 2} if window else ():
+            if 0 < past < context - 1:
+                feeds, seen = _feeds(region, (1, 1, past, (0,), (0,)))
+                found.append(((1, 1, past, (0,), (0,)), seen, run.run(feeds)[0][mask.name]))
     except VaccError as error:
         return Meaning(why=f"it cannot be evaluated: {error.message}")
-    longest = found[0][2]
-    visible = _allowed(longest).reshape(-1, context) if longest.size % context == 0 else np.ones((1, context), bool)
-    window = int(visible[0].sum())
-    window = 0 if window >= context else window
     slopes = _slopes(longest, graph, nodes)
     found.append(found.pop(0))  # short calls make short reasons
 
