@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vacc_opt.ir import Graph, PerRank, Value
+from vacc_opt.ir import Dim, Graph, PerRank, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.fuse.gather_channels import GatherChannels
 from vacc_opt.passes.fuse.unfold_gemm import UnfoldGemm
@@ -65,7 +66,7 @@ class SplitPackedLinear(Pass):
             with rw.applying([node, *(part.node for part in packed.parts)]):
                 for index, part in enumerate(packed.parts):
                     with rw.on_behalf_of(node, part.node):
-                        rw.replace(part.value, _linear(linear, packed, part, index, rw))
+                        _place(part, _linear(linear, packed, part, index, rw), rw)
             fused += 1
         outcome.fused, outcome.candidates = fused, len(outcome.remarks)
         outcome.summary = f"split {fused} of {outcome.candidates} packed linears"
@@ -78,6 +79,24 @@ def _why_not(linear: Linear) -> str:
     return "the weight is split over ranks already" if isinstance(linear.rows, PerRank) else ""
 
 
+def _place(part: Part, y: Value, rw: Rewriter) -> None:
+    """Give readers of the part the new layer's output: a Reshape of the part becomes one of the output itself."""
+    tokens = (y.shape or ())[:-1]
+    for user in part.value.users():
+        shape = user.output.shape or ()
+        own = shape[len(tokens) :]
+        if user.op == "Reshape" and shape[: len(tokens)] == tokens and all(isinstance(d, int) for d in own):
+            rw.replace(user.output, _shaped(y, own, rw))
+    if rw.graph.use_count(part.value):
+        rw.replace(part.value, _shaped(y, part.shape, rw))
+
+
+def _shaped(y: Value, own: Sequence[Dim], rw: Rewriter) -> Value:
+    """``y`` with its last dimension cut into those."""
+    sizes = [d for d in own if isinstance(d, int)]
+    return y if len(sizes) == 1 else rw.op.Reshape(y, rw.ints(*(0 for _ in (y.shape or ())[:-1]), *sizes))
+
+
 def _linear(linear: Linear, packed: Packed, part: Part, index: int, rw: Rewriter) -> Value:
     weight, rows = linear.weight.const, part.rows
     assert weight is not None
@@ -88,9 +107,7 @@ def _linear(linear: Linear, packed: Packed, part: Part, index: int, rw: Rewriter
     if packed.bias is not None and packed.bias.const is not None:
         bias = take_rows(packed.bias.const, rows)
         y = rw.op.Add(y, rw.const(bias, _named(packed.bias, index), of=packed.bias.provenance))
-    if len(part.shape) == 1:
-        return y
-    return rw.op.Reshape(y, rw.ints(*(0 for _ in (y.shape or ())[:-1]), *part.shape))
+    return y
 
 
 def _named(value: Value, index: int) -> str:
