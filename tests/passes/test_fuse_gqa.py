@@ -256,7 +256,11 @@ WRONG = {
         text(eager().replace("y = MatMul (weights", "isnan = IsNaN (scaled) nothing = Constant <value = float {0.0}> () safe = Where (isnan, nothing, weights) y = MatMul (safe")),
         "found Mul scaled, expected Softmax",
     ),
-    "a clamp in the chain": (
+    "an unknown operator before softmax": (
+        text(eager().replace("masked = Add (scaled, mask)", "bent = Elu (scaled) masked = Add (bent, mask)")),
+        "found Elu bent",
+    ),
+    "a clamp without bounds": (
         text(eager().replace("masked = Add (scaled, mask)", "clamped = Clip (scaled) masked = Add (clamped, mask)")),
         "Clip lacks an operand for low",
     ),
@@ -289,6 +293,19 @@ WRONG = {
 def test_another_attention_is_left_with_a_reason(case: str) -> None:
     before, reason = WRONG[case]
     assert_no_match(FuseGqa(), before, reason)
+
+
+def test_keys_of_permuted_heads_are_read_as_permuted() -> None:
+    body = "order = Constant <value_ints = [5, 4, 3, 2, 1, 0]> () other = Gather <axis = 1> (k, order) "
+    fused = body + "y = Attention <is_causal = 0, scale = 0.25> (q, other, v, mask)"
+    assert_rewrites(FuseGqa(expect=1), before=text(body + eager(k="other")), after=f"{HEAD.format(kv=6)} {{ {fused} }}")
+
+
+def test_keys_that_something_else_reads_too_stay_for_it() -> None:
+    head = HEAD.replace("=> (float[B,6,S,8] y)", "=> (float[B,6,S,8] y, float[B,6,8,T] z)")
+    body = eager() + " z = Neg (t)"
+    fused = "y = Attention <is_causal = 0, scale = 0.25> (q, k, v, mask) t = Transpose <perm = [0, 1, 3, 2]> (k) z = Neg (t)"
+    assert_rewrites(FuseGqa(expect=1), before=text(body, head=head), after=f"{head.format(kv=6)} {{ {fused} }}")
 
 
 def test_heads_that_are_tiled_are_not_grouped() -> None:
