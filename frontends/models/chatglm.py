@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vacc_opt.frontends.models.calling import CalledLikeTransformers, Pair
 from vacc_opt.ir.errors import UserError, did_you_mean
 
 CORES = {"sdpa": "sdpa", "eager": "bmm"}  # by the names that transformers gives to kinds of attention code
@@ -35,7 +34,6 @@ _EXPECTED = {
     "quantization_bit": 0,
     "pre_seq_len": None,
 }
-Pair = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -294,33 +292,18 @@ def hidden_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.
     return (seen < 0.5).unsqueeze(1)
 
 
-class ChatGLM(nn.Module):
-    """The causal language model, called as transformers models are."""
+class ChatGLM(CalledLikeTransformers):
+    """The causal language model; inside, a cache is [past, batch, groups, D]."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.config: ChatGLMConfig = config
         self.transformer: Transformer = Transformer(config)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        use_cache: bool = True,
-    ) -> CausalLMOutputWithPast:
-        """Logits [batch, seq, vocabulary] and the cache, [batch, groups, past + seq, D] a layer as elsewhere."""
-        batch, seq = input_ids.shape
-        layers = [] if past_key_values is None else past_key_values.layers
-        past = [(layer.keys.permute(2, 0, 1, 3), layer.values.permute(2, 0, 1, 3)) for layer in layers]
-        total = seq + (past[0][0].shape[0] if past else 0)
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, total, dtype=torch.int64)
-        if position_ids is None:
-            position_ids = torch.arange(total - seq, total).expand(batch, seq)
-        logits, presents = self.transformer(input_ids, attention_mask, position_ids, past)
-        cache = DynamicCache()
-        for index, (key, value) in enumerate(presents):
-            cache.update(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), index)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+    def compute(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[Pair]
+    ) -> tuple[torch.Tensor, list[Pair]]:
+        """The transformer between a cache turned to its layout and back."""
+        turned = [(key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)) for key, value in past]
+        logits, presents = self.transformer(input_ids, attention_mask, position_ids, turned)
+        return logits, [(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)) for key, value in presents]

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vacc_opt.frontends.models.calling import CalledLikeTransformers, Pair
 from vacc_opt.frontends.models.structure import DecoderConfig, RopeScaling
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -275,8 +272,8 @@ class Decoder(nn.Module):
         return self.norm(x), presents
 
 
-class CausalLM(nn.Module):
-    """A causal language model, called as transformers models are."""
+class CausalLM(CalledLikeTransformers):
+    """A decoder with its head."""
 
     def __init__(self, config: DecoderConfig, names: Names, model: Decoder, head: nn.Module | None = None) -> None:
         super().__init__()
@@ -285,26 +282,9 @@ class CausalLM(nn.Module):
         self.model: Decoder = model
         self.add_module(names.head, head or nn.Linear(config.hidden_size, config.vocab_size, bias=False))
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        use_cache: bool = True,
-    ) -> CausalLMOutputWithPast:
-        """Logits [batch, seq, vocabulary] and the cache, [batch, KV heads, past + seq, D] a layer."""
-        batch, seq = input_ids.shape
-        layers = [] if past_key_values is None else past_key_values.layers
-        past = [(layer.keys, layer.values) for layer in layers]
-        total = seq + (past[0][0].shape[2] if past else 0)
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, total, dtype=torch.int64)
-        if position_ids is None:
-            position_ids = torch.arange(total - seq, total).expand(batch, seq)
+    def compute(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[Pair]
+    ) -> tuple[torch.Tensor, list[Pair]]:
+        """The head over the normalized states."""
         hidden, presents = self.model(input_ids, attention_mask, position_ids, past)
-        cache = DynamicCache()
-        for index, (key, value) in enumerate(presents):
-            cache.update(key, value, index)
-        logits = getattr(self, self.names.head)(hidden)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        return getattr(self, self.names.head)(hidden), presents
