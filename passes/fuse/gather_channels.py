@@ -13,7 +13,6 @@ from vacc_opt.passes.infra.model.views import arranged
 from vacc_opt.passes.infra.patterns.match import Match, Reason
 from vacc_opt.passes.infra.patterns.pattern import Pattern, op
 from vacc_opt.passes.infra.patterns.pattern_pass import Capture, Const, PatternPass
-from vacc_opt.passes.infra.patterns.values import attribute
 from vacc_opt.passes.infra.registry import register
 
 
@@ -49,8 +48,13 @@ class GatherChannels(PatternPass):
         """Decline indices of several axes."""
         if not isinstance(m.rows.const, Literal) or m.rows.rank != 2 or m.rows.shape[1] != 1:
             yield m.reason("{rows} is no list of rows of one axis", rows=m.rows)
-        if not isinstance(attribute(m.front, "perm"), tuple):
-            yield m.reason("{x} is turned around", x=m.front.output)
+            return
+        perm = m.front.attributes.get("perm")
+        size = (m.x.shape or ())[perm[0]] if perm else None
+        if not isinstance(size, int):
+            yield m.reason("{x} does not bring a number of rows to the front", x=m.front.output)
+        elif not all(-size <= row < size for row in m.rows.const.array.flat):
+            yield m.reason("{rows} name rows that {x} has not", rows=m.rows.name, x=m.x.name)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         """Gather along the axis itself; a transpose that brought it back cancels."""

@@ -11,10 +11,13 @@ import numpy as np
 
 from vacc_opt.ir import Graph, Literal
 from vacc_opt.ir.text import from_text
+from vacc_opt.passes.fuse.fold_norm_head import FoldNormHead
 from vacc_opt.passes.fuse.fuse_gqa import FuseGqa
+from vacc_opt.passes.fuse.fuse_head_norms import FuseHeadNorms
 from vacc_opt.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from vacc_opt.passes.fuse.fuse_rotary import FuseRotary
 from vacc_opt.passes.fuse.fuse_swiglu import FuseSwiglu
+from vacc_opt.passes.fuse.gather_channels import GatherChannels
 from vacc_opt.passes.fuse.split_packed_linear import SplitPackedLinear
 from vacc_opt.passes.infra.base import Pass
 
@@ -30,6 +33,7 @@ class Base:
     text: str
     statements: Statements = ()
     fused: int = 1
+    folds: bool = False  # of constants alone, which simplify computes
 
     def graph(self) -> Graph:
         """A new graph."""
@@ -265,6 +269,80 @@ GROUPED = """
     left = Reshape (l, flat)
     right = Reshape (r, flat)
 """
+# every second channel exchanged, the table repeated for neighbours
+STRIDED = """
+rope (float[B,4,S,4] x, int64[B,S] position_ids, float[2,4] z) => (float[B,4,S,4] y, other) {
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    step = Constant <value_ints = [2]> ()
+    three = Constant <value_ints = [3]> ()
+    last = Constant <value_ints = [-1]> ()
+    end = Constant <value_ints = [9223372036854775807]> ()
+    full = Constant <value_ints = [0, 0, 4]> ()
+    whole = Constant <value_ints = [0, 0, 0, 4]> ()
+    row = Unsqueeze (position_ids, one)
+    column = Transpose <perm = [0, 2, 1]> (row)
+    wide = Cast <to = 1> (column)
+    angle = Mul (wide, freq)
+    pair = Unsqueeze (angle, three)
+    twice = Concat <axis = -1> (pair, pair)
+    both = Reshape (twice, full)
+    c = Cos (both)
+    s = Sin (both)
+    cos = Unsqueeze (c, one)
+    sin = Unsqueeze (s, one)
+    even = Slice (x, zero, end, three, step)
+    odd = Slice (x, one, end, three, step)
+    negative = Neg (odd)
+    first = Unsqueeze (negative, last)
+    second = Unsqueeze (even, last)
+    stack = Concat <axis = -1> (first, second)
+    rotated = Reshape (stack, whole)
+    straight = Mul (x, cos)
+    turned = Mul (rotated, sin)
+    y = Add (straight, turned)
+    n = Neg (z)
+    other = Concat <axis = 0> (n, n)
+}
+""" + _constants(freq=np.array([1.0, 0.3], np.float32))
+LIMITS = "low = Constant <value = float {-0.4}> () high = Constant <value = float {0.4}> () "
+CLAMPED = LIMITS + EAGER.replace("masked = Add (scaled", "limited = Clip (scaled, low, high) masked = Add (limited")
+CAPPED = LIMITS + EAGER.replace(
+    "masked = Add (scaled",
+    "part = Div (scaled, high) bent = Tanh (part) capped = Mul (bent, high) masked = Add (capped",
+)
+HEAD = """
+head (float[2,4,4] x, float[4,4] z) => (float[2,4,4] y, other) {
+    tiny = Constant <value = float {1e-12}> ()
+    columns = Constant <value_ints = [1]> ()
+    shape = Constant <value_ints = [4, 4]> ()
+    length = ReduceL2 <keepdims = 1> (w, columns)
+    floored = Clip (length, tiny)
+    wide = Expand (floored, shape)
+    rows = Div (w, wide)
+    turned = Transpose <perm = [1, 0]> (rows)
+    y = MatMul (x, turned)
+    other = ReduceL2 (z, columns)
+}
+""" + _constants(w=np.linspace(-0.7, 1.5, 16, dtype=np.float32).reshape(4, 4))
+HEADS = """
+heads (float[4,4,4,4] x) => (float[4,4,4,4] y) {
+    a, b, c, d = Split <axis = 1, num_outputs = 4> (x)
+    na = LayerNormalization <epsilon = 1e-5> (a, wa)
+    nb = LayerNormalization <epsilon = 1e-5> (b, wb)
+    nc = LayerNormalization <epsilon = 1e-5> (c, wc)
+    nd = LayerNormalization <epsilon = 1e-5> (d, wd)
+    y = Concat <axis = 1> (na, nb, nc, nd)
+}
+""" + _constants(**{f"w{n}": np.linspace(0.5, 1.5 + i, 4, dtype=np.float32) for i, n in enumerate("abcd")})
+CHANNELS = """
+channels (float[4,4,4,4] x) => (float[4,4,1,4] y) {
+    rows = Constant <value = int64[1,1] {-2}> ()
+    front = Transpose <perm = [2, 0, 1, 3]> (x)
+    picked = GatherND (front, rows)
+    y = Transpose <perm = [1, 2, 0, 3]> (picked)
+}
+"""
 GATED = "mlp (float[2,4,4] gate, float[2,4,4] up, float[2,4] z) => (float[2,4,4] y, other) {{ {} other = Sigmoid (z) }}"
 SHORT = FuseRotary(positions=16)
 CONSTANTS = (_of("a constant is broadcast", "eps", "two"),)
@@ -301,6 +379,78 @@ GROUPS = (
     ),
     _of("the scale is", "scale", "qs", "ts"),
 )
+BOUNDS = (
+    _of("scores are clipped to", "low", "high"),
+    _of("tanh of scores", "high", "part", "capped"),
+    _of("found Tanh bent", "capped", "weights"),
+)
+SECONDS = (
+    _of(
+        "cos: ",
+        "row",
+        "column",
+        "wide",
+        "angle",
+        "pair",
+        "twice",
+        "both",
+        "c",
+        "cos",
+        "freq",
+        "position_ids",
+        "one",
+        "full",
+        "three",
+        "last",
+    ),
+    _of(
+        "sin: ",
+        "row",
+        "column",
+        "wide",
+        "angle",
+        "pair",
+        "twice",
+        "both",
+        "s",
+        "sin",
+        "freq",
+        "position_ids",
+        "one",
+        "full",
+        "three",
+        "last",
+    ),
+    _of(
+        "do not take every second channel",
+        "even",
+        "odd",
+        "zero",
+        "one",
+        "step",
+        "end",
+        "three",
+        "stack",
+        "first",
+        "second",
+        "last",
+        "whole",
+    ),
+    _of("are stacked along axis", "stack"),
+    _of("x is broadcast", "whole", "rotated", "both"),
+    # without the product that takes them up, the exchanged channels are read as pairs taken apart
+    _of("found Neg negative, expected Sub", "turned"),
+)
+LENGTHS = (
+    _of("the length is not of the rows", "columns", "length"),
+    _of("something is broadcast", "wide", "shape", "tiny"),
+)
+PER_HEAD = (
+    _of("the norms are of several kinds", "na", "nb", "nc", "nd"),
+    _of("a norm has a bias", "na", "nb", "nc", "nd"),
+    _of("not the parts of one Split", "a", "na", "nb", "nc", "nd", "y"),
+    _of("is not [batch,1,seq,D] of one head", "a", "y"),
+)
 PARTS = (
     _of("its parts overlap", "left", "right", "l", "r", "first", "second", "zero", "middle", "end"),
     _of("reads all of it", "left", "right", "l", "r", "heads", "four", "last"),
@@ -310,16 +460,24 @@ BASES: dict[str, Base] = {
     "norm": Base(FuseRmsNorm(), norm("square = Pow (x, two)", "inverse = Reciprocal (root) normed = Mul (x, inverse) y = Mul (w, normed)"), CONSTANTS),
     "norm, divided": Base(FuseRmsNorm(), norm("square = Mul (x, x)", "normed = Div (x, root) y = Mul (w, normed)"), CONSTANTS),
     "norm, in fp16": Base(FuseRmsNorm(), WIDE, CONSTANTS),
+    "norm, shifted": Base(FuseRmsNorm(), norm("square = Pow (x, two)", "one = Constant <value = float {1.0}> () scale = Add (w, one) inverse = Reciprocal (root) normed = Mul (x, inverse) y = Mul (normed, scale)"), CONSTANTS),
+    "norm, heads": Base(FuseHeadNorms(), HEADS, PER_HEAD),
+    "head": Base(FoldNormHead(), HEAD, LENGTHS, folds=True),
+    "channels": Base(GatherChannels(), CHANNELS),
     "rotary": Base(SHORT, ROTARY, TABLES),
+    "rotary, strided": Base(SHORT, STRIDED, SECONDS),
     "rotary, pairs": Base(SHORT, PAIRS, PAIRED),
     "rotary, operator": Base(SHORT, ROTARY_OPERATOR, TABLES),
     "attention": Base(FuseGqa(), attention(EAGER), GROUPS),
     "attention, filled": Base(FuseGqa(), attention(FILLED), GROUPS),
+    "attention, clamped": Base(FuseGqa(), attention(CLAMPED), (*GROUPS, *BOUNDS)),
+    "attention, capped": Base(FuseGqa(), attention(CAPPED), (*GROUPS, *BOUNDS)),
     "attention, grouped": Base(FuseGqa(), attention(EAGER, repeated=True), GROUPS),
     "attention, joined": Base(FuseGqa(), JOINED, GROUPS),
     "attention, sdpa": Base(FuseGqa(), attention(SDPA, repeated=True), GROUPS),
     "gated": Base(FuseSwiglu(), GATED.format("s = Sigmoid (gate) a = Mul (gate, s) y = Mul (a, up)")),
     "gated, swish": Base(FuseSwiglu(), GATED.format("a = Swish (gate) y = Mul (a, up)")),
+    "gated, gelu": Base(FuseSwiglu(), GATED.format("a = Gelu (gate) y = Mul (a, up)")),
     "packed": Base(SplitPackedLinear(), PACKED.replace("PARTS", SLICED), PARTS),
     "packed, groups": Base(SplitPackedLinear(), PACKED.replace("PARTS", GROUPED), PARTS),
 }  # fmt: skip

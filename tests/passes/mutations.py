@@ -89,7 +89,12 @@ def rebuilt(base: Graph, change: Change) -> Graph:
     for node in base.nodes():
         operands = [None if v is None else made[v] for v in node.inputs]
         make = change.make if node.output.name == change.node and change.make is not None else again
-        made.update(zip(node.outputs, make(rw, node, operands), strict=True))
+        outputs = make(rw, node, operands)
+        for old, new in zip(node.outputs, outputs, strict=True):  # the rewriter counts further outputs
+            del graph.values[new.name]
+            new.name = old.name
+            graph.values[old.name] = new
+        made.update(zip(node.outputs, outputs, strict=True))
     for name, value in base.outputs.items():
         rw.set_output(name, made[value])
     for name in change.outputs:

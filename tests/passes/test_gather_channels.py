@@ -64,7 +64,16 @@ def test_rows_that_are_in_a_file_stay() -> None:
 
 
 def test_a_transpose_without_an_order_stays() -> None:
-    assert_no_match(GatherChannels(), text("front = Transpose (x) y = GatherND (front, rows)"), "is turned around")
+    assert_no_match(
+        GatherChannels(),
+        text("front = Transpose (x) y = GatherND (front, rows)"),
+        "does not bring a number of rows to the front",
+    )
+
+
+def test_rows_that_are_not_there_stay() -> None:
+    body = "front = Transpose <perm = [2, 0, 1, 3]> (x) y = GatherND (front, rows)"
+    assert_no_match(GatherChannels(), text(body, "int64[1,1] rows = {5}"), "name rows that x has not")
 
 
 def test_rows_within_a_batch_stay() -> None:

@@ -42,7 +42,10 @@ POSITIONS = 16  # rows of the tables that the rotary passes make
 # a guard against NaN replaces what only garbage can make: the root of a negative number, not a row without keys
 GARBAGE = {("attention, filled", "operator:qs:Pow"), ("attention, filled", "operator:ts:Pow")}
 # mutants of each pass: the list must not shrink unseen
-FLOORS = {"fuse-rms-norm": 900, "fuse-rotary": 1300, "fuse-gqa": 1900, "fuse-swiglu": 230, "split-packed-linear": 450}
+FLOORS = {
+    "fuse-rms-norm": 1300, "fuse-rotary": 2000, "fuse-gqa": 2700, "fuse-swiglu": 300, "split-packed-linear": 450,
+    "fuse-head-norms": 390, "fold-norm-head": 200, "gather-channels": 120,
+}  # fmt: skip
 
 
 @cache
@@ -153,7 +156,7 @@ def test_a_mutant_is_declined_with_the_right_reason_or_fused_right(name: str, mu
         return
     assert not verdict.wrong, f"fused wrongly: {verdict.wrong}\n{to_text(rebuilt(base_graph(name), mutant.change))}"
     if mutant.same:
-        assert verdict.fused == base.fused, f"not fused after simplify: {said(record)}"
+        assert verdict.fused == (0 if base.folds else base.fused), f"not fused after simplify: {said(record)}"
     elif not verdict.fused and candidate:
         words = expected_words(base, mutant)
         reasons = said(record)
