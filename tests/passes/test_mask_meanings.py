@@ -52,6 +52,11 @@ def meaning(*edits: tuple[str, str], context: int = 128) -> Meaning:
     return recognize_mask(graph, graph.outputs["mask"], context)
 
 
+def test_a_mask_that_is_given_has_no_meaning_that_is_known() -> None:
+    graph = from_text("m (float[1,1,seq,seq] mask) => (y) { y = Neg (mask) }")
+    assert recognize_mask(graph, graph.inputs[0], 32).why == "the input mask says nothing of its meaning"
+
+
 def test_a_mask_by_chunks_is_no_window_even_where_a_chunk_ends_with_the_context() -> None:
     chunks = (
         "c = Constant <value_int = 64> () mine = Div (column, c) its = Div (row, c) other = Less (its, mine) "

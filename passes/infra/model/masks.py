@@ -14,6 +14,7 @@ from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import VaccError
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.base import ancestors
+from vacc_opt.passes.infra.patterns.values import shown
 
 BLOCKED = -1e4  # a float mask below this hides a key: exporters write finfo.min or -inf
 # (batch, new tokens, past tokens, left pads of each row, right pads of each row)
@@ -51,6 +52,8 @@ def recognize_mask(graph: Graph, mask: Value, context: int) -> Meaning:
     window shorter than the buffers is seen. Rows of queries that are padding, or whose keys are all hidden, are not
     compared: nothing reads them, and models differ in what they let them see.
     """
+    if mask.producer is None:
+        return Meaning(why=f"{shown(mask)} says nothing of its meaning")
     nodes = list(ancestors(graph, mask))
     region = extract(graph, nodes, "mask", keep=[mask])
     fitting = [probe for probe in PROBES if probe[1] + probe[2] <= context]  # beyond it a window may hide keys
