@@ -87,7 +87,7 @@ class Plan:
     @property
     def split(self) -> str:
         """The pipeline that splits over ranks and checks for kernels."""
-        return f"split-tp{{tp={self.tp}}},legalize"
+        return f"split-tp{{tp={self.tp}}},fuse-residual-norm,legalize"
 
     @property
     def specialize(self) -> str:

@@ -90,7 +90,7 @@ def assert_all(case: Case) -> None:
     assert_buffers(case, graph)
     if case.structure.checkpoints != UNSPLIT:
         ranks = copy(graph)
-        run_pipeline(ranks, "split-tp{tp=2},legalize")
+        run_pipeline(ranks, "split-tp{tp=2},fuse-residual-norm,legalize")
         assert ranks.ranks == 2
         assert_buffers(case, ranks)
     assert_schedules(case, graph)
@@ -99,7 +99,7 @@ def assert_all(case: Case) -> None:
 def assert_schedules(case: Case, graph: Graph) -> None:
     """A prefill and 3 steps by the schedule engine, in fp32, against torch in float64; every schedule is verified."""
     seq, steps = 8, 3
-    run_pipeline(graph, f"split-tp{{tp=1}},legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
+    run_pipeline(graph, f"split-tp{{tp=1}},fuse-residual-norm,legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
     target, rng = load_target("vacc-reference"), np.random.default_rng(3)
     programs = {phase: lower(bound, target, phase=phase) for phase, bound in graph.phases.items()}
     for program in programs.values():
