@@ -7,7 +7,6 @@ signals become outputs. What it computes of a token is what it computes in use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.model.attention import attentions
-from vacc_opt.passes.infra.model.linear import as_linear
+from vacc_opt.passes.infra.model.layers import layer_ends
 from vacc_opt.runtime.engines import Engine
 
 Array = npt.NDArray[Any]
@@ -219,37 +218,14 @@ def _depends_on(gather: Node, name: str) -> bool:
 
 
 def layer_signals(graph: Graph) -> dict[tuple[int, str], Value]:
-    """What is compared of layer i: the residual stream behind it, and on one rank what its attention gives.
-
-    The residual stream before an attention is the nearest sum of two computed tensors [batch, tokens, channels] above
-    its queries; behind the last layer the nearest one above the logits.
-    """
+    """What is compared of layer i: the residual stream behind it, and on one rank what its attention gives."""
     found: dict[tuple[int, str], Value] = {}
-    nodes = attentions(graph)
-    for index, node in enumerate(nodes):
+    for index, (node, stream) in enumerate(zip(attentions(graph), layer_ends(graph), strict=True)):
         if graph.ranks == 1:
             found[index, ATTENTION] = node.output
-        below = nodes[index + 1].inputs[0] if index + 1 < len(nodes) else graph.outputs["logits"]
-        stream = _residual(below)
         if stream is not None and stream not in found.values():
             found[index, RESIDUAL] = stream
     return found
-
-
-def _residual(value: Value | None) -> Value | None:
-    seen: set[Value] = set()
-    pending = deque([value])
-    while pending:
-        one = pending.popleft()
-        if one is None or one in seen or one.producer is None:
-            continue
-        seen.add(one)
-        node = one.producer
-        if node.op == "Add" and one.rank == 3 and all(v is not None and not v.is_const for v in node.inputs):
-            return one
-        linear = as_linear(node)
-        pending += [linear.x] if linear is not None else [v for v in node.inputs if v is not None and not v.is_const]
-    return None
 
 
 def _is_signal(name: str) -> bool:
