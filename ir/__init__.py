@@ -1,5 +1,6 @@
 """The intermediate representation: typed SSA graphs in networkx, lazy weights, and the tools every room shares."""
 
+from vacc_opt.ir.coded import Coded
 from vacc_opt.ir.errors import CheckError, UserError, VaccError
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.onnx_proto import from_onnx, to_onnx
@@ -11,6 +12,7 @@ from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
 
 __all__ = [
     "CheckError",
+    "Coded",
     "DType",
     "Dim",
     "Graph",

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, Value
+from vacc_opt.ir import Coded, DType, Graph, PerRank, TensorExpr, Value
+from vacc_opt.ir.coded import coded_parts
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Array, Codes, Index, Scales
@@ -42,27 +43,6 @@ class RoundedRows(TensorExpr):
         return np.asarray((np.rint(rows / scale).clip(-127, 127) * scale)[:, index[1]])
 
 
-@dataclass(frozen=True)
-class CodedRows(TensorExpr):
-    """The numbers that given codes stand for: ``codes * scale``, row by row."""
-
-    codes: TensorExpr
-    scales: TensorExpr
-
-    @property
-    def dtype(self) -> DType:
-        """Always float."""
-        return DType.FLOAT
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the codes."""
-        return self.codes.shape
-
-    def _read(self, index: Index) -> Array:
-        return np.asarray(self.codes.read(index).astype(np.float32) * self.scales.read(index[:1])[:, None])
-
-
 @register
 @dataclass(frozen=True)
 class W8A16(Pass):
@@ -71,7 +51,8 @@ class W8A16(Pass):
     ``scale = max|row| / 127``, ``q = clip(rint(w / scale), -127, 127)``, all in fp32; weights stay expressions, so no
     weight is read here.
     The embedding is no linear layer; lm_head stays as it is unless asked for. With ``codes``, codes and scales come
-    from a file that `vacc-opt calibrate` wrote (GPTQ); layers that it says to keep stay float.
+    from a file that `vacc-opt calibrate` wrote (GPTQ); layers that it says to keep stay float. Rows that the checkpoint
+    holds as codes keep them.
 
     Before:
         g (float[B,8] x) => (float[B,3] y) {
@@ -133,8 +114,8 @@ class W8A16(Pass):
         rw = Rewriter(before)
         file = CodesFile.open(self.codes) if self.codes else None
         for linear in [one for one in linears(before) if one.scale is None and one.node.output.name in roots]:
-            made = file.of(linear.weight.name, linear.rows) if file is not None else None
-            rounded = rw.const(CodedRows(*made) if made is not None else RoundedRows(linear.rows))
+            made = file.of(linear.weight.name, linear.rows) if file is not None else coded_parts(linear.rows)
+            rounded = rw.const(Coded(*made) if made is not None else RoundedRows(linear.rows))
             by_rows = linear.node.op == "Gemm" and linear.node.attributes.get("transB", 0)
             before_it = linear.node.inputs[1]
             rw.set_input(linear.node, 1, rounded if by_rows else rw.op.Transpose(rounded, perm=(1, 0)))
@@ -167,7 +148,7 @@ class W8A16(Pass):
         with rw.applying([linear.node]):
             stem = linear.weight.name.removesuffix(".weight")
             history = linear.weight.provenance
-            by_codes, by_scales = made or (Codes(linear.rows), Scales(linear.rows))
+            by_codes, by_scales = made or coded_parts(linear.rows) or (Codes(linear.rows), Scales(linear.rows))
             codes = rw.const(by_codes, f"{stem}.qweight", of=history)
             scales = rw.const(by_scales, f"{stem}.scale", of=history)
             rw.replace(linear.node.output, rw.vastai.QuantizedLinearPerChannel(linear.x, codes, scales))
