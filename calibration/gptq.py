@@ -69,7 +69,7 @@ def usable_device(named: str) -> str:
 
 
 class Inputs:
-    """What was seen of the inputs x of some layers: ``hessian`` is ``sum x x^T`` [K, K] in float32.
+    """What was seen of the inputs x of some layers: ``hessian`` is ``sum x x^T`` [K, K] in float32, once all are added.
 
     ``drift`` is ``sum (e - x) x^T``, where e is what the float model has in the place of x.
     """
@@ -80,6 +80,7 @@ class Inputs:
         self.hessian: Any = torch.zeros(width, width, device=device)
         self.drift: Any = torch.zeros(width, width, device=device)
         self.tokens = 0
+        self._divided = False
 
     def add(self, x: Array, exact: Array | None = None) -> None:
         """Take in inputs [..., K], and those of the float model; raises CheckError when they are not finite."""
@@ -92,6 +93,13 @@ class Inputs:
         self.tokens += len(inputs)
         if exact is not None:
             self.drift.addmm_((self._rows(exact) - inputs).T, inputs)
+
+    def mean_square(self) -> Any:
+        """``hessian`` over the number of tokens; nothing can be added after."""
+        if not self._divided:
+            self.hessian.div_(max(self.tokens, 1))
+            self._divided = True
+        return self.hessian
 
     def _rows(self, array: Array) -> Any:
         import torch
@@ -112,12 +120,12 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
     import torch
 
     solver = solver or Solver()
-    h = seen.hessian / max(seen.tokens, 1)
+    h = seen.mean_square()
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if solver.act_order else torch.arange(len(h))
-    upper = _inverse_factor(h[order][:, order], solver.damping)
     largest = torch.from_numpy(row_scales(weight)).to(h.device)
     given = torch.from_numpy(np.array(weight, np.float32, order="C")).to(h.device)
-    w = given + _correction(given, seen, h, solver) if solver.correction else given
+    w = given + _correction(given, seen, solver) if solver.correction else given
+    upper = _inverse_factor(h, order, solver.damping)
     rows = max(1, _WORKING_BYTES // (4 * w.shape[1] * len(solver.shrink)))
     codes = torch.empty(w.shape, dtype=torch.int8)
     scales = torch.empty(len(w))
@@ -127,16 +135,18 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
         codes[part, order.cpu()] = found.cpu()
         scales[part] = scale.cpu()
     exact, rounded = codes.to(h.device) * scales.to(h.device)[:, None], _rounded(given, largest)
-    energy = max(float(((given @ h) * given).sum(dtype=torch.float64)), 1e-30)
-    target = (w, given)
-    losses = [
-        float((((v - t) @ h) * (v - t)).sum(dtype=torch.float64)) / energy
-        for v, t in zip((exact, rounded), target, strict=True)
-    ]
-    return Solution(codes.numpy(), scales.numpy(), losses[0], losses[1])
+    whole = max(_energy(given, h), 1e-30)
+    return Solution(codes.numpy(), scales.numpy(), _energy(exact - w, h) / whole, _energy(rounded - given, h) / whole)
 
 
-def _correction(w: Any, seen: Inputs, h: Any, solver: Solver) -> Any:
+def _energy(w: Any, h: Any) -> float:
+    """The mean square of what a weight gives, summed over its rows."""
+    import torch
+
+    return float(((w @ h) * w).sum(dtype=torch.float64))
+
+
+def _correction(w: Any, seen: Inputs, solver: Solver) -> Any:
     """What makes the weight give, on inputs of the quantized model, more of what it gives on those of the float one.
 
     A share of the least squares solution ``w drift (h + damping)^-1`` (the asymmetric calibration of Li et al. 2025,
@@ -144,9 +154,10 @@ def _correction(w: Any, seen: Inputs, h: Any, solver: Solver) -> Any:
     """
     import torch
 
-    damped = h.clone()
-    damped.diagonal().add_(max(solver.correction_damping * float(h.diagonal().mean()), 1e-12))
+    damped = seen.mean_square().clone()
+    damped.diagonal().add_(max(solver.correction_damping * float(damped.diagonal().mean()), 1e-12))
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if int(failed):
         return torch.zeros_like(w)
     wanted = w @ (seen.drift / max(seen.tokens, 1))
@@ -157,22 +168,25 @@ def _rounded(w: Any, scale: Any) -> Any:
     return (w / scale[:, None]).round().clamp(-LIMIT, LIMIT) * scale[:, None]
 
 
-def _inverse_factor(h: Any, damping: float) -> Any:
-    """The upper Cholesky factor of the inverse of the damped Hessian."""
+def _inverse_factor(h: Any, order: Any, damping: float) -> Any:
+    """The upper Cholesky factor of the inverse of the damped Hessian, columns in that order; two are held at most."""
     import torch
 
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    dead = diagonal <= 0
+    mean = float(h.diagonal().mean())
     for attempt in range(4):
-        damped = h.clone()
+        damped = h.index_select(0, order).index_select(1, order)
+        dead = damped.diagonal() <= 0
         damped.diagonal().add_(max(damping * mean * 10**attempt, 1e-12))
         damped.diagonal()[dead] = max(mean, 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if int(failed):
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+            return upper
     raise CheckError("GPTQ: the Hessian of a layer cannot be inverted", "give more calibration text, or more damping")
 
 

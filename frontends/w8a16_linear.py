@@ -62,7 +62,8 @@ class W8A16Linear(nn.Module):
         """Round a layer to nearest: the arithmetic of ``w8a16``. Raises UserError for NaN or infinity."""
         weight = Literal(np.ascontiguousarray(linear.weight.detach().float().cpu().numpy()))
         codes, scale = torch.from_numpy(Codes(weight).read()), torch.from_numpy(Scales(weight).read())
-        return W8A16Linear(codes, scale, linear.bias).to(linear.weight.device)
+        made: W8A16Linear = W8A16Linear(codes, scale, linear.bias).to(linear.weight.device)
+        return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N]."""
