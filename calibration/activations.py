@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vacc_opt.ir.evaluate import Executable, read_weights
 from vacc_opt.ir.graph import Graph, Node
 
 Array = npt.NDArray[Any]
+Watch = Callable[[str, Array], None]
 BUDGET = 1 << 30  # bytes of values in memory; beyond, they go to files
 
 
@@ -40,11 +41,18 @@ class Activations:
         self._held = sum(array.nbytes for one in self._values for array in one.values())
         self._last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs if v is not None}
 
-    def advance(self, end: int, weights: Mapping[str, Array]) -> None:
-        """Run the nodes up to ``end`` for good; ``weights`` take the place of constants of these names."""
-        for values, outputs in self._run(end, weights):
+    def advance(self, end: int, weights: Mapping[str, Array], watch: Watch | None = None) -> None:
+        """Run the nodes up to ``end`` for good; ``weights`` take the place of constants of these names.
+
+        ``watch`` hears every value that they compute, of every sample.
+        """
+        made = {v.name for node in self.nodes[self.at : end] for v in node.outputs} if watch is not None else set()
+        for values, outputs in self._run(end, weights, made):
             for name, array in outputs.items():
-                values[name] = self._held_or_stored(array)
+                if watch is not None:
+                    watch(name, array)
+                if self._last.get(name, -1) >= end:
+                    values[name] = self._held_or_stored(array)
         self.at = max(self.at, end)
         for values in self._values:
             for name in [n for n in values if self._last.get(n, -1) < self.at]:
@@ -76,7 +84,7 @@ class Activations:
         for name in stored:
             region.values[name].const = self.graph.values[name].const
         program = Executable(region, threads=self._threads, weights=[{**read, **given}])
-        wanted = [name for name in region.outputs if name in asked or (not asked and self._last.get(name, -1) >= end)]
+        wanted = [name for name in region.outputs if name in asked or self._last.get(name, -1) >= end]
         for values in self._values:
             outputs = program.run({v.name: values[v.name] for v in region.inputs})[0]
             yield values, {name: outputs[name] for name in wanted}

@@ -39,8 +39,8 @@ class Solver:
     damping: float = 0.01
     act_order: bool = True
     shrink: Sequence[float] = SHRINK
-    correction: float = 0.5
-    correction_damping: float = 0.1
+    correction: float = 0.3
+    correction_damping: float = 0.3
     device: str = "cpu"
 
 

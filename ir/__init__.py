@@ -7,7 +7,7 @@ from vacc_opt.ir.onnx_proto import from_onnx, to_onnx
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.seeded import Seeded
 from vacc_opt.ir.tensor import Literal, PerRank, Source, TensorExpr
-from vacc_opt.ir.tensor_math import RowNormalized, Shifted, Stacked
+from vacc_opt.ir.tensor_math import Multiplied, RowNormalized, Shifted, Stacked
 from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Dim",
     "Graph",
     "Literal",
+    "Multiplied",
     "Node",
     "Origin",
     "PerRank",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vacc_opt.calibration.fp16_ranges import largest_magnitudes, save_ranges
 from vacc_opt.calibration.gptq_model import LayerResult, Options, quantize_model
 from vacc_opt.calibration.kv_file import read_scales
 from vacc_opt.calibration.kv_scales import calibrate_kv
@@ -25,7 +26,7 @@ from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.weights import formula, stored_parts
 from vacc_opt.runtime.files import sha256
-from vacc_opt.runtime.plan import CODES_FILE, SCALES_FILE, Plan
+from vacc_opt.runtime.plan import CODES_FILE, RANGES_FILE, SCALES_FILE, Plan
 from vacc_opt.runtime.subjects import Ids, fresh_feeds
 from vacc_opt.runtime.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ class Calibrated:
 
     scales: Path | None = None
     codes: Path | None = None
+    ranges: Path | None = None
     sentences: tuple[str, ...] = ()
     layers: tuple[LayerResult, ...] = field(default=())
 
@@ -79,7 +81,8 @@ def calibrate(
         ratio = np.median([one.loss / one.rounding_loss for one in layers if one.rounding_loss > 0] or [1.0])
         floats = sum(one.kept for one in layers)
         said.append(f"GPTQ of {len(layers)} linears, {ratio:.2f} of the loss of rounding, {floats} stay float")
-    return Calibrated(scales, codes, tuple(said), tuple(layers))
+    ranges = _ranges(graph, ids, scratch, say) if plan.guarded else None
+    return Calibrated(scales, codes, ranges, tuple(said), tuple(layers))
 
 
 def _sequences(plan: Plan, tokenizer: Tokenizer | None) -> list[Ids]:
@@ -120,6 +123,16 @@ def _scales(
     found.save(part)
     os.replace(part, target)
     return target
+
+
+def _ranges(graph: Graph, ids: Sequence[Ids], scratch: Path, say: Say) -> Path:
+    """The largest magnitudes of all values, which cost one run of the text and are not kept."""
+    feeds = [fresh_feeds(graph, one) for one in ids]
+    found = largest_magnitudes(
+        graph, feeds, scratch, progress=lambda done, of: say(f"calibrate: ranges, {done} of {of} nodes", done, of)
+    )
+    save_ranges(scratch / RANGES_FILE, found)
+    return scratch / RANGES_FILE
 
 
 def _codes(

@@ -181,7 +181,8 @@ def calibrate_model(file: Path, overrides: Sequence[str], listener: Listener) ->
 
 
 def _quantize(run: _Run, graph: Graph, calibrated: Calibrated) -> None:
-    pipeline = run.plan.quantize(str(calibrated.scales or ""), str(calibrated.codes or ""))
+    files = (calibrated.scales, calibrated.codes, calibrated.ranges)
+    pipeline = run.plan.quantize(*(str(file or "") for file in files))
     if pipeline:
         with run.step("quantize", pipeline) as said:
             report = run.passes(graph, pipeline)

@@ -16,7 +16,7 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra import presets
 from vacc_opt.runtime.files import sha256
 
-SCALES_FILE, CODES_FILE = "kv_scales.safetensors", "gptq_codes.safetensors"
+SCALES_FILE, CODES_FILE, RANGES_FILE = "kv_scales.safetensors", "gptq_codes.safetensors", "fp16_ranges.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,22 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Something is to be learned from calibration text."""
-        return self.gptq or (self.cache_int8 and self.kv_scales is None)
+        return self.gptq or self.guarded or (self.cache_int8 and self.kv_scales is None)
 
-    def quantize(self, scales: str, codes: str) -> str:
+    @property
+    def guarded(self) -> bool:
+        """Values that would overflow in fp16 are to be found and made smaller."""
+        return self.half and self.config.backend.guard_fp16_range
+
+    def quantize(self, scales: str, codes: str, ranges: str) -> str:
         """The pipeline that lowers precision; empty for fp32."""
         passes = [f'w8a16{{codes="{codes}"}}' if self.gptq else "w8a16"] if self.weights_int8 else []
         if self.cache_int8:
             assert self.config.frontend.quantize is not None
             new = self.config.frontend.quantize.kv_args.new_tokens.replace("quantised", "quantized")
             passes.append(f'kv8{{scales="{scales}"{"" if new == "float" else f",new_tokens={new}"}}}')
+        if self.guarded:
+            passes.append(f'guard-fp16-range{{ranges="{ranges}"}}')
         if self.half:
             passes.append("cast-float")
         return ",".join(passes)
@@ -125,7 +132,13 @@ class Plan:
     @property
     def pipeline(self) -> str:
         """All of it as one text; the scales are the file of the artifact."""
-        parts = (self.recognize, self.interface, self.quantize(SCALES_FILE, CODES_FILE), self.split, self.specialize)
+        parts = (
+            self.recognize,
+            self.interface,
+            self.quantize(SCALES_FILE, CODES_FILE, RANGES_FILE),
+            self.split,
+            self.specialize,
+        )
         return ",".join(part for part in parts if part)
 
 
@@ -186,11 +199,12 @@ def _check_calibration(plan: Plan, place: Places) -> None:
     if not plan.calibrates:
         return
     if dataset is None:
-        where = place.of("frontend.quantize.type")
-        what = "GPTQ needs text" if plan.gptq else "an int8 KV cache needs scales"
+        scaled = plan.cache_int8 and plan.kv_scales is None and not plan.gptq
+        where = place.of("frontend.quantize.type" if scaled or plan.gptq else "backend.guard_fp16_range")
+        what = "an int8 KV cache needs scales" if scaled else "GPTQ needs text" if plan.gptq else "ranges need text"
         raise UserError(
             f"{where}: {what}, and there is no `dataset` to calibrate on",
-            "add `dataset.path`" + ("" if plan.gptq else ", or name a file in `frontend.quantize.kv_scales`"),
+            "add `dataset.path`" + (", or name a file in `frontend.quantize.kv_scales`" if scaled else ""),
         )
     if not Path(dataset.path).exists():
         raise UserError(
