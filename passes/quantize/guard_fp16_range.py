@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vacc_opt.ir import Graph, Multiplied, Node, Value
+from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
+from vacc_opt.passes.infra.model.factors import (
+    fold,
+    has_own_constants,
+    is_embedding,
+    is_foldable,
+    residual_stream,
+    scale_rows,
+    without_bias,
+)
 from vacc_opt.passes.infra.model.layers import layer_ends
-from vacc_opt.passes.infra.model.linear import as_linear
 from vacc_opt.passes.infra.registry import register
 
 NORMS = ("RMSNormalization",)
+QUANTIZED = "_QuantizedLinearPerChannel"
 GATES = ("Vastai::SwiGLU", "Vastai::GeGLU")
 
 
@@ -68,7 +77,9 @@ class GuardFp16Range(Pass):
         if graph.ranks > 1:
             raise CheckError("the graph is split over ranks already", "put guard-fp16-range before split-tp")
         stored = read_safetensors_header(Path(self.ranges))
-        seen = {name: float(one.read()[0]) for name, one in stored.items() if name in graph.values}
+        # w8a16 names its result after what it replaces
+        names = {name: name if name in stored else name.removesuffix(QUANTIZED) for name in graph.values}
+        seen = {name: float(stored[old].read()[0]) for name, old in names.items() if old in stored}
         beyond = {name for name, largest in seen.items() if largest > self.limit}
         scaled: dict[Value, float] = {}
         with rw.applying():
@@ -91,115 +102,35 @@ class GuardFp16Range(Pass):
     def _gate(self, rw: Rewriter, node: Node, seen: dict[str, float]) -> dict[Value, float]:
         """Fold a gated product; gives what became smaller, and by how much."""
         up, readers = node.inputs[1], node.output.users()
-        shared = rw.graph.is_output(node.output) or not all(_own(rw.graph, reader) for reader in readers)
-        if up is None or shared or not _foldable(rw.graph, up):
+        shared = rw.graph.is_output(node.output) or not all(has_own_constants(rw.graph, reader) for reader in readers)
+        if up is None or shared or not is_foldable(rw.graph, up):
             return {}
         factor = self._factor(seen[node.output.name])
-        _fold(rw, up, factor)
+        fold(rw, up, factor)
         for reader in readers:
-            _fold(rw, reader.output, 1 / factor)
-        return dict.fromkeys([node.output, up, _bias_apart(up)[0]], factor)
+            fold(rw, reader.output, 1 / factor)
+        return dict.fromkeys([node.output, up, without_bias(up)[0]], factor)
 
     def _residual(self, graph: Graph, rw: Rewriter, seen: dict[str, float]) -> dict[Value, float]:
         """Fold the residual stream, if all that is added to it and all that reads it allow that."""
         ends = layer_ends(graph)
-        stream, sources = _stream(ends[-1]) if ends else ([], [])
+        stream, sources = residual_stream(ends[-1]) if ends else ([], [])
         largest = max((seen.get(value.name, 0.0) for value in stream), default=0.0)
-        rows = [value for value in sources if _embeds(value)]
+        rows = [value for value in sources if is_embedding(value)]
         norms = [user for value in [*stream, *rows] for user in value.users() if user.output not in stream]
         if largest <= self.limit or any(norm.op not in NORMS for norm in norms):
             return {}
-        if any(map(graph.is_output, [*stream, *rows])) or not all(_foldable(graph, v) or _embeds(v) for v in sources):
+        foldable = all(is_foldable(graph, value) for value in sources if value not in rows)
+        if not foldable or any(map(graph.is_output, [*stream, *rows])):
             return {}
         factor = self._factor(largest)
         for value in sources:
-            (_scale_rows if _embeds(value) else _fold)(rw, value, factor)
+            (scale_rows if value in rows else fold)(rw, value, factor)
         for norm in dict.fromkeys(norms):
             rw.set_attribute(norm, "epsilon", float(norm.attributes.get("epsilon", 1e-5)) * factor**2)
-        inner = [_bias_apart(value)[0] for value in sources if not _embeds(value)]
+        inner = [without_bias(value)[0] for value in sources if value not in rows]
         return dict.fromkeys([*stream, *sources, *inner], factor)
 
 
 def _where(value: Value) -> str:
     return where(value.producer) if value.producer is not None else value.name
-
-
-def _bias_apart(value: Value) -> tuple[Value, Node | None]:
-    """A value without the bias that was added to it, and the node that added it."""
-    node = value.producer
-    if node is not None and node.op == "Add":
-        computed = [v for v in node.inputs if v is not None and not v.is_const]
-        if len(computed) == 1:
-            return computed[0], node
-    return value, None
-
-
-def _foldable(graph: Graph, value: Value) -> bool:
-    """Made by a linear, perhaps with a bias, whose result nothing else reads and whose constants are its own."""
-    inner, _ = _bias_apart(value)
-    linear = as_linear(inner.producer) if inner.producer is not None else None
-    if linear is None:
-        return False
-    constant = linear.scale if linear.scale is not None else linear.weight
-    matrix = linear.node.inputs[1]
-    return all(graph.use_count(v) == 1 for v in (value, inner, constant, matrix) if v is not None)
-
-
-def _own(graph: Graph, node: Node) -> bool:
-    """A linear whose constants are its own."""
-    linear = as_linear(node)
-    if linear is None:
-        return False
-    constant = linear.scale if linear.scale is not None else linear.weight
-    return all(graph.use_count(v) == 1 for v in (constant, node.inputs[1]) if v is not None)
-
-
-def _fold(rw: Rewriter, value: Value, factor: float) -> None:
-    """Multiply what a linear gives; of the value itself a bias is a part, and so it takes the factor too."""
-    inner, added = _bias_apart(value)
-    assert inner.producer is not None
-    linear = as_linear(inner.producer)
-    assert linear is not None
-    constant = linear.scale if linear.scale is not None else linear.weight
-    assert constant.const is not None
-    rw.set_const(constant, Multiplied(constant.const, factor))
-    if added is not None:
-        position = 0 if added.inputs[0] is not inner else 1
-        given = added.inputs[position]
-        assert given is not None
-        assert given.const is not None
-        rw.set_input(added, position, rw.const(Multiplied(given.const, factor), given.name, of=given.provenance))
-
-
-def _embeds(value: Value) -> bool:
-    """Rows of a constant table."""
-    node = value.producer
-    return node is not None and node.op == "Gather" and node.inputs[0] is not None and node.inputs[0].is_const
-
-
-def _stream(end: Value | None) -> tuple[list[Value], list[Value]]:
-    """The values of the residual stream up to ``end``, and what is added up in them."""
-    stream: list[Value] = []
-    sources: list[Value] = []
-    pending = [end]
-    while pending:
-        value = pending.pop()
-        if value is None or value in stream or value in sources:
-            continue
-        node = value.producer
-        if node is not None and node.op == "Add" and all(v is not None and not v.is_const for v in node.inputs):
-            stream.append(value)
-            pending += node.inputs
-        else:
-            sources.append(value)
-    return stream, sources
-
-
-def _scale_rows(rw: Rewriter, value: Value, factor: float) -> None:
-    """The table may be lm_head's too, so its rows are multiplied after they are taken."""
-    users = list(value.uses)
-    assert value.producer is not None
-    with rw.on_behalf_of(value.producer):
-        scaled = rw.op.Mul(value, rw.const(factor, f"{value.name}.factor", "float32"))
-    for node, position in users:
-        rw.set_input(node, position, scaled)

@@ -102,7 +102,8 @@ def test_int8_scales_take_the_factor_and_codes_stay(
     ranges(graph)
     run_pipeline(graph, "w8a16")
     codes = graph.values["wu.qweight"].const
-    run_pass(GuardFp16Range(ranges=str(tmp_path / "ranges.safetensors")), graph)
+    record = run_pass(GuardFp16Range(ranges=str(tmp_path / "ranges.safetensors")), graph)
+    assert "u_QuantizedLinearPerChannel" in " ".join(remark.where for remark in record.remarks)
     assert graph.values["wu.qweight"].const is codes
     assert str(graph.values["wu.scale"].const).startswith("Multiplied(Scales(")
 
