@@ -12,6 +12,7 @@ import numpy as np
 
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.evaluate import read_weights
 from vacc_opt.ir.graph import Graph
 from vacc_opt.runtime.artifact import is_artifact, open_artifact
 from vacc_opt.runtime.files import sha256
@@ -87,6 +88,7 @@ class _Models:
         self.options, self.say = options, say
         self.threads = options.threads or os.cpu_count() or 1
         self._graphs: dict[str, Graph] = {}
+        self._read: dict[str, Any] = {}  # weights by expression: models of one checkpoint share them
         self.tokenizer: Tokenizer | None = None
 
     def graph(self, reference: str, window: int) -> Graph:
@@ -127,11 +129,16 @@ class _Models:
         return self._subject(pipeline, graph)
 
     def _subject(self, name: str, graph: Graph) -> Subject:
+        weights = self.weights(graph)
         if graph.input_named("pos") is not None:
-            return BufferedSubject(name, graph, chunk=self.options.chunk, threads=self.threads)
+            return BufferedSubject(name, graph, chunk=self.options.chunk, threads=self.threads, weights=weights)
         if self.options.chunk:
             raise UserError(f"{name}: a graph without KV buffers takes the window at once", "add kv-cache{context=...}")
-        return GrowingSubject(name, graph, threads=self.threads)
+        return GrowingSubject(name, graph, threads=self.threads, weights=weights)
+
+    def weights(self, graph: Graph) -> list[dict[str, Any]]:
+        """The constants of a graph; what another graph has read already is not read again."""
+        return read_weights(graph, self._read)
 
     def _artifact(self, model: str) -> Subject:
         from vacc_opt.runtime.engines import make_engine
@@ -178,7 +185,7 @@ def evaluate_models(
         if is_artifact(Path(options.reference)):
             raise UserError(f"{options.reference}: the reference is a checkpoint", "give its directory or file")
         graph = models.graph(options.reference, window)
-        reference = GrowingSubject(options.reference, graph, threads=models.threads)
+        reference = GrowingSubject(options.reference, graph, threads=models.threads, weights=models.weights(graph))
     found, perplexity = measure(models.subjects(window), ids, reference, progress)
     return EvalReport(
         text=options.text.name,

@@ -7,7 +7,7 @@ signals become outputs. What it computes of a token is what it computes in use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from vacc_opt.runtime.engines import Engine
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
+Weights = Sequence[Mapping[str, Array]]
 RESIDUAL, ATTENTION = "residual", "attention"
 _SIGNAL = "signal"
 
@@ -55,9 +56,10 @@ class Subject(ABC):
 class GrowingSubject(Subject):
     """A graph before ``kv-cache``: the window is one call without a past."""
 
-    def __init__(self, name: str, graph: Graph, *, threads: int = 1) -> None:
+    def __init__(self, name: str, graph: Graph, *, threads: int = 1, weights: Weights | None = None) -> None:
+        """``weights`` are already read ones of each rank, by name."""
         self.name = name
-        self._executable = Executable(_exposed(graph), threads=threads)
+        self._executable = Executable(_exposed(graph), threads=threads, weights=weights)
 
     def observe(self, ids: Ids) -> Observed:
         """All of it in one call."""
@@ -83,7 +85,7 @@ class BufferedSubject(Subject):
         *,
         chunk: int = 0,
         threads: int = 1,
-        weights: list[dict[str, Array]] | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.name, self.chunk = name, chunk
         ids = graph.input_named("input_ids")
