@@ -197,9 +197,12 @@ def _is_collective(node: Node) -> bool:
     return op is not None and op.is_collective
 
 
-def read_weights(graph: Graph) -> list[dict[str, Array]]:
-    """The stored constants of every rank, read into memory; equal expressions are read once."""
-    cache: dict[str, Array] = {}
+def read_weights(graph: Graph, cache: MutableMapping[str, Array] | None = None) -> list[dict[str, Array]]:
+    """The stored constants of every rank, read into memory; equal expressions are read once.
+
+    ``cache`` holds what was read, by the key of its expression, for other graphs over the same weights.
+    """
+    cache = {} if cache is None else cache
     ranks: list[dict[str, Array]] = []
     for rank in range(graph.ranks):
         tensors = stored_tensors(graph, rank)

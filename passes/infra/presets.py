@@ -30,7 +30,7 @@ class Recognize(Preset):
         """Recognizers only: the interface stays."""
         rotary = f"fuse-rotary{{positions={self.context}}}"
         norms = "fuse-rms-norm,fuse-head-norms,fold-norm-head"
-        return f"simplify,{norms},{rotary},split-packed-linear,fuse-gqa,fuse-swiglu"
+        return f"simplify,{norms},{rotary},split-packed-linear,fuse-gqa,fuse-swiglu,fuse-quantized-linear"
 
 
 @dataclass(frozen=True)
