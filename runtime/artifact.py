@@ -7,6 +7,7 @@ every other file.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from vacc_opt.runtime.report import ModelFacts
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
+_OF_RANK = re.compile(r"\brank(\d+)\.(?:safetensors|onnx)$")
 MANIFEST, REPORT, REMARKS, TARGET = "manifest.json", "report.html", "remarks.yaml", "target.yaml"
 
 
@@ -193,21 +195,23 @@ class Artifact:
         return ModelFacts.from_json(self.manifest["made"])
 
     @cached_property
-    def _stored(self) -> list[dict[str, Array]]:
-        """Every stored tensor of each rank, mapped and not read; one that is not aligned is copied."""
-        ranks = []
-        for rank in range(self.ranks):
+    def _mapped(self) -> dict[int, dict[str, Array]]:
+        return {}
+
+    def _stored(self, rank: int) -> dict[str, Array]:
+        """Every stored tensor of a rank, mapped and not read; one that is not aligned is copied."""
+        if rank not in self._mapped:
             file = self.path / f"rank{rank}.safetensors"
             sources = read_safetensors_header(file)
             data = np.memmap(file, np.uint8, "r")
-            ranks.append({name: _view(data, source) for name, source in sources.items()})
-        return ranks
+            self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}
+        return self._mapped[rank]
 
     def weights(self, phase: str, rank: int) -> dict[str, Array]:
         """The constants of a phase by the names that its graph and schedule use."""
-        stored = dict(self._stored[rank])
+        stored = dict(self._stored(rank))
         for name, other in self.manifest["phases"][phase]["weight_names"].items():
-            stored[name] = self._stored[rank][other]
+            stored[name] = self._stored(rank)[other]
         return stored
 
     def schedule(self, phase: str) -> str:
@@ -215,14 +219,19 @@ class Artifact:
         self._check(phase)
         return (self.path / f"{phase}.schedule").read_text(encoding="utf-8")
 
-    def graph(self, phase: str) -> Graph:
-        """One graph for all ranks, put together from the ONNX files of the ranks; constants refer to the files."""
+    def rank_graph(self, phase: str, rank: int) -> Graph:
+        """The graph of all ranks with the constants of one, from that rank's ONNX file alone."""
         from vacc_opt.frontends import load_onnx
 
         self._check(phase)
-        parts = [load_onnx(self.path / f"{phase}.rank{rank}.onnx") for rank in range(self.ranks)]
+        graph = load_onnx(self.path / f"{phase}.rank{rank}.onnx")
+        graph.ranks = self.ranks
+        return graph
+
+    def graph(self, phase: str) -> Graph:
+        """One graph for all ranks, put together from the ONNX files of the ranks; constants refer to the files."""
+        parts = [self.rank_graph(phase, rank) for rank in range(self.ranks)]
         whole = parts[0]
-        whole.ranks = self.ranks
         if self.ranks > 1:
             for value in whole.constants():
                 expressions = tuple(c for c in (p.values[value.name].const for p in parts) if c is not None)
@@ -245,8 +254,8 @@ def _view(data: npt.NDArray[np.uint8], source: Source) -> Array:
     return array if array.flags.aligned else np.array(array)
 
 
-def open_artifact(path: Path) -> Artifact:
-    """Open an artifact and check every file against its digest.
+def open_artifact(path: Path, rank: int | None = None) -> Artifact:
+    """Open an artifact and check every file against its digest; with ``rank``, files of other ranks may be elsewhere.
 
     Raises:
         UserError: not an artifact, one of a newer version, or a file that is missing or damaged, which is named.
@@ -263,6 +272,9 @@ def open_artifact(path: Path) -> Artifact:
         )
     for name, entry in manifest["files"].items():
         file = path / name
+        owner = _OF_RANK.search(name)
+        if rank is not None and owner is not None and int(owner[1]) != rank:
+            continue
         if Path(name).name != name or not file.is_file():
             raise UserError(f"{path}: the file {name} is missing", "compile it again")
         if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
