@@ -101,7 +101,7 @@ def write_phases(
     for rank in range(ranks):
         stored: dict[str, TensorExpr] = {}
         for phase in phases:
-            aliases[phase.name] = _merge(stored, phase, rank)
+            aliases[phase.name] = merge_weights(stored, phase, rank)
         name = f"rank{rank}.safetensors"
         heard = _Progress(sum(e.nbytes for e in stored.values()), rank, ranks, progress) if progress else None
         offsets = write_safetensors(directory / name, stored, heard)
@@ -126,8 +126,11 @@ class _Progress:
         self._progress(self._done + written, self._all)
 
 
-def _merge(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
-    """Add the constants of a phase; one whose name another phase uses for other data is stored as ``PHASE.name``."""
+def merge_weights(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
+    """Add the constants of a phase to what a rank's file stores; gives the stored names that differ.
+
+    A constant whose name another phase uses for other data is stored as ``PHASE.name``.
+    """
     needed = dict(stored_tensors(phase.graph, rank))
     for name in phase.schedule_weights:
         const = phase.graph.values[name].const
