@@ -26,6 +26,7 @@ from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
 from vacc_opt.runtime import tokenizer as tokenizers
 from vacc_opt.runtime.files import replaced_directory, sha256
 from vacc_opt.runtime.report import ModelFacts
+from vacc_opt.runtime.workers import each
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
@@ -52,6 +53,7 @@ def write_artifact(
     tokenizer: tokenizers.Tokenizer | None,
     files: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> Artifact:
     """Write the directory ``path`` in one step; an artifact that stands there is replaced only when all is complete.
 
@@ -63,13 +65,14 @@ def write_artifact(
         tokenizer: its files are stored too.
         files: further files, copied.
         progress: hears (bytes written, bytes in all) of the weights.
+        workers: processes that write ranks at the same time.
 
     Raises:
         UserError: a directory that is not an artifact is in the way.
     """
     ranks = phases[0].graph.ranks
     with replaced_directory(path, is_artifact) as directory:
-        aliases = write_phases(directory, phases, ranks, progress)
+        aliases = write_phases(directory, phases, ranks, progress, workers)
         for phase in phases:
             (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
         for name, text in texts.items():
@@ -94,22 +97,43 @@ def write_artifact(
 
 
 def write_phases(
-    directory: Path, phases: Sequence[PhaseModel], ranks: int, progress: Callable[[int, int], None] | None = None
+    directory: Path,
+    phases: Sequence[PhaseModel],
+    ranks: int,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> dict[str, dict[str, str]]:
-    """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs."""
+    """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs.
+
+    ``workers`` processes write ranks at the same time; progress is heard by tiles of one, by ranks of several.
+    """
+    apart = workers > 1 and ranks > 1
+
+    def write(rank: int) -> tuple[int, dict[str, dict[str, str]]]:
+        return _write_rank(directory, phases, rank, ranks, None if apart else progress)
+
     aliases: dict[str, dict[str, str]] = {}
-    for rank in range(ranks):
-        stored: dict[str, TensorExpr] = {}
-        for phase in phases:
-            aliases[phase.name] = merge_weights(stored, phase, rank)
-        name = f"rank{rank}.safetensors"
-        heard = _Progress(sum(e.nbytes for e in stored.values()), rank, ranks, progress) if progress else None
-        offsets = write_safetensors(directory / name, stored, heard)
-        for phase in phases:
-            renamed = aliases[phase.name]
-            places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
-            save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
+    for rank, (size, named) in enumerate(each(write, range(ranks), workers)):
+        aliases = named
+        if apart and progress is not None:
+            progress(size * (rank + 1), size * ranks)
     return aliases
+
+
+def _write_rank(
+    directory: Path, phases: Sequence[PhaseModel], rank: int, ranks: int, progress: Callable[[int, int], None] | None
+) -> tuple[int, dict[str, dict[str, str]]]:
+    """Bytes of weights of a rank, and by phase the names that are stored as others; these are those of every rank."""
+    stored: dict[str, TensorExpr] = {}
+    aliases = {phase.name: merge_weights(stored, phase, rank) for phase in phases}
+    name, size = f"rank{rank}.safetensors", sum(e.nbytes for e in stored.values())
+    heard = _Progress(size, rank, ranks, progress) if progress else None
+    offsets = write_safetensors(directory / name, stored, heard)
+    for phase in phases:
+        renamed = aliases[phase.name]
+        places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
+        save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
+    return size, aliases
 
 
 class _Progress:
