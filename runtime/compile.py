@@ -29,6 +29,7 @@ from vacc_opt.runtime.models import describe, format_bytes, load_model
 from vacc_opt.runtime.plan import Plan, plan_compilation
 from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
+from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
@@ -199,11 +200,18 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
     lowered: list[_Lowered] = []
     with run.step("schedule", target.name) as said:
         run.passes(graph, run.plan.specialize)
-        for phase, bound in graph.phases.items():
-            run.listener.running(f"schedule: {phase}")
+        phases = list(graph.phases.items())
+        run.listener.running(f"schedule: {', '.join(graph.phases)}")
+
+        def one(index: int) -> tuple[Program, Any]:
+            phase, bound = phases[index]
             program = lower(bound, target, phase=phase)
             verify(program, target)
-            lowered.append(_Lowered(bound, program, simulate_time(program, target)))
+            return program, simulate_time(program, target)
+
+        made = each(one, range(len(phases)), run.plan.config.workspace.workers)
+        for (phase, bound), (program, timing) in zip(phases, made, strict=True):
+            lowered.append(_Lowered(bound, program, timing))
             said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
     return lowered
 
@@ -240,6 +248,7 @@ def _write(
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=lambda done, of: run.listener.running("write: weights", done, of),
+            workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact
