@@ -110,6 +110,17 @@ def _flip(expr: PerRank) -> PerRank:
     return turned
 
 
+def head_plans(graph: Graph, tp: int) -> list[HeadPlan]:
+    """How split-tp would give the heads of each kind of attention in ``graph`` to ``tp`` ranks.
+
+    Raises:
+        UserError: more ranks than query heads.
+        CheckError: an attention whose block is not understood, named.
+    """
+    heads = dict.fromkeys(attention_block(node).heads for node in attentions(graph))
+    return [plan_heads(query, kv, tp) for query, kv in heads]
+
+
 @register
 @dataclass(frozen=True)
 class SplitTp(Pass):
