@@ -20,6 +20,7 @@ from vacc_opt.passes.infra.instrument import Report
 from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
+from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
@@ -192,8 +193,16 @@ def _quantize(run: _Run, graph: Graph, calibrated: Calibrated) -> None:
 
 def _split(run: _Run, graph: Graph) -> None:
     with run.step("split", run.plan.split) as said:
+        kwargs = run.plan.config.frontend.model_kwargs
+        aligned = alignment(graph, kwargs.tp) if kwargs.align_qkv else ""
         report = run.passes(graph, run.plan.split)
-        said.append(report.records[0].summary)
+        said += [line for line in (report.records[0].summary, aligned) if line]
+
+
+def alignment(graph: Graph, tp: int) -> str:
+    """What became of ``align_qkv``: heads are aligned wherever they do not divide over the ranks, asked for or not."""
+    uneven = [plan for plan in head_plans(graph, tp) if not plan.even]
+    return "align_qkv: needed and done" if uneven else f"align_qkv: not needed, heads divide by tp {tp}"
 
 
 def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
