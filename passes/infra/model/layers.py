@@ -29,6 +29,8 @@ def _residual(value: Value | None) -> Value | None:
             continue
         seen.add(one)
         node = one.producer
+        if node.op == "Vastai::AddRMSNormalization":
+            return node.outputs[1]
         if node.op == "Add" and one.rank == 3 and all(v is not None and not v.is_const for v in node.inputs):
             return one
         linear = as_linear(node)
