@@ -46,6 +46,7 @@ def test_two_processes_give_the_tokens_of_one_and_rank_0_alone_prints(two: Artif
     assert (run.stdout[1], run.stderr[1]) == ("", "")
 
 
+@pytest.mark.full
 def test_two_hosts_need_only_the_files_of_their_ranks(two: Artifact, tmp_path: Path) -> None:
     """Two torchruns that meet at an address of the loopback, each with a directory of its own."""
     port, started = str(free_port()), []
