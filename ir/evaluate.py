@@ -203,9 +203,14 @@ def _is_collective(node: Node) -> bool:
     return op is not None and op.is_collective
 
 
-def read_weights(graph: Graph, ranks: Iterable[int] | None = None) -> list[dict[str, Array]]:
-    """The stored constants of every rank, or of ``ranks``, read into memory; equal expressions are read once."""
-    cache: dict[str, Array] = {}
+def read_weights(
+    graph: Graph, ranks: Iterable[int] | None = None, cache: MutableMapping[str, Array] | None = None
+) -> list[dict[str, Array]]:
+    """The stored constants of every rank, or of ``ranks``, read into memory; equal expressions are read once.
+
+    ``cache`` holds what was read, by the key of its expression, for other graphs over the same weights.
+    """
+    cache = {} if cache is None else cache
     found: list[dict[str, Array]] = []
     for rank in range(graph.ranks) if ranks is None else ranks:
         tensors = stored_tensors(graph, rank)
