@@ -122,11 +122,7 @@ class Plan:
     @property
     def split(self) -> str:
         """The pipeline that splits over ranks and checks for kernels."""
-        return self.split_over(self.tp)
-
-    def split_over(self, tp: int) -> str:
-        """The same for another number of ranks."""
-        return f"split-tp{{tp={tp}}},fuse-residual-norm,legalize"
+        return f"split-tp{{tp={self.tp}}},fuse-residual-norm,legalize"
 
     @property
     def specialize(self) -> str:

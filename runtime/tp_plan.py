@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def tp_plan(
     progress("recognize")
     run_pipeline(graph, f"{plan.recognize},{plan.interface}")
     with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-        quantize = plan.quantize(str(_any_scales(graph, Path(scratch))))
+        quantize = _uncalibrated(plan).quantize(str(_any_scales(graph, Path(scratch))), "", "")
         if quantize:
             run_pipeline(graph, quantize)
     whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
@@ -136,9 +136,20 @@ def tp_plan(
 def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Graph]]:
     """The quantized graph split as `compile` does it, and its phases; ``graph`` itself stays."""
     split = copy(graph)
-    run_pipeline(split, plan.split_over(tp))
+    run_pipeline(split, replace(plan, tp=tp).split)
     run_pipeline(split, plan.specialize)
     return split, split.phases
+
+
+def _uncalibrated(plan: Plan) -> Plan:
+    """The plan without what calibration would choose: codes of GPTQ have the size of rounded ones, a guard has none."""
+    config = plan.config
+    quantize = config.frontend.quantize
+    if quantize is not None and quantize.gptq:
+        quantize = quantize.model_copy(update={"type": quantize.type.removesuffix("_gptq")})
+    frontend = config.frontend.model_copy(update={"quantize": quantize})
+    backend = config.backend.model_copy(update={"guard_fp16_range": False})
+    return replace(plan, config=config.model_copy(update={"frontend": frontend, "backend": backend}))
 
 
 def _any_scales(graph: Graph, folder: Path) -> Path:
