@@ -1,10 +1,10 @@
-"""Calibration text: an alpaca JSON list becomes seeded token sequences, in the model's chat template if it has one."""
+"""Calibration text: a data set becomes seeded token sequences; records of alpaca in the model's chat template."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,9 +12,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.calibration.corpora import documents
 from vacc_opt.ir.errors import UserError
 
 Message = dict[str, str]
+_SHORT = 16  # tokens of the shortest documents that are common: so many are drawn that they fill the sequences
 Ids = npt.NDArray[np.int64]
 _FORM = 'a list of {"instruction": ..., "input": ..., "output": ...} is expected'
 
@@ -107,19 +109,62 @@ def prompt_text(sample: Sample, encoder: TextEncoder) -> str:
 
 
 def calibration_ids(
-    path: Path, encoder: TextEncoder, *, nsamples: int = 128, seqlen: int = 512, seed: int = 0
+    path: Path, encoder: TextEncoder, *, name: str = "alpaca", nsamples: int = 128, seqlen: int = 512, seed: int = 0
 ) -> list[Ids]:
-    """``nsamples`` token sequences [1, n <= ``seqlen``] chosen by ``seed``; all of them when the file has fewer.
+    """At most ``nsamples`` token sequences [1, n <= ``seqlen``] of a data set, chosen by ``seed``.
+
+    A record of alpaca is a sequence of its own, cut at ``seqlen`` and never padded. Documents of the other sets are
+    drawn in seeded order and joined until ``seqlen`` tokens are full; a long one begins at a seeded place. When the
+    text ends before that there are fewer sequences, or a single shorter one.
 
     Raises:
-        UserError: as :func:`load_alpaca`, or no text gives a token.
+        UserError: as :func:`load_alpaca` and :func:`documents`, or no text gives a token.
     """
-    samples = load_alpaca(path)
-    order = list(range(len(samples)))
-    random.Random(seed).shuffle(order)
-    chosen = sorted(order[:nsamples])
-    found = [encoder.encode(prompt_text(samples[i], encoder))[:seqlen] for i in chosen]
+    if name == "alpaca":
+        found = _alpaca_sequences(path, encoder, nsamples, seqlen, seed)
+    else:
+        found = _joined_sequences(documents(name, path), encoder, nsamples, seqlen, random.Random(seed))
     ids = [np.asarray([tokens], np.int64) for tokens in found if tokens]
     if not ids:
         raise UserError(f"{path}: the tokenizer makes no tokens of this text")
     return ids
+
+
+def _alpaca_sequences(path: Path, encoder: TextEncoder, nsamples: int, seqlen: int, seed: int) -> list[list[int]]:
+    samples = load_alpaca(path)
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    chosen = sorted(order[:nsamples])
+    return [encoder.encode(prompt_text(samples[i], encoder))[:seqlen] for i in chosen]
+
+
+def _joined_sequences(
+    texts: Iterator[str], encoder: TextEncoder, nsamples: int, seqlen: int, rng: random.Random
+) -> list[list[int]]:
+    drawn = _drawn(texts, nsamples * (4 + seqlen // _SHORT), rng)
+    separator = encoder.encode("\n\n")
+    sequences: list[list[int]] = []
+    current: list[int] = []
+    for text in drawn:
+        tokens = encoder.encode(text)
+        if not current and len(tokens) > seqlen:
+            tokens = tokens[rng.randrange(len(tokens) - seqlen + 1) :]
+        current += [*(separator if current else []), *tokens]
+        if len(current) >= seqlen:
+            sequences.append(current[:seqlen])
+            current = []
+        if len(sequences) == nsamples:
+            return sequences
+    return sequences or [current]
+
+
+def _drawn(texts: Iterator[str], count: int, rng: random.Random) -> list[str]:
+    """``count`` of the texts in random order, each equally likely, without holding all (Vitter 1985, algorithm R)."""
+    held: list[str] = []
+    for index, text in enumerate(texts):
+        if index < count:
+            held.append(text)
+        elif (place := rng.randrange(index + 1)) < count:
+            held[place] = text
+    rng.shuffle(held)
+    return held

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.calibration.rotary_envelope import Rotary
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.evaluate import Executable
@@ -114,13 +115,15 @@ def calibrate_kv(
     sequences: Sequence[npt.NDArray[np.int64]],
     *,
     symmetric: bool = False,
+    envelope: bool = True,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> KvScales:
     """Observe the keys and values of ``graph`` over token sequences [1, n] and give their scales.
 
     The graph is one before ``kv-cache``: inputs input_ids, attention_mask, position_ids and empty pasts, outputs
-    ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. ``progress`` hears (done, all).
+    ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. With ``envelope`` the range of a key is
+    what it has at any position of the rotary tables, else where it was seen. ``progress`` hears (done, all).
 
     Raises:
         UserError: no sequences, or the graph has no such outputs.
@@ -131,13 +134,17 @@ def calibrate_kv(
     names = {name: value for name, value in graph.outputs.items() if _PRESENT.fullmatch(name)}
     if not names:
         raise UserError("the graph has no outputs present.0.key, ...", "calibrate before `kv-cache`")
-    model = _caches_only(graph, names.values())
+    turned = {name: rotary for name, value in names.items() if envelope and (rotary := Rotary.behind(_new(value)))}
+    model = _caches_only(graph, [*names.values(), *(rotary.before for rotary in turned.values())])
     executable = Executable(model, threads=threads)
     seen: dict[str, Range] = {}
     for index, ids in enumerate(sequences):
         found = executable.run(_feeds(model, ids))[0]
         for name, value in names.items():
-            one = _range(found[value.name], name)
+            if name in turned:
+                one = _finite(Range(*turned[name].extent(found[turned[name].before.name])), name)
+            else:
+                one = _finite(_range(found[value.name]), name)
             seen[name] = seen[name].include(one) if name in seen else one
         if progress is not None:
             progress(index + 1, len(sequences))
@@ -178,10 +185,19 @@ def _feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[An
     return feeds
 
 
-def _range(values: npt.NDArray[Any], name: str) -> Range:
+def _new(present: Value) -> Value | None:
+    """The tokens of this call that a cache is made of: joined with the past, or all of it."""
+    node = present.producer
+    joined = node is not None and node.op == "Concat" and len(node.inputs) == 2
+    return node.inputs[1] if node is not None and joined else present
+
+
+def _range(values: npt.NDArray[Any]) -> Range:
     """Range over batch and tokens of [1, kv heads, n, head dim]."""
-    low = values.min(axis=(0, 2)).astype(np.float32)
-    high = values.max(axis=(0, 2)).astype(np.float32)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    return Range(values.min(axis=(0, 2)).astype(np.float32), values.max(axis=(0, 2)).astype(np.float32))
+
+
+def _finite(found: Range, name: str) -> Range:
+    if not (np.isfinite(found.low).all() and np.isfinite(found.high).all()):
         raise CheckError(f"calibration: {name} holds NaN or infinity", "the checkpoint may be damaged")
-    return Range(low, high)
+    return found

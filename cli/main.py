@@ -21,7 +21,9 @@ from vacc_opt._version import __version__
 # name -> (the line that --help prints, the module); the line stands here so that --help imports no module
 COMMANDS = {
     "bisect": ("Find the first pass, and the application in it, that breaks a model.", "vacc_opt.cli.bisect"),
+    "calibrate": ("Learn KV scales and GPTQ codes from text, and keep them for compile.", "vacc_opt.cli.calibrate"),
     "compile": ("Compile a model as a YAML file describes it into a deployable artifact.", "vacc_opt.cli.compile"),
+    "eval": ("Measure models on a text: perplexity, KL divergence, changed tokens, layers.", "vacc_opt.cli.eval"),
     "explain": ("Trace a node, call or weight back to passes, source lines and checkpoint.", "vacc_opt.cli.explain"),
     "export": ("Export a checkpoint to ONNX; the weights are copied, never loaded whole.", "vacc_opt.cli.export"),
     "generate": ("Answer a prompt with an artifact, on the tile schedule or onnxruntime.", "vacc_opt.cli.generate"),
@@ -30,6 +32,7 @@ COMMANDS = {
     "passes": ("List the passes, or describe one with its options.", "vacc_opt.cli.passes"),
     "remarks": ("Read what passes said of each place; hold two runs against each other.", "vacc_opt.cli.remarks"),
     "reduce": ("Shrink a model to the few nodes that a bug needs.", "vacc_opt.cli.reduce"),
+    "tp-plan": ("Compare what splits over several numbers of ranks hold and exchange.", "vacc_opt.cli.tp_plan"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")

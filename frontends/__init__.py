@@ -96,6 +96,7 @@ def _shape(info: object) -> tuple[int, ...]:
 
 def _bind(checkpoint: Checkpoint, weights: Mapping[str, tuple[int, ...]]) -> dict[str, TensorExpr]:
     """The float32 expression of each weight that the skeleton asks for."""
+    from vacc_opt.ir.coded import Coded
     from vacc_opt.ir.errors import UserError, did_you_mean
     from vacc_opt.ir.tensor import Casted
     from vacc_opt.ir.types import DType
@@ -110,5 +111,8 @@ def _bind(checkpoint: Checkpoint, weights: Mapping[str, tuple[int, ...]]) -> dic
                 f"{checkpoint.path}: {name} has shape {list(expr.shape)}, config.json makes it {list(shape)}",
                 "the config and the weights are of different models",
             )
+        scales = checkpoint.tensors.get(f"{name}_scale")
+        if expr.dtype is DType.INT8 and scales is not None and scales.shape == shape[:1]:
+            expr = Coded(expr, scales)  # ChatGLM's own `quantize(8)`
         bound[name] = expr if expr.dtype is DType.FLOAT else Casted(expr, DType.FLOAT.value)
     return bound

@@ -1,6 +1,8 @@
 """The compile configuration: the upstream YAML schema (every key of it), checked, with file and line in each message.
 
-Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.kv_scales`` and ``backend.target``;
+Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.{kv_scales,kv_args}``, what is in
+``calib_args`` beside ``true_sequential``, ``dataset.seed``, ``backend.guard_fp16_range`` and
+``backend.target``;
 keys that steer only the closed compiler are accepted.
 """
 
@@ -76,9 +78,19 @@ class ModelKwargs(_Section):
 
 
 class CalibArgs(_Section):
-    """Options of the weight quantizer."""
+    """Options of GPTQ: ``damping`` is a share of the mean diagonal of the Hessian."""
 
     true_sequential: bool = False
+    damping: float = Field(0.01, gt=0, le=1)
+    act_order: bool = True
+
+
+class KvArgs(_Section):
+    """Options of the int8 KV cache: see the pass kv8 and ``calibration/kv_scales.py``."""
+
+    symmetric: bool = False
+    envelope: bool = True
+    new_tokens: Literal["float", "quantised", "quantized"] = "float"
 
 
 class Quantize(_Section):
@@ -87,6 +99,7 @@ class Quantize(_Section):
     type: QuantizeType
     device: str = "cpu"
     calib_args: CalibArgs = CalibArgs()
+    kv_args: KvArgs = KvArgs()
     kv_scales: str | None = None
 
     @property
@@ -150,6 +163,7 @@ class Backend(_Section):
     type: Literal["tvm_vacc"] = "tvm_vacc"
     dtype: Literal["fp16", "int8", "fp32"] = "fp16"
     target: str = "vacc-reference"
+    guard_fp16_range: bool = False
     merge_params: bool = True
     remove_params: bool = False
     compile: BackendCompile = BackendCompile()
@@ -167,10 +181,11 @@ class Dataset(_Section):
     """Calibration text: ``nsamples`` sequences of ``seqlen`` tokens."""
 
     type: Literal["huggingface"] = "huggingface"
-    name: Literal["alpaca", "c4", "ceval"] = "alpaca"
+    name: Literal["alpaca", "c4", "ceval", "text", "jsonl"] = "alpaca"
     path: str
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=1)
+    seed: int = 0
     sampler: Sampler | None = None
 
 

@@ -32,6 +32,27 @@ class Shifted(TensorExpr):
 
 
 @dataclass(frozen=True)
+class Multiplied(TensorExpr):
+    """``base * factor`` in the type of ``base``; exact for a power of two that leaves the numbers normal."""
+
+    base: TensorExpr
+    factor: float
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of the base."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    def _read(self, index: Index) -> Array:
+        return np.asarray(self.base.read(index) * self.dtype.numpy.type(self.factor))
+
+
+@dataclass(frozen=True)
 class RowNormalized(TensorExpr):
     """``w / max(||row||, floor)`` of a [N, K] weight: the rows of a NormHead (Baichuan 2), of length 1.
 

@@ -6,7 +6,6 @@ What it decides is which rooms run in which order; every transformation is a reg
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +23,14 @@ from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
-from vacc_opt.runtime.plan import SCALES_FILE, Plan, plan_compilation
+from vacc_opt.runtime.plan import Plan, plan_compilation
 from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
+from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
@@ -106,13 +107,13 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
             run.passes(graph, plan.recognize)
             said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
         with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-            scales = _calibrate(run, graph, tokenizer, Path(scratch))
+            calibrated = _calibrate(run, graph, tokenizer, Path(scratch))
             run.passes(graph, plan.interface)
-            _quantize(run, graph, scales)
+            _quantize(run, graph, calibrated)
             _split(run, graph)
             lowered = _schedule(run, graph, target)
             facts = _facts(run, graph, lowered, target)
-            artifact = _write(run, lowered, facts, tokenizer, scales)
+            artifact = _write(run, lowered, facts, tokenizer, calibrated)
     seconds = time.perf_counter() - started
     return CompileReport(artifact.name, str(plan.output), facts, tuple(run.steps), peak.bytes, seconds)
 
@@ -147,39 +148,43 @@ def find_tokenizer(checkpoint: str) -> Tokenizer | None:
     return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
 
 
-def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Path) -> Path | None:
-    """The file of KV scales, made here unless the configuration names one; None without an int8 cache."""
-    config = run.plan.config
-    if not run.plan.cache_int8 or config.frontend.quantize is None:
-        return None
-    target = scratch / SCALES_FILE
-    if config.frontend.quantize.kv_scales is not None:
-        shutil.copyfile(config.frontend.quantize.kv_scales, target)
-        return target
-    from vacc_opt.calibration.datasets import calibration_ids
-    from vacc_opt.calibration.kv_scales import calibrate_kv
-
-    data = config.dataset
-    assert data is not None  # plan_compilation refuses it
-    if tokenizer is None:
-        raise UserError(
-            f"{config.frontend.checkpoint}: calibration needs the tokenizer, and tokenizer.json is missing",
-            "put it beside the weights, or name scales in `frontend.quantize.kv_scales`",
-        )
-    with run.step("calibrate", data.path) as said:
-        length = min(data.seqlen, run.plan.context)
-        ids = calibration_ids(Path(data.path), tokenizer, nsamples=data.nsamples, seqlen=length)
-        scales = calibrate_kv(
-            graph, ids, progress=lambda done, of: run.listener.running(f"calibrate: {done} of {of} texts", done, of)
-        )
-        scales.save(target)
-        tokens = sum(one.shape[1] for one in ids)
-        said.append(f"KV ranges of {scales.layers} layers over {len(ids)} texts, {tokens} tokens")
-    return target
+def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Path) -> Calibrated:
+    """KV scales and codes of GPTQ, made here unless the configuration names them or the cache has them."""
+    plan = run.plan
+    if not plan.calibrates:
+        return calibrate(plan, graph, tokenizer, scratch, run.listener.running, keep=False)
+    assert plan.config.dataset is not None  # plan_compilation refuses it
+    with run.step("calibrate", plan.config.dataset.path) as said:
+        found = calibrate(plan, graph, tokenizer, scratch, run.listener.running, keep=False)
+        said += found.sentences
+    return found
 
 
-def _quantize(run: _Run, graph: Graph, scales: Path | None) -> None:
-    pipeline = run.plan.quantize(str(scales or ""))
+def calibrate_model(file: Path, overrides: Sequence[str], listener: Listener) -> Calibrated:
+    """Learn what ``compile`` would learn from calibration text, and keep it in the cache of the workspace.
+
+    Raises:
+        UserError: the configuration cannot be used, or has nothing to calibrate.
+    """
+    plan = plan_compilation(file, overrides)
+    if not plan.calibrates:
+        raise UserError(f"{file}: nothing is calibrated", "w8a16_gptq and kv8 without `kv_scales` learn from text")
+    run = _Run(plan, listener)
+    listener.line(plan.config.name)
+    graph, tokenizer = _export(run)
+    with run.step("recognize", "fuse") as said:
+        run.passes(graph, plan.recognize)
+        said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
+    assert plan.config.dataset is not None
+    with run.step("calibrate", plan.config.dataset.path) as said, tempfile.TemporaryDirectory() as scratch:
+        found = calibrate(plan, graph, tokenizer, Path(scratch), listener.running, keep=True)
+        said += found.sentences
+    return found
+
+
+def _quantize(run: _Run, graph: Graph, calibrated: Calibrated) -> None:
+    files = (calibrated.scales, calibrated.codes, calibrated.ranges)
+    pipeline = run.plan.quantize(*(str(file or "") for file in files))
     if pipeline:
         with run.step("quantize", pipeline) as said:
             report = run.passes(graph, pipeline)
@@ -204,17 +209,28 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
     lowered: list[_Lowered] = []
     with run.step("schedule", target.name) as said:
         run.passes(graph, run.plan.specialize)
-        for phase, bound in graph.phases.items():
-            run.listener.running(f"schedule: {phase}")
+        phases = list(graph.phases.items())
+        run.listener.running(f"schedule: {', '.join(graph.phases)}")
+
+        def one(index: int) -> tuple[Program, Any]:
+            phase, bound = phases[index]
             program = lower(bound, target, phase=phase)
             verify(program, target)
-            lowered.append(_Lowered(bound, program, simulate_time(program, target)))
+            return program, simulate_time(program, target)
+
+        made = each(one, range(len(phases)), run.plan.config.workspace.workers)
+        for (phase, bound), (program, timing) in zip(phases, made, strict=True):
+            lowered.append(_Lowered(bound, program, timing))
             said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
     return lowered
 
 
 def _write(
-    run: _Run, lowered: Sequence[_Lowered], facts: ModelFacts, tokenizer: Tokenizer | None, scales: Path | None
+    run: _Run,
+    lowered: Sequence[_Lowered],
+    facts: ModelFacts,
+    tokenizer: Tokenizer | None,
+    calibrated: Calibrated,
 ) -> Artifact:
     from vacc_opt.backends.vacc.memory import memory_plan
     from vacc_opt.backends.vacc.report.html import PhaseReport, render_report
@@ -236,10 +252,12 @@ def _write(
                 REPORT: report,
                 REMARKS: to_yaml(run.remarks),
                 TARGET: target_file(plan.config.backend.target).read_text(encoding="utf-8"),
+                **({LAYERS_FILE: layers_text(calibrated.layers)} if calibrated.layers else {}),
             },
-            files=[scales] if scales is not None else [],
+            files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=lambda done, of: run.listener.running("write: weights", done, of),
+            workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact

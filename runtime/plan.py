@@ -10,12 +10,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from vacc_opt.frontends import load_config, open_checkpoint
+from vacc_opt.frontends.checkpoint import resolve_path
 from vacc_opt.frontends.vamc_config import CompileConfig
 from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra import presets
 from vacc_opt.runtime.files import sha256
 
-SCALES_FILE = "kv_scales.safetensors"
+SCALES_FILE, CODES_FILE, RANGES_FILE = "kv_scales.safetensors", "gptq_codes.safetensors", "fp16_ranges.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,42 @@ class Plan:
         """The pipeline that gives the model fixed buffers."""
         return presets.Interface(self.context).text()
 
-    def quantize(self, scales: str) -> str:
+    @property
+    def gptq(self) -> bool:
+        """The int8 codes come from GPTQ."""
+        quantize = self.config.frontend.quantize
+        return self.weights_int8 and quantize is not None and quantize.gptq
+
+    @property
+    def kv_scales(self) -> Path | None:
+        """The file of KV scales that the configuration or the model's config.json names."""
+        quantize = self.config.frontend.quantize
+        if not self.cache_int8 or quantize is None:
+            return None
+        if quantize.kv_scales is not None:
+            return Path(quantize.kv_scales)
+        named = self.model.get("kv_cache_path")
+        return resolve_path(self.config.frontend.checkpoint) / str(named) if named else None
+
+    @property
+    def calibrates(self) -> bool:
+        """Something is to be learned from calibration text."""
+        return self.gptq or self.guarded or (self.cache_int8 and self.kv_scales is None)
+
+    @property
+    def guarded(self) -> bool:
+        """Values that would overflow in fp16 are to be found and made smaller."""
+        return self.half and self.config.backend.guard_fp16_range
+
+    def quantize(self, scales: str, codes: str, ranges: str) -> str:
         """The pipeline that lowers precision; empty for fp32."""
-        passes = ["w8a16"] if self.weights_int8 else []
+        passes = [f'w8a16{{codes="{codes}"}}' if self.gptq else "w8a16"] if self.weights_int8 else []
         if self.cache_int8:
-            passes.append(f'kv8{{scales="{scales}"}}')
+            assert self.config.frontend.quantize is not None
+            new = self.config.frontend.quantize.kv_args.new_tokens.replace("quantised", "quantized")
+            passes.append(f'kv8{{scales="{scales}"{"" if new == "float" else f",new_tokens={new}"}}}')
+        if self.guarded:
+            passes.append(f'guard-fp16-range{{ranges="{ranges}"}}')
         if self.half:
             passes.append("cast-float")
         return ",".join(passes)
@@ -87,7 +119,7 @@ class Plan:
     @property
     def split(self) -> str:
         """The pipeline that splits over ranks and checks for kernels."""
-        return f"split-tp{{tp={self.tp}}},legalize"
+        return f"split-tp{{tp={self.tp}}},fuse-residual-norm,legalize"
 
     @property
     def specialize(self) -> str:
@@ -100,7 +132,13 @@ class Plan:
     @property
     def pipeline(self) -> str:
         """All of it as one text; the scales are the file of the artifact."""
-        parts = (self.recognize, self.interface, self.quantize(SCALES_FILE), self.split, self.specialize)
+        parts = (
+            self.recognize,
+            self.interface,
+            self.quantize(SCALES_FILE, CODES_FILE, RANGES_FILE),
+            self.split,
+            self.specialize,
+        )
         return ",".join(part for part in parts if part)
 
 
@@ -150,30 +188,28 @@ def _check_support(config: CompileConfig, place: Places) -> None:
             f"{place.of('backend.dtype')}: backend.dtype = int8, but nothing says what to quantize",
             "add `frontend.quantize.type: w8kv8`, or use `backend.dtype: fp32`",
         )
-    if config.backend.dtype != "fp32" and quantize is not None and quantize.gptq:
-        raise UserError(
-            f"{place.of('frontend.quantize.type')}: frontend.quantize.type = {quantize.type} needs GPTQ codes, "
-            "which cannot be made yet",
-            f"`{quantize.type.removesuffix('_gptq')}` rounds to nearest",
-        )
 
 
 def _check_calibration(plan: Plan, place: Places) -> None:
-    quantize, dataset = plan.config.frontend.quantize, plan.config.dataset
-    if not plan.cache_int8 or quantize is None:
+    dataset, scales = plan.config.dataset, plan.kv_scales
+    if scales is not None and not scales.is_file():
+        quantize = plan.config.frontend.quantize
+        where = place.of("frontend.quantize.kv_scales" if quantize and quantize.kv_scales else "frontend.checkpoint")
+        raise UserError(f"{where}: {scales}: no such file of KV scales", "remove the key to calibrate")
+    if not plan.calibrates:
         return
-    if quantize.kv_scales is not None:
-        if not Path(quantize.kv_scales).is_file():
-            where = place.of("frontend.quantize.kv_scales")
-            raise UserError(f"{where}: {quantize.kv_scales}: no such file", "remove the key to calibrate")
-    elif dataset is None:
-        where = place.of("frontend.quantize.type")
+    if dataset is None:
+        scaled = plan.cache_int8 and plan.kv_scales is None and not plan.gptq
+        where = place.of("frontend.quantize.type" if scaled or plan.gptq else "backend.guard_fp16_range")
+        what = "an int8 KV cache needs scales" if scaled else "GPTQ needs text" if plan.gptq else "ranges need text"
         raise UserError(
-            f"{where}: an int8 KV cache needs scales, and there is no `dataset` to calibrate on",
-            "add `dataset.path`, or name a file in `frontend.quantize.kv_scales`",
+            f"{where}: {what}, and there is no `dataset` to calibrate on",
+            "add `dataset.path`" + (", or name a file in `frontend.quantize.kv_scales`" if scaled else ""),
         )
-    elif not Path(dataset.path).exists():
-        raise UserError(f"{place.of('dataset.path')}: {dataset.path}: no such file", "it is an alpaca JSON list")
+    if not Path(dataset.path).exists():
+        raise UserError(
+            f"{place.of('dataset.path')}: {dataset.path}: no such file", f"it is text of the form {dataset.name}"
+        )
 
 
 def _check_context(plan: Plan, place: Places) -> None:
@@ -197,6 +233,6 @@ def input_facts(plan: Plan) -> dict[str, Any]:
         config["frontend"]["quantize"]["kv_scales"] = Path(scales).name
     if plan.config.dataset is not None:
         config["dataset"]["path"] = Path(plan.config.dataset.path).name
-        if plan.cache_int8 and Path(plan.config.dataset.path).is_file():
+        if plan.calibrates and Path(plan.config.dataset.path).is_file():
             config["dataset"]["sha256"] = sha256(Path(plan.config.dataset.path))
     return {"config": config, "pipeline": plan.pipeline}

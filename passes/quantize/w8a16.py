@@ -9,13 +9,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from vacc_opt.ir import DType, Graph, PerRank, TensorExpr, Value
+from vacc_opt.ir import Coded, DType, Graph, PerRank, TensorExpr, Value
+from vacc_opt.ir.coded import coded_parts
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.tensor import Array, Codes, Index, Scales
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear, linears
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.quantize.codes_file import CodesFile
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class W8A16(Pass):
 
     ``scale = max|row| / 127``, ``q = clip(rint(w / scale), -127, 127)``, all in fp32; weights stay expressions, so no
     weight is read here.
-    The embedding is no linear layer; lm_head stays as it is unless asked for.
+    The embedding is no linear layer; lm_head stays as it is unless asked for. With ``codes``, codes and scales come
+    from a file that `vacc-opt calibrate` wrote (GPTQ); layers that it says to keep stay float. Rows that the checkpoint
+    holds as codes keep them.
 
     Before:
         g (float[B,8] x) => (float[B,3] y) {
@@ -71,17 +75,20 @@ class W8A16(Pass):
     lm_head: bool = option(False, "quantize the layer that makes the logits too")
     include: str = option("", "regular expression of weight names to quantize; empty: all")
     exclude: str = option("", "regular expression of weight names to keep")
+    codes: str = option("", "safetensors file of codes and scales to take; empty: round to nearest")
     logits: str = option("logits", "name of the output that lm_head makes")
 
     def run(self, graph: Graph, rw: Rewriter) -> Outcome:
         """Rewrite every admitted linear; raises CheckError after split-tp, since a scale belongs to the full row."""
         if graph.ranks > 1:
             raise CheckError("the graph is split over ranks already", "put w8a16 before split-tp: quantize, then split")
-        found = [linear for linear in linears(graph) if linear.scale is None]
-        head = None if self.lm_head else self._head(graph)
+        file = CodesFile.open(self.codes) if self.codes else None
+        found = self.candidates(graph)
         outcome = Outcome(fused=0, candidates=len(found))
-        for linear in found:
-            reason = self._kept(linear, head)
+        for linear, reason in found:
+            made = file.of(linear.weight.name, linear.rows) if file is not None and not reason else None
+            if file is not None and not reason and made is None:
+                reason = f"{linear.weight.name} stays float: int8 loses much of its output, as {file.name} says"
             if reason:
                 outcome.remarks.append(Remark("missed", self.name, reason, where(linear.node)))
                 continue
@@ -89,7 +96,7 @@ class W8A16(Pass):
                 "passed", self.name, f"{linear.weight.name} int8 {list(linear.rows.shape)}", where(linear.node)
             )
             # read anew: the layer before may have been rewritten
-            self._rewrite(as_linear(linear.node) or linear, rw)
+            self._rewrite(as_linear(linear.node) or linear, rw, made)
             outcome.fused = (outcome.fused or 0) + 1
             outcome.remarks.append(remark)
         if self.include and not outcome.fused:
@@ -97,11 +104,18 @@ class W8A16(Pass):
         outcome.summary = f"{outcome.fused} of {outcome.candidates} linears int8"
         return outcome
 
+    def candidates(self, graph: Graph) -> list[tuple[Linear, str]]:
+        """Every linear that is not int8 yet, and why it is to be kept; an empty reason means that it is quantized."""
+        head = None if self.lm_head else self._head(graph)
+        return [(linear, self._kept(linear, head)) for linear in linears(graph) if linear.scale is None]
+
     def reference(self, before: Graph, roots: Collection[str]) -> Graph:
         """The same linears with weights that are rounded to their codes' values in fp32."""
         rw = Rewriter(before)
+        file = CodesFile.open(self.codes) if self.codes else None
         for linear in [one for one in linears(before) if one.scale is None and one.node.output.name in roots]:
-            rounded = rw.const(RoundedRows(linear.rows))
+            made = file.of(linear.weight.name, linear.rows) if file is not None else coded_parts(linear.rows)
+            rounded = rw.const(Coded(*made) if made is not None else RoundedRows(linear.rows))
             by_rows = linear.node.op == "Gemm" and linear.node.attributes.get("transB", 0)
             before_it = linear.node.inputs[1]
             rw.set_input(linear.node, 1, rounded if by_rows else rw.op.Transpose(rounded, perm=(1, 0)))
@@ -130,10 +144,11 @@ class W8A16(Pass):
             return "the weight is split over ranks already"
         return ""
 
-    def _rewrite(self, linear: Linear, rw: Rewriter) -> None:
+    def _rewrite(self, linear: Linear, rw: Rewriter, made: tuple[TensorExpr, TensorExpr] | None) -> None:
         with rw.applying([linear.node]):
             stem = linear.weight.name.removesuffix(".weight")
             history = linear.weight.provenance
-            codes = rw.const(Codes(linear.rows), f"{stem}.qweight", of=history)
-            scales = rw.const(Scales(linear.rows), f"{stem}.scale", of=history)
+            by_codes, by_scales = made or coded_parts(linear.rows) or (Codes(linear.rows), Scales(linear.rows))
+            codes = rw.const(by_codes, f"{stem}.qweight", of=history)
+            scales = rw.const(by_scales, f"{stem}.scale", of=history)
             rw.replace(linear.node.output, rw.vastai.QuantizedLinearPerChannel(linear.x, codes, scales))

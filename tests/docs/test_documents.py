@@ -37,6 +37,12 @@ def test_the_pass_of_the_readme_works_as_printed(tmp_path: Path) -> None:
     assert done.stdout == "ran fuse-swish\n", done.stderr
 
 
+def test_the_torch_example_of_the_page_on_quantization_works(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/quantization.md").read_text(), flags=re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out == "['0']\n"
+
+
 def test_the_readme_shows_what_the_tutorial_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Write a pass")[2].partition("\n## ")[0]
     (shown,) = re.findall(r"^fuse-swiglu: 1 of 2.*?(?=^```)", readme, flags=re.DOTALL | re.MULTILINE)

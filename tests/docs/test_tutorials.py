@@ -71,6 +71,12 @@ def test_a_tutorial_does_what_it_shows(name: str, tmp_path: Path) -> None:
     assert run((DOCS / f"{name}.md").read_text(encoding="utf-8"), tmp_path) >= 5
 
 
+@pytest.mark.full
+def test_the_page_on_quantization_does_what_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    assert run((DOCS / "quantization.md").read_text(encoding="utf-8"), tmp_path) >= 1
+
+
 def test_the_runner_can_fail(tmp_path: Path) -> None:
     page = "Save as `a.txt`:\n\n```text\none\n```\n\n```console\n$ cat a.txt\n{}\n```\n"
     assert run(page.format("one"), tmp_path) == 1

@@ -92,7 +92,7 @@ def assert_all(case: Case) -> None:
     assert_buffers(case, graph)
     for tp in (2, 3):
         ranks = copy(graph)
-        run_pipeline(ranks, f"split-tp{{tp={tp}}},legalize")
+        run_pipeline(ranks, f"split-tp{{tp={tp}}},fuse-residual-norm,legalize")
         assert ranks.ranks == tp
         assert_split_whole(case, ranks)
         assert_buffers(case, ranks)
@@ -111,7 +111,7 @@ def assert_split_whole(case: Case, graph: Graph) -> None:
 def assert_schedules(case: Case, graph: Graph) -> None:
     """A prefill and 3 steps by the schedule engine, in fp32, against torch in float64; every schedule is verified."""
     seq, steps = 8, 3
-    run_pipeline(graph, f"split-tp{{tp=1}},legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
+    run_pipeline(graph, f"split-tp{{tp=1}},fuse-residual-norm,legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
     target, rng = load_target("vacc-reference"), np.random.default_rng(3)
     programs = {phase: lower(bound, target, phase=phase) for phase, bound in graph.phases.items()}
     for program in programs.values():

@@ -135,3 +135,33 @@ def test_a_call_without_a_cache_is_a_prefill(tmp_path: Path) -> None:
 def test_another_structure_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChatGLMConfig.read({**CONFIG, **change})
+
+
+def test_a_checkpoint_of_its_own_quantize_8_keeps_its_codes(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    write(tmp_path / "m")
+    file = tmp_path / "m/model.safetensors"
+    tensors = load_file(file)
+    codes: dict[str, np.ndarray] = {}
+    for name in [n for n in tensors if ".layers." in n and n.endswith("weight") and tensors[n].ndim == 2]:
+        weight = tensors[name]
+        scale = (np.abs(weight).max(1) / 127).astype(np.float16)  # stored in half precision, and rounded with it
+        codes[name] = np.rint(weight / scale[:, None].astype(np.float32)).clip(-127, 127).astype(np.int8)
+        tensors |= {name: codes[name], f"{name}_scale": scale}
+    save_file(tensors, file)
+    graph = export_checkpoint(tmp_path / "m")
+    run_pipeline(
+        graph, "simplify,fuse-rms-norm,fuse-rotary{positions=64},split-packed-linear,fuse-gqa,fuse-swiglu,w8a16"
+    )
+    found = {v.name: v.const.read() for v in graph.constants() if v.name.endswith("qweight") and v.const is not None}
+    packed = codes["transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"]
+    halves = [found[n] for n in sorted(found) if "layers.1.mlp.dense_h_to_4h" in n]
+    assert sorted(one.tobytes() for one in halves) == sorted(one.tobytes() for one in (packed[:48], packed[48:]))
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    stem = name.removesuffix(".weight")
+    np.testing.assert_array_equal(found[f"{stem}.qweight"], codes[name])
+    scales = graph.values[f"{stem}.scale"]
+    assert scales.const is not None
+    assert scales.type.dtype.value == "float"
+    np.testing.assert_array_equal(scales.const.read(), tensors[f"{name}_scale"].astype(np.float32))

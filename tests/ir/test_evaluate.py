@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,14 @@ def test_default_session_options_would_round_activations_to_int8(rng: np.random.
     model = to_onnx(graph, lambda v: ("memory", 0, weights[v.name].nbytes))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     assert relative(session.run(None, {"x": x})[0], exact) > 1e-3
+
+
+def test_every_session_of_the_package_is_opened_where_that_is_prevented() -> None:
+    root = Path(__file__).parents[2]
+    rooms = ("ir", "passes", "frontends", "backends", "calibration", "runtime", "cli")
+    files = [path for room in rooms for path in (root / room).rglob("*.py")]
+    opening = [path for path in files if "InferenceSession(" in path.read_text(encoding="utf-8")]
+    assert [path.relative_to(root).as_posix() for path in opening] == ["ir/evaluate.py"]
 
 
 def test_outputs_that_are_inputs_or_constants_come_back() -> None:

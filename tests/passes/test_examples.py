@@ -23,6 +23,7 @@ def kv_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"scale": np.array([[0.5, 0.25]], np.float32), "zero": np.zeros((1, 2), np.float32)}
     stored = {f"layers.0.key.{name}": Literal(array) for name, array in numbers.items()}
     write_safetensors(tmp_path / "kv.safetensors", stored)
+    write_safetensors(tmp_path / "ranges.safetensors", {"product": Literal(np.array([1e5], np.float32))})
     monkeypatch.chdir(tmp_path)
 
 

@@ -136,16 +136,6 @@ def test_an_override_is_named_as_the_place_of_a_mistake(
         compile_model(file, ["frontend.model_kwargs.tp=9"], None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp16"])
-def test_gptq_is_refused_and_the_possible_choice_named(
-    checkpoint: Path, config: Callable[..., Path], tmp_path: Path, dtype: str
-) -> None:
-    file = config(tmp_path, checkpoint=checkpoint, type="huggingface", dtype=dtype)
-    with pytest.raises(UserError, match="w8a16_gptq needs GPTQ codes") as caught:
-        compile_model(file, ["frontend.quantize.type=w8a16_gptq"], None)  # type: ignore[arg-type]
-    assert caught.value.hint == "`w8a16` rounds to nearest"
-
-
 def test_a_failure_while_writing_leaves_the_former_artifact(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: tuple[CompileReport, Any]
 ) -> None:

@@ -1,0 +1,112 @@
+"""What calibration text makes of a graph, node by node: the live values of every sample, kept in memory or on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.ir.copy import extract
+from vacc_opt.ir.evaluate import Executable, read_weights
+from vacc_opt.ir.graph import Graph, Node
+
+Array = npt.NDArray[Any]
+Watch = Callable[[str, Array], None]
+BUDGET = 1 << 30  # bytes of values in memory; beyond, they go to files
+
+
+class Activations:
+    """The values of every sample that nodes still to run will read.
+
+    Args:
+        graph: whose nodes run, in its order.
+        feeds: inputs of each sample.
+        scratch: directory for what exceeds ``budget`` bytes.
+        threads: of onnxruntime.
+    """
+
+    def __init__(
+        self, graph: Graph, feeds: Sequence[Mapping[str, Array]], scratch: Path, *, threads: int, budget: int = BUDGET
+    ) -> None:
+        self.graph, self.nodes = graph, graph.nodes()
+        self.at = 0  # nodes before this one have run
+        self.spilled = 0  # values written to files so far
+        self._threads, self._budget = threads, budget
+        self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=scratch)
+        self._values: list[dict[str, Array]] = [dict(one) for one in feeds]
+        self._held = sum(array.nbytes for one in self._values for array in one.values())
+        self._last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs if v is not None}
+
+    def advance(self, end: int, weights: Mapping[str, Array], watch: Watch | None = None) -> None:
+        """Run the nodes up to ``end`` for good; ``weights`` take the place of constants of these names.
+
+        ``watch`` hears every value that they compute, of every sample.
+        """
+        made = {v.name for node in self.nodes[self.at : end] for v in node.outputs} if watch is not None else set()
+        for values, outputs in self._run(end, weights, made):
+            for name, array in outputs.items():
+                if watch is not None:
+                    watch(name, array)
+                if self._last.get(name, -1) >= end:
+                    values[name] = self._held_or_stored(array)
+        self.at = max(self.at, end)
+        for values in self._values:
+            for name in [n for n in values if self._last.get(n, -1) < self.at]:
+                self._drop(values, name)
+
+    def peek(self, end: int, names: Iterable[str], weights: Mapping[str, Array]) -> Iterable[dict[str, Array]]:
+        """The values ``names`` of each sample if the nodes up to ``end`` ran with ``weights``; nothing is kept."""
+        wanted = set(names)
+        if wanted <= self._values[0].keys():
+            yield from ({name: values[name] for name in wanted} for values in self._values)
+            return
+        for values, outputs in self._run(end, weights, wanted):
+            yield {name: (outputs if name in outputs else values)[name] for name in wanted}
+
+    def _run(
+        self, end: int, weights: Mapping[str, Array], asked: Set[str] = frozenset()
+    ) -> Iterable[tuple[dict[str, Array], dict[str, Array]]]:
+        nodes: list[Node] = self.nodes[self.at : end]
+        if not nodes:
+            return
+        made = [v for node in nodes for v in node.outputs if v.name in asked]
+        region = extract(self.graph, nodes, self.graph.name, keep=made)
+        stored = {v.name for v in region.constants()} & weights.keys()
+        # read only what is not given
+        given = {name: np.ascontiguousarray(weights[name], np.float32) for name in stored}
+        for name in stored:
+            region.values[name].const = None
+        read = read_weights(region)[0]
+        for name in stored:
+            region.values[name].const = self.graph.values[name].const
+        program = Executable(region, threads=self._threads, weights=[{**read, **given}])
+        wanted = [name for name in region.outputs if name in asked or self._last.get(name, -1) >= end]
+        for values in self._values:
+            outputs = program.run({v.name: values[v.name] for v in region.inputs})[0]
+            yield values, {name: outputs[name] for name in wanted}
+
+    def _held_or_stored(self, array: Array) -> Array:
+        if self._held + array.nbytes <= self._budget:
+            self._held += array.nbytes
+            return array
+        path = Path(self._scratch.name) / f"{self.spilled}.npy"
+        np.save(path, array)
+        self.spilled += 1
+        return np.asarray(np.load(path, mmap_mode="r"))
+
+    def close(self) -> None:
+        """Forget all values and their files."""
+        self._values = []
+        self._scratch.cleanup()
+
+    def _drop(self, values: dict[str, Array], name: str) -> None:
+        array = values.pop(name)
+        file = getattr(array.base, "filename", None) if isinstance(array.base, np.memmap) else None
+        if file is not None:
+            Path(file).unlink(missing_ok=True)
+        else:
+            self._held -= array.nbytes
