@@ -77,7 +77,7 @@ def _tensors(cache: Any) -> list[torch.Tensor]:
     return [tensor for layer in cache for tensor in layer[:2]]
 
 
-class AsIfPadded(TorchFunctionMode):
+class AsIfPadded(TorchFunctionMode):  # type: ignore[misc,unused-ignore]
     """Code that leaves out a mask of ones takes the way with the mask, which is right for every mask."""
 
     def __init__(self, mask: torch.Tensor) -> None:

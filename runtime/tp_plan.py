@@ -136,7 +136,7 @@ def tp_plan(
 def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Graph]]:
     """The quantized graph split as `compile` does it, and its phases; ``graph`` itself stays."""
     split = copy(graph)
-    run_pipeline(split, f"split-tp{{tp={tp}}},legalize")
+    run_pipeline(split, plan.split_over(tp))
     run_pipeline(split, plan.specialize)
     return split, split.phases
 
