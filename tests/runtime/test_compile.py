@@ -24,6 +24,14 @@ def test_the_steps_come_in_the_order_of_the_work(compiled: tuple[CompileReport, 
     assert compiled[1].steps == ["export", "recognize", "calibrate", "quantize", "split", "schedule", "write"]
 
 
+def test_align_qkv_is_answered_by_the_step_that_splits(
+    compiled: tuple[CompileReport, Any], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked = compile_model(config(tmp_path), ["frontend.model_kwargs.align_qkv=true"], type(compiled[1])())
+    with_it, without = (next(s.sentence for s in r.steps if s.name == "split") for r in (asked, compiled[0]))
+    assert with_it == f"{without}\nalign_qkv: not needed, heads divide by tp {compiled[0].facts.ranks}"
+
+
 def test_every_attention_rotary_norm_and_gated_unit_is_fused(compiled: tuple[CompileReport, Any]) -> None:
     counts = {name: str(count) for name, count in compiled[0].facts.fused.items()}
     assert counts == {"attention": "2/2", "rotary": "4/4", "norm": "5/5", "swiglu": "2/2"}
