@@ -42,29 +42,11 @@ def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_jso
             on_text=lambda text: steps.running(text.replace("\n", " ")[-100:] or "..."),
         )
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "text": found.text,
-                    "token_ids": list(found.token_ids),
-                    "engine": found.engine,
-                    "tiles_executed": found.tiles_executed,
-                    "prompt_tokens": found.prompt_tokens,
-                    "stopped": found.stopped,
-                    "ranks": opened.ranks,
-                    "prefill_seconds": round(found.prefill_seconds, 3),
-                    "decode_seconds": round(found.decode_seconds, 3),
-                },
-                ensure_ascii=False,
-            )
-        )
+        click.echo(json.dumps(found.to_json(), ensure_ascii=False))
         return
     click.echo(f"Q: {prompt}")
     click.echo(f"A: {found.text}")
-    tiles = f", {found.tiles_executed} tiles executed" if found.tiles_executed else ""
-    count, seconds = len(found.token_ids), found.prefill_seconds + found.decode_seconds
-    ranks = f"{opened.ranks} rank" + ("s" if opened.ranks > 1 else "")
-    sentence = f"{count} tokens on engine {engine}, {ranks}{tiles}"
+    sentence, seconds = str(found), found.prefill_seconds + found.decode_seconds
     if summary:
         click.echo(f"\n{table([('answered', f'{sentence}, {seconds:.1f} s'), *opened.facts.summary()])}")
     else:

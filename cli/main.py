@@ -32,6 +32,7 @@ COMMANDS = {
     "passes": ("List the passes, or describe one with its options.", "vacc_opt.cli.passes"),
     "remarks": ("Read what passes said of each place; hold two runs against each other.", "vacc_opt.cli.remarks"),
     "reduce": ("Shrink a model to the few nodes that a bug needs.", "vacc_opt.cli.reduce"),
+    "tp-plan": ("Compare what splits over several numbers of ranks hold and exchange.", "vacc_opt.cli.tp_plan"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")

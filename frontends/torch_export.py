@@ -19,8 +19,8 @@ import onnx_ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import DynamicCache
 
+from vacc_opt.frontends.caches import AsIfPadded, CacheForm, find_cache
 from vacc_opt.frontends.origins import OriginReader
 from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.sequences import resolve_sequences
@@ -48,25 +48,23 @@ class _WithCache(nn.Module):  # type: ignore[misc,unused-ignore]
     One stacked input has one size called past. Sixty inputs have sixty, and torch spends a minute proving them equal.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache: CacheForm) -> None:
         super().__init__()
         self.model = model
+        self.cache = cache
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        cache = DynamicCache()
-        for layer in range(past.shape[0] // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        result = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        return (result.logits, *present)
+        with AsIfPadded(attention_mask):
+            result = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=self.cache.given(past),
+                use_cache=True,
+            )
+        return (result.logits, *self.cache.taken(result.past_key_values))
 
 
 def interface_names(layers: int) -> tuple[list[str], list[str]]:
@@ -77,22 +75,22 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
 
 
 def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
-    """Export a transformers causal language model ; the shape of its cache is found by a run."""
+    """Export a causal language model that is called as those of transformers are; its cache is found by a run."""
     trace_lengths(module)
-    layers, kv_heads, head_dim = cache_shape(module, mode)
+    cache = find_cache(module, mode)
     with mode:
         token_ids = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
         mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
-        past = torch.zeros(2 * layers, _BATCH, kv_heads, _PAST, head_dim)
-    inputs, outputs = interface_names(layers)
+        past = torch.zeros(2 * cache.layers, _BATCH, cache.kv_heads, _PAST, cache.head_dim)
+    inputs, outputs = interface_names(cache.layers)
     tokens = {0: "batch", 1: "seq"}
     dims = (tokens, {0: "batch", 1: _TOTAL}, tokens, {1: "batch", 3: "past"})
     arguments = (token_ids, mask, token_ids.clone(), past)
     named = {"input_names": [*inputs[:3], _STACKED], "output_names": outputs, "dynamic_shapes": dims}
     try:
-        program = _export(_WithCache(module), arguments, opset, **named)
+        program = _export(_WithCache(module, cache), arguments, opset, **named)
     except torch.onnx.OnnxExporterError:  # its Attention-23 does not broadcast one KV head, as torch does for Falcon
-        program = _export(_WithCache(module), arguments, OPSET_WITHOUT_ATTENTION, **named)
+        program = _export(_WithCache(module, cache), arguments, OPSET_WITHOUT_ATTENTION, **named)
     origins = OriginReader(module, _WRAPPED).read(program.model.graph)
     _unstack_cache(program.model.graph, inputs[3:])
     _weights_to_inputs(program.model.graph, _canonical_names(module))
@@ -117,16 +115,6 @@ def _export(module: nn.Module, arguments: tuple[torch.Tensor, ...], opset: int, 
         )
     assert program is not None
     return program
-
-
-def cache_shape(module: nn.Module, mode: FakeTensorMode) -> tuple[int, int, int]:
-    """(layers, KV heads, head size) of what the model caches, seen by running it on one token without data."""
-    with mode, torch.no_grad():
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        result = module(input_ids=token, position_ids=token, use_cache=True)
-    layers = result.past_key_values.layers
-    _, kv_heads, _, head_dim = layers[0].keys.shape
-    return len(layers), int(kv_heads), int(head_dim)
 
 
 def _unstack_cache(graph: onnx_ir.Graph, names: list[str]) -> None:

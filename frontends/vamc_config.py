@@ -64,7 +64,10 @@ class Shape(_Section):
 
 
 class ModelKwargs(_Section):
-    """How the model is laid out over the ranks."""
+    """How the model is laid out over the ranks.
+
+    ``align_qkv`` is accepted and answered: heads are aligned whenever they do not divide, and ``compile`` says so.
+    """
 
     tp: int = Field(1, ge=1, le=1024)
     b2s: bool = True

@@ -1,4 +1,4 @@
-"""Run a graph on onnxruntime: all ranks in one process, cut at the collectives, weights read once and shared.
+"""Run a graph on onnxruntime: its ranks in this process or some of them, cut at the collectives, weights shared.
 
 Two settings matter for correctness and memory. ``session.disable_quant_qdq``: at its default level onnxruntime turns
 int8 DequantizeLinear + MatMul into int8 activations (relative error 5.2e-3 instead of 3e-7). ``ConstantFolding`` off:
@@ -7,8 +7,7 @@ it would expand every int8 weight to a second, float copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from vacc_opt.ir.types import DType
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+Exchange = Callable[[Node, list[Array]], list[Array]]  # the parts of the ranks that run here to what each of them gets
 
 
 def open_session(
@@ -105,8 +105,16 @@ class _Part:
             raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
 
 
+def combine(node: Node, parts: Sequence[Array]) -> list[Array]:
+    """What a collective gives to each rank, from the parts of all of them in rank order."""
+    op = ops.get(node.op_type)
+    assert op is not None
+    assert op.combine is not None
+    return op.combine(parts, node.attributes)
+
+
 class Executable:
-    """A graph, ready to run on onnxruntime for all its ranks.
+    """A graph, ready to run on onnxruntime for all its ranks, or for those that run here.
 
     Args:
         graph: any valid graph; PerRank constants and collectives are honoured.
@@ -114,6 +122,8 @@ class Executable:
         in_place: graph output -> graph input whose buffer receives it (the KV cache).
         weights: already read weights of each rank by value name, else they are read from the expressions.
         optimize: let onnxruntime rewrite the graph; without, every node is computed as it stands.
+        ranks: the ranks that run here; ``weights`` and ``per_rank`` are of these.
+        exchange: how collectives meet the ranks that run elsewhere.
     """
 
     def __init__(
@@ -124,51 +134,47 @@ class Executable:
         in_place: Mapping[str, str] | None = None,
         weights: Sequence[Mapping[str, Array]] | None = None,
         optimize: bool = True,
+        ranks: Sequence[int] | None = None,
+        exchange: Exchange = combine,
     ) -> None:
         self.graph = graph
+        self.ranks: Sequence[int] = range(graph.ranks) if ranks is None else ranks
+        self._exchange = exchange
         # a stage knows its outputs by the names of values
         inner = {name: value.name for name, value in graph.outputs.items()}
         self.in_place: dict[str, str] = {inner.get(name, name): source for name, source in (in_place or {}).items()}
         self._stages = _split(graph)
-        loaded = weights if weights is not None else read_weights(graph)
+        loaded = weights if weights is not None else read_weights(graph, self.ranks)
         self._parts = [
-            [_Part(stage, rank, loaded[rank], threads, optimize) for rank in range(graph.ranks)]
+            [_Part(stage, rank, mine, threads, optimize) for rank, mine in zip(self.ranks, loaded, strict=True)]
             for stage, _ in self._stages
         ]
 
     def run(self, feeds: Feeds, per_rank: Sequence[Feeds] | None = None) -> list[dict[str, Array]]:
-        """Outputs of every rank; ``feeds`` go to all ranks, ``per_rank`` (KV buffers) to one each."""
+        """Outputs of every rank that runs here; ``feeds`` go to all of them, ``per_rank`` (KV buffers) to one each."""
         values: list[dict[str, Array]] = [
-            {**feeds, **(per_rank[rank] if per_rank else {})} for rank in range(self.graph.ranks)
+            {**feeds, **(per_rank[index] if per_rank else {})} for index in range(len(self.ranks))
         ]
         missing = [v.name for v in self.graph.inputs if v.name not in values[0]]
         if missing:
             raise UserError(f"no value was given for the input {missing[0]!r}")
         for (_, collectives), parts in zip(self._stages, self._parts, strict=True):
-            for rank, part in enumerate(parts):
-                part.run(values[rank], self.in_place)
+            for one, part in zip(values, parts, strict=True):
+                part.run(one, self.in_place)
             for node in collectives:
-                _exchange(node, values)
+                source = node.inputs[0]
+                assert source is not None
+                results = self._exchange(node, [one[source.name] for one in values])
+                for one, result in zip(values, results, strict=True):
+                    one[node.output.name] = result
         return [
             {name: _result(v, value, rank) for name, value in self.graph.outputs.items()}
-            for rank, v in enumerate(values)
+            for rank, v in zip(self.ranks, values, strict=True)
         ]
 
 
 def _result(values: Mapping[str, Array], value: Value, rank: int) -> Array:
     return values[value.name] if value.const is None else value.const.rank(rank).read()
-
-
-def _exchange(node: Node, values: Sequence[MutableMapping[str, Array]]) -> None:
-    source = node.inputs[0]
-    assert source is not None
-    parts = [v[source.name] for v in values]
-    if node.op_type == "AllReduce":
-        total = reduce(np.add, parts)
-    else:
-        total = np.concatenate(parts, axis=int(node.attributes["axis"]))
-    for rank_values in values:
-        rank_values[node.output.name] = total
 
 
 def _split(graph: Graph) -> list[tuple[Graph, list[Node]]]:
@@ -197,20 +203,22 @@ def _is_collective(node: Node) -> bool:
     return op is not None and op.is_collective
 
 
-def read_weights(graph: Graph, cache: MutableMapping[str, Array] | None = None) -> list[dict[str, Array]]:
-    """The stored constants of every rank, read into memory; equal expressions are read once.
+def read_weights(
+    graph: Graph, ranks: Iterable[int] | None = None, cache: MutableMapping[str, Array] | None = None
+) -> list[dict[str, Array]]:
+    """The stored constants of every rank, or of ``ranks``, read into memory; equal expressions are read once.
 
     ``cache`` holds what was read, by the key of its expression, for other graphs over the same weights.
     """
     cache = {} if cache is None else cache
-    ranks: list[dict[str, Array]] = []
-    for rank in range(graph.ranks):
+    found: list[dict[str, Array]] = []
+    for rank in range(graph.ranks) if ranks is None else ranks:
         tensors = stored_tensors(graph, rank)
         for expr in tensors.values():
             if expr.key not in cache:
                 cache[expr.key] = np.asarray(expr.read(), order="C")
-        ranks.append({name: cache[expr.key] for name, expr in tensors.items()})
-    return ranks
+        found.append({name: cache[expr.key] for name, expr in tensors.items()})
+    return found
 
 
 def evaluate(graph: Graph, feeds: Feeds, per_rank: Sequence[Feeds] | None = None) -> dict[str, Array]:

@@ -7,6 +7,7 @@ every other file.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
 from vacc_opt.runtime import tokenizer as tokenizers
 from vacc_opt.runtime.files import replaced_directory, sha256
 from vacc_opt.runtime.report import ModelFacts
+from vacc_opt.runtime.workers import each
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
+_OF_RANK = re.compile(r"\brank(\d+)\.(?:safetensors|onnx)$")
 MANIFEST, REPORT, REMARKS, TARGET = "manifest.json", "report.html", "remarks.yaml", "target.yaml"
 
 
@@ -50,6 +53,7 @@ def write_artifact(
     tokenizer: tokenizers.Tokenizer | None,
     files: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> Artifact:
     """Write the directory ``path`` in one step; an artifact that stands there is replaced only when all is complete.
 
@@ -61,13 +65,14 @@ def write_artifact(
         tokenizer: its files are stored too.
         files: further files, copied.
         progress: hears (bytes written, bytes in all) of the weights.
+        workers: processes that write ranks at the same time.
 
     Raises:
         UserError: a directory that is not an artifact is in the way.
     """
     ranks = phases[0].graph.ranks
     with replaced_directory(path, is_artifact) as directory:
-        aliases = write_phases(directory, phases, ranks, progress)
+        aliases = write_phases(directory, phases, ranks, progress, workers)
         for phase in phases:
             (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
         for name, text in texts.items():
@@ -92,22 +97,43 @@ def write_artifact(
 
 
 def write_phases(
-    directory: Path, phases: Sequence[PhaseModel], ranks: int, progress: Callable[[int, int], None] | None = None
+    directory: Path,
+    phases: Sequence[PhaseModel],
+    ranks: int,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> dict[str, dict[str, str]]:
-    """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs."""
+    """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs.
+
+    ``workers`` processes write ranks at the same time; progress is heard by tiles of one, by ranks of several.
+    """
+    apart = workers > 1 and ranks > 1
+
+    def write(rank: int) -> tuple[int, dict[str, dict[str, str]]]:
+        return _write_rank(directory, phases, rank, ranks, None if apart else progress)
+
     aliases: dict[str, dict[str, str]] = {}
-    for rank in range(ranks):
-        stored: dict[str, TensorExpr] = {}
-        for phase in phases:
-            aliases[phase.name] = _merge(stored, phase, rank)
-        name = f"rank{rank}.safetensors"
-        heard = _Progress(sum(e.nbytes for e in stored.values()), rank, ranks, progress) if progress else None
-        offsets = write_safetensors(directory / name, stored, heard)
-        for phase in phases:
-            renamed = aliases[phase.name]
-            places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
-            save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
+    for rank, (size, named) in enumerate(each(write, range(ranks), workers)):
+        aliases = named
+        if apart and progress is not None:
+            progress(size * (rank + 1), size * ranks)
     return aliases
+
+
+def _write_rank(
+    directory: Path, phases: Sequence[PhaseModel], rank: int, ranks: int, progress: Callable[[int, int], None] | None
+) -> tuple[int, dict[str, dict[str, str]]]:
+    """Bytes of weights of a rank, and by phase the names that are stored as others; these are those of every rank."""
+    stored: dict[str, TensorExpr] = {}
+    aliases = {phase.name: merge_weights(stored, phase, rank) for phase in phases}
+    name, size = f"rank{rank}.safetensors", sum(e.nbytes for e in stored.values())
+    heard = _Progress(size, rank, ranks, progress) if progress else None
+    offsets = write_safetensors(directory / name, stored, heard)
+    for phase in phases:
+        renamed = aliases[phase.name]
+        places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
+        save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
+    return size, aliases
 
 
 class _Progress:
@@ -124,8 +150,11 @@ class _Progress:
         self._progress(self._done + written, self._all)
 
 
-def _merge(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
-    """Add the constants of a phase; one whose name another phase uses for other data is stored as ``PHASE.name``."""
+def merge_weights(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
+    """Add the constants of a phase to what a rank's file stores; gives the stored names that differ.
+
+    A constant whose name another phase uses for other data is stored as ``PHASE.name``.
+    """
     needed = dict(stored_tensors(phase.graph, rank))
     for name in phase.schedule_weights:
         const = phase.graph.values[name].const
@@ -193,21 +222,23 @@ class Artifact:
         return ModelFacts.from_json(self.manifest["made"])
 
     @cached_property
-    def _stored(self) -> list[dict[str, Array]]:
-        """Every stored tensor of each rank, mapped and not read; one that is not aligned is copied."""
-        ranks = []
-        for rank in range(self.ranks):
+    def _mapped(self) -> dict[int, dict[str, Array]]:
+        return {}
+
+    def _stored(self, rank: int) -> dict[str, Array]:
+        """Every stored tensor of a rank, mapped and not read; one that is not aligned is copied."""
+        if rank not in self._mapped:
             file = self.path / f"rank{rank}.safetensors"
             sources = read_safetensors_header(file)
             data = np.memmap(file, np.uint8, "r")
-            ranks.append({name: _view(data, source) for name, source in sources.items()})
-        return ranks
+            self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}
+        return self._mapped[rank]
 
     def weights(self, phase: str, rank: int) -> dict[str, Array]:
         """The constants of a phase by the names that its graph and schedule use."""
-        stored = dict(self._stored[rank])
+        stored = dict(self._stored(rank))
         for name, other in self.manifest["phases"][phase]["weight_names"].items():
-            stored[name] = self._stored[rank][other]
+            stored[name] = self._stored(rank)[other]
         return stored
 
     def schedule(self, phase: str) -> str:
@@ -215,14 +246,19 @@ class Artifact:
         self._check(phase)
         return (self.path / f"{phase}.schedule").read_text(encoding="utf-8")
 
-    def graph(self, phase: str) -> Graph:
-        """One graph for all ranks, put together from the ONNX files of the ranks; constants refer to the files."""
+    def rank_graph(self, phase: str, rank: int) -> Graph:
+        """The graph of all ranks with the constants of one, from that rank's ONNX file alone."""
         from vacc_opt.frontends import load_onnx
 
         self._check(phase)
-        parts = [load_onnx(self.path / f"{phase}.rank{rank}.onnx") for rank in range(self.ranks)]
+        graph = load_onnx(self.path / f"{phase}.rank{rank}.onnx")
+        graph.ranks = self.ranks
+        return graph
+
+    def graph(self, phase: str) -> Graph:
+        """One graph for all ranks, put together from the ONNX files of the ranks; constants refer to the files."""
+        parts = [self.rank_graph(phase, rank) for rank in range(self.ranks)]
         whole = parts[0]
-        whole.ranks = self.ranks
         if self.ranks > 1:
             for value in whole.constants():
                 expressions = tuple(c for c in (p.values[value.name].const for p in parts) if c is not None)
@@ -245,8 +281,8 @@ def _view(data: npt.NDArray[np.uint8], source: Source) -> Array:
     return array if array.flags.aligned else np.array(array)
 
 
-def open_artifact(path: Path) -> Artifact:
-    """Open an artifact and check every file against its digest.
+def open_artifact(path: Path, rank: int | None = None) -> Artifact:
+    """Open an artifact and check every file against its digest; with ``rank``, files of other ranks may be elsewhere.
 
     Raises:
         UserError: not an artifact, one of a newer version, or a file that is missing or damaged, which is named.
@@ -263,6 +299,9 @@ def open_artifact(path: Path) -> Artifact:
         )
     for name, entry in manifest["files"].items():
         file = path / name
+        owner = _OF_RANK.search(name)
+        if rank is not None and owner is not None and int(owner[1]) != rank:
+            continue
         if Path(name).name != name or not file.is_file():
             raise UserError(f"{path}: the file {name} is missing", "compile it again")
         if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:

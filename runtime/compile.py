@@ -20,6 +20,7 @@ from vacc_opt.passes.infra.instrument import Report
 from vacc_opt.passes.infra.keep_origins import KeepOrigins
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
+from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
@@ -29,6 +30,7 @@ from vacc_opt.runtime.models import describe, format_bytes, load_model
 from vacc_opt.runtime.plan import Plan, plan_compilation
 from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
+from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
@@ -191,19 +193,34 @@ def _quantize(run: _Run, graph: Graph, calibrated: Calibrated) -> None:
 
 def _split(run: _Run, graph: Graph) -> None:
     with run.step("split", run.plan.split) as said:
+        kwargs = run.plan.config.frontend.model_kwargs
+        aligned = alignment(graph, kwargs.tp) if kwargs.align_qkv else ""
         report = run.passes(graph, run.plan.split)
-        said.append(report.records[0].summary)
+        said += [line for line in (report.records[0].summary, aligned) if line]
+
+
+def alignment(graph: Graph, tp: int) -> str:
+    """What became of ``align_qkv``: heads are aligned wherever they do not divide over the ranks, asked for or not."""
+    uneven = [plan for plan in head_plans(graph, tp) if not plan.even]
+    return "align_qkv: needed and done" if uneven else f"align_qkv: not needed, heads divide by tp {tp}"
 
 
 def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
     lowered: list[_Lowered] = []
     with run.step("schedule", target.name) as said:
         run.passes(graph, run.plan.specialize)
-        for phase, bound in graph.phases.items():
-            run.listener.running(f"schedule: {phase}")
+        phases = list(graph.phases.items())
+        run.listener.running(f"schedule: {', '.join(graph.phases)}")
+
+        def one(index: int) -> tuple[Program, Any]:
+            phase, bound = phases[index]
             program = lower(bound, target, phase=phase)
             verify(program, target)
-            lowered.append(_Lowered(bound, program, simulate_time(program, target)))
+            return program, simulate_time(program, target)
+
+        made = each(one, range(len(phases)), run.plan.config.workspace.workers)
+        for (phase, bound), (program, timing) in zip(phases, made, strict=True):
+            lowered.append(_Lowered(bound, program, timing))
             said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
     return lowered
 
@@ -240,6 +257,7 @@ def _write(
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=lambda done, of: run.listener.running("write: weights", done, of),
+            workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact

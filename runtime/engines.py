@@ -7,8 +7,8 @@ their collectives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,27 +16,36 @@ import numpy.typing as npt
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.runtime.artifact import Artifact
 
+if TYPE_CHECKING:
+    from vacc_opt.ir.graph import Node
+
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Caches = list[dict[str, Array]]
 
 
 class Engine(ABC):
-    """Executes phases of an artifact; ``caches[rank]`` are its KV buffers, written in place.
+    """Executes phases of an artifact; ``caches`` are the KV buffers of each rank, written in place.
 
     ``tiles_executed`` counts the tile operations of all ranks so far, 0 for an engine without tiles.
     """
 
     name: str
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, ranks: Sequence[int] | None = None) -> None:
+        """``ranks`` are those that run in this process, in the order of ``caches``; all of them by default."""
         self.artifact = artifact
-        self.caches: Caches = _empty_caches(artifact)
+        self.ranks: Sequence[int] = range(artifact.ranks) if ranks is None else ranks
+        self.caches: Caches = _empty_caches(artifact, len(self.ranks))
 
     @property
     def tiles_executed(self) -> int:
         """Tile operations of all ranks since the engine was made."""
         return 0
+
+    def choose(self, logits: Array) -> int:
+        """The best token of logits [V]."""
+        return int(logits.argmax())
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -75,7 +84,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
-        """Logits of rank 0 (all ranks have the same), buffers updated."""
+        """Logits of the first rank here (all ranks have the same), buffers updated."""
 
 
 class ScheduleEngine(Engine):
@@ -111,32 +120,42 @@ class ScheduleEngine(Engine):
 
 
 class OnnxRuntimeEngine(Engine):
-    """Runs the ONNX files of all ranks on onnxruntime in this process."""
+    """Runs the ONNX files of all ranks on onnxruntime in this process, or those of one rank among others."""
 
     name = "onnxruntime"
 
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
+    def __init__(self, artifact: Artifact, rank: int | None = None) -> None:
+        """With ``rank`` only its files are opened; :meth:`exchange` then has to meet the other ranks."""
+        super().__init__(artifact, None if rank is None else [rank])
         self._executables: dict[str, Any] = {}
+
+    def exchange(self, node: Node, parts: list[Array]) -> list[Array]:
+        """What each rank here gets of a collective, from their parts."""
+        from vacc_opt.ir.evaluate import combine
+
+        return combine(node, parts)
 
     def _executable(self, phase: str) -> Any:
         if phase not in self._executables:
             from vacc_opt.ir.evaluate import Executable
 
-            graph = self.artifact.graph(phase)
-            weights = [self.artifact.weights(phase, rank) for rank in range(self.artifact.ranks)]
+            alone = len(self.ranks) < self.artifact.ranks
+            graph = self.artifact.rank_graph(phase, self.ranks[0]) if alone else self.artifact.graph(phase)
+            weights = [self.artifact.weights(phase, rank) for rank in self.ranks]
             in_place = {name: _past(name) for name in graph.outputs if name.startswith("present.")}
             inner = {graph.outputs[name].name: past for name, past in in_place.items()}
-            self._executables[phase] = Executable(graph, in_place=inner, weights=weights)
+            self._executables[phase] = Executable(
+                graph, in_place=inner, weights=weights, ranks=self.ranks, exchange=self.exchange
+            )
         return self._executables[phase]
 
     def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
         executable = self._executable(phase)
         results = executable.run(inputs, self.caches)
-        for rank, outputs in enumerate(results):
+        for caches, outputs in zip(self.caches, results, strict=True):
             for name, value in outputs.items():
                 if name.startswith("present."):
-                    buffer = self.caches[rank][_past(name)]
+                    buffer = caches[_past(name)]
                     if not np.shares_memory(buffer, value):  # an engine that could not write in place
                         buffer[...] = value
         return np.asarray(results[0]["logits"])
@@ -156,17 +175,17 @@ def _past(present: str) -> str:
     return present.replace("present.", "past_key_values.", 1)
 
 
-def _empty_caches(artifact: Artifact) -> Caches:
-    """Zeroed KV buffers of every rank, by input name, as the interface in the manifest declares them."""
+def _empty_caches(artifact: Artifact, ranks: int) -> Caches:
+    """Zeroed KV buffers of ``ranks`` ranks, by input name, as the interface in the manifest declares them."""
     from vacc_opt.ir.types import DType
 
     inputs: Mapping[str, str] = artifact.manifest["phases"][artifact.phases[0]]["inputs"]
-    ranks: Caches = []
-    for _ in range(artifact.ranks):
+    found: Caches = []
+    for _ in range(ranks):
         buffers: dict[str, Array] = {}
         for name, declared in inputs.items():
             if name.startswith("past_key_values."):
                 dtype, _, dims = declared.rstrip("]").partition("[")
                 buffers[name] = np.zeros([int(d) for d in dims.split(",")], DType(dtype).numpy)
-        ranks.append(buffers)
-    return ranks
+        found.append(buffers)
+    return found

@@ -138,7 +138,7 @@ class _Models:
 
     def weights(self, graph: Graph) -> list[dict[str, Any]]:
         """The constants of a graph; what another graph has read already is not read again."""
-        return read_weights(graph, self._read)
+        return read_weights(graph, cache=self._read)
 
     def _artifact(self, model: str) -> Subject:
         from vacc_opt.runtime.engines import make_engine

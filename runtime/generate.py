@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,17 @@ class Generation:
     stopped: str
     prefill_seconds: float
     decode_seconds: float
+    ranks: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``."""
+        seconds = {"prefill_seconds": round(self.prefill_seconds, 3), "decode_seconds": round(self.decode_seconds, 3)}
+        return {**asdict(self), "token_ids": list(self.token_ids), **seconds}
+
+    def __str__(self) -> str:
+        ranks = f"{self.ranks} rank" + ("s" if self.ranks > 1 else "")
+        tiles = f", {self.tiles_executed} tiles executed" if self.tiles_executed else ""
+        return f"{len(self.token_ids)} tokens on engine {self.engine}, {ranks}{tiles}"
 
 
 def prefill(engine: Engine, token_ids: Sequence[int], *, pad_id: int = 0) -> Array:
@@ -38,12 +50,7 @@ def prefill(engine: Engine, token_ids: Sequence[int], *, pad_id: int = 0) -> Arr
     """
     length, context = engine.artifact.prefill, engine.artifact.context
     count = len(token_ids)
-    if not count:
-        raise UserError("the prompt has no tokens", "give a prompt with text")
-    if count > context:
-        raise UserError(
-            f"the prompt has {count} tokens, the context holds {context}", "shorten it, or compile for more"
-        )
+    _check_count(engine.artifact, count)
     at = 0
     logits: Array | None = None
     while at < count:
@@ -81,7 +88,7 @@ def greedy(
     made: list[int] = []
     stopped = "length"
     while len(made) < max_new_tokens:
-        token = int(logits.argmax())
+        token = engine.choose(logits)
         if token in stop_ids:
             stopped = "end"
             break
@@ -96,6 +103,28 @@ def greedy(
             break
         logits = decode(engine, token, pos)
     return made, stopped, (filled - started, time.perf_counter() - filled)
+
+
+def check_prompt(artifact: Artifact, prompt: str) -> list[int]:
+    """The ids of a prompt; raises UserError for an empty one, bad text, or one that the context does not hold."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty", "give a prompt with text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8 text") from None
+    ids = artifact.tokenizer().encode_prompt(prompt)
+    _check_count(artifact, len(ids))
+    return ids
+
+
+def _check_count(artifact: Artifact, count: int) -> None:
+    if not count:
+        raise UserError("the prompt has no tokens", "give a prompt with text")
+    if count > artifact.context:
+        raise UserError(
+            f"the prompt has {count} tokens, the context holds {artifact.context}", "shorten it, or compile for more"
+        )
 
 
 def generate(
@@ -113,14 +142,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it is at least 1")
-    if not prompt.strip():
-        raise UserError("the prompt is empty", "give a prompt with text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid UTF-8 text") from None
     tokenizer = artifact.tokenizer()
-    prompt_ids = tokenizer.encode_prompt(prompt)
+    prompt_ids = check_prompt(artifact, prompt)
     shown: list[int] = []
 
     def heard(token: int) -> None:
@@ -133,4 +156,13 @@ def generate(
         engine, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, on_token=heard
     )
     tiles = engine.tiles_executed - before
-    return Generation(tokenizer.decode(made), tuple(made), engine.name, tiles, len(prompt_ids), stopped, *seconds)
+    return Generation(
+        tokenizer.decode(made),
+        tuple(made),
+        engine.name,
+        tiles,
+        len(prompt_ids),
+        stopped,
+        *seconds,
+        artifact.ranks,
+    )

@@ -7,6 +7,7 @@ from math import prod
 
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.storage import stored_tensors
+from vacc_opt.ir.tensor import Casted, Concatenated, Padded, Taken, TensorExpr, Transposed
 from vacc_opt.ir.types import DType
 from vacc_opt.runtime.report import Bytes
 
@@ -39,3 +40,21 @@ def cache_bytes(graph: Graph) -> Bytes:
     elements = sum(prod(v.type.static_shape or ()) for v in caches) * graph.ranks
     dtype = caches[0].type.dtype if caches else DType.FLOAT16
     return Bytes(dtype.value, elements * dtype.itemsize, elements * _HALF)
+
+
+def padded_elements(expr: TensorExpr) -> int:
+    """How many elements of a weight are zeros that a split put there, told from the expression alone.
+
+    >>> from vacc_opt.ir.seeded import Seeded
+    >>> padded_elements(Transposed(Taken(Seeded("w", "float", (4, 3)), (2, 3, -1, -1)), (1, 0)))
+    6
+    """
+    if isinstance(expr, Taken):
+        return sum(row < 0 for row in expr.rows) * prod(expr.shape[1:])
+    if isinstance(expr, Padded):
+        return prod(expr.shape) - prod(expr.base.shape)
+    if isinstance(expr, Transposed | Casted):
+        return padded_elements(expr.base)
+    if isinstance(expr, Concatenated):
+        return sum(map(padded_elements, expr.parts))
+    return 0

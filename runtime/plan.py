@@ -103,14 +103,17 @@ class Plan:
         """Values that would overflow in fp16 are to be found and made smaller."""
         return self.half and self.config.backend.guard_fp16_range
 
-    def quantize(self, scales: str, codes: str, ranges: str) -> str:
-        """The pipeline that lowers precision; empty for fp32."""
-        passes = [f'w8a16{{codes="{codes}"}}' if self.gptq else "w8a16"] if self.weights_int8 else []
+    def quantize(self, scales: str, codes: str = "", ranges: str = "") -> str:
+        """The pipeline that lowers precision; empty for fp32.
+
+        Without codes weights are rounded to nearest, and without ranges no value is guarded: the sizes are the same.
+        """
+        passes = [f'w8a16{{codes="{codes}"}}' if codes else "w8a16"] if self.weights_int8 else []
         if self.cache_int8:
             assert self.config.frontend.quantize is not None
             new = self.config.frontend.quantize.kv_args.new_tokens.replace("quantised", "quantized")
             passes.append(f'kv8{{scales="{scales}"{"" if new == "float" else f",new_tokens={new}"}}}')
-        if self.guarded:
+        if ranges:
             passes.append(f'guard-fp16-range{{ranges="{ranges}"}}')
         if self.half:
             passes.append("cast-float")
@@ -119,7 +122,11 @@ class Plan:
     @property
     def split(self) -> str:
         """The pipeline that splits over ranks and checks for kernels."""
-        return f"split-tp{{tp={self.tp}}},legalize"
+        return self.split_over(self.tp)
+
+    def split_over(self, tp: int) -> str:
+        """The same for another number of ranks."""
+        return f"split-tp{{tp={tp}}},fuse-residual-norm,legalize"
 
     @property
     def specialize(self) -> str:
@@ -135,7 +142,7 @@ class Plan:
         parts = (
             self.recognize,
             self.interface,
-            self.quantize(SCALES_FILE, CODES_FILE, RANGES_FILE),
+            self.quantize(SCALES_FILE, CODES_FILE if self.gptq else "", RANGES_FILE if self.guarded else ""),
             self.split,
             self.specialize,
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
+from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
@@ -130,6 +131,23 @@ def _norm(low: Lowering, node: Node) -> Ref:
 
     low.emit((node.op, eps), build, [Operand("X", "in", x), *tables, Operand("Y", "out", y)])
     return low.view(y, moved.shape).transposed(inverse(order))
+
+
+def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
+    """Both tensors as rows, in the order in which the first lies in memory."""
+    first, second, weight = (low.ref(v) for v in node.inputs)
+    eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(first)
+    moved = first.transposed(order)
+    x, r = low.rows(moved), low.rows(second.transposed(order))
+    y, s = low.out.temp(x.dtype, x.shape), low.out.temp(x.dtype, x.shape)
+    given = [Operand(name, "in", ref) for name, ref in zip("XRW", (x, r, weight), strict=True)]
+
+    def build(a: Param, b: Param, w: Param, c: Param, d: Param) -> Kernel:
+        return add_rms_norm(a, b, w, c, d, eps, low.target)
+
+    low.emit((node.op, eps), build, [*given, Operand("Y", "out", y), Operand("S", "out", s)])
+    back = inverse(order)
+    return low.view(y, moved.shape).transposed(back), low.view(s, moved.shape).transposed(back)
 
 
 def _matmul(low: Lowering, node: Node) -> Ref:
@@ -293,6 +311,7 @@ RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
     "TensorScatter": lower_scatter,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
+    "Vastai::AddRMSNormalization": _add_norm,
     "Vastai::AllGather": _all_gather,
     "Vastai::AllReduce": _all_reduce,
     "Vastai::Attention": lower_attention,

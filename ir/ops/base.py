@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy.typing as npt
 import onnx
 
 from vacc_opt.ir.graph import Node
@@ -14,13 +16,16 @@ from vacc_opt.ir.infer import Rule, rule
 DOMAIN = "Vastai"
 OPS: dict[str, OpDef] = {}
 Facets = tuple[str, ...]  # what a call asks for, such as the optional inputs that it gives
+Array = npt.NDArray[Any]
+Combine = Callable[[Sequence[Array], Mapping[str, Any]], list[Array]]
 
 
 @dataclass(frozen=True)
 class OpDef:
     """An operator we define.
 
-    ``body`` is ONNX text of the statements between the braces, or None for a collective, which needs all ranks.
+    ``body`` is ONNX text of the statements between the braces, or None for a collective, which needs all ranks:
+    there ``combine`` gives what each rank gets of the parts of all, from the parts in rank order and the attributes.
     ``attributes`` maps each attribute to what it means; ``inputs`` and ``outputs`` are formal names in order, of which
     the last ``optional`` inputs may be left out.
 
@@ -37,6 +42,7 @@ class OpDef:
     body: str | Callable[[Facets], str] | None = None
     optional: int = 0
     facets: Callable[[Node], Facets] = lambda node: ()
+    combine: Combine | None = None
 
     @property
     def is_collective(self) -> bool:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
 from vacc_opt.ir.infer import Context, Result
-from vacc_opt.ir.ops.base import OpDef, define
+from vacc_opt.ir.ops.base import Array, OpDef, define
 from vacc_opt.ir.types import TensorType
 
 
@@ -19,6 +25,14 @@ def _all_gather(ctx: Context) -> Result:
     return Result(TensorType(ctx.dtype(0), (*shape[:axis], shape[axis] * ranks, *shape[axis + 1 :])))
 
 
+def _sum(parts: Sequence[Array], attributes: Mapping[str, Any]) -> list[Array]:
+    return [reduce(np.add, parts)] * len(parts)
+
+
+def _join(parts: Sequence[Array], attributes: Mapping[str, Any]) -> list[Array]:
+    return [np.concatenate(parts, axis=int(attributes["axis"]))] * len(parts)
+
+
 ALL_REDUCE = define(
     OpDef(
         name="AllReduce",
@@ -27,6 +41,7 @@ ALL_REDUCE = define(
         outputs=("y",),
         attributes=(("ranks", "number of ranks"),),
         infer=_all_reduce,
+        combine=_sum,
     )
 )
 
@@ -38,5 +53,6 @@ ALL_GATHER = define(
         outputs=("y",),
         attributes=(("ranks", "number of ranks"), ("axis", "axis along which the parts are joined")),
         infer=_all_gather,
+        combine=_join,
     )
 )

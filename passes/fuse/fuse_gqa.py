@@ -61,7 +61,8 @@ class FuseGqa(PatternPass):
 
     def pattern(
         self, q: Capture, k: Capture, v: Capture, mask: Capture, hidden: Capture, scale: Scalar, divisor: Scalar,
-        q_scale: Scalar, k_scale: Scalar, blocked: Scalar, low: Scalar, high: Scalar, cap: Scalar, back: Scalar,
+        q_scale: Scalar, k_scale: Scalar, coefficient: Scalar, blocked: Scalar,
+        low: Scalar, high: Scalar, cap: Scalar, back: Scalar,
     ) -> Pattern:  # fmt: skip
         """Products written out, over heads or over batch x heads; or the fused operator."""
         product = op.MatMul(q * q_scale | q, k * k_scale | k)
@@ -69,7 +70,9 @@ class FuseGqa(PatternPass):
         # baddbmm adds an empty tensor times beta = 0
         nothing = op.Mul(op.ConstantOfShape(...) | op.Expand(0, ...), 0)
         limited = op.Clip(scaled, low, high) | op.Tanh(scaled / cap) * back | scaled
-        scores = maybe(op.Reshape)(scaled + nothing | limited)
+        shaped = maybe(op.Reshape)(scaled + nothing | limited)
+        # half precision: divided by the number of the layer before, times it after
+        scores = shaped | op.Mul(maybe(op.Reshape)(scaled + nothing | scaled), coefficient)
         masked = op.Where(hidden, blocked, scores).named("fill") | scores + mask | scores
         softmax = op.Softmax(masked, axis=-1).named("softmax")
         weights = maybe(op.Cast)(op.Where(op.IsNaN(softmax), 0, softmax) | softmax)

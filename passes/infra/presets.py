@@ -57,8 +57,8 @@ class Default(Preset):
 
     def text(self) -> str:
         """Quantize first, then split."""
-        context = f"{{context={self.context}}}"
-        return f"vacc-recognize{context},vacc-interface{context},w8a16,split-tp{{tp={self.tp}}},legalize"
+        context, split = f"{{context={self.context}}}", f"split-tp{{tp={self.tp}}},fuse-residual-norm"
+        return f"vacc-recognize{context},vacc-interface{context},w8a16,{split},legalize"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Kv8(Preset):
         """kv8 itself refuses to run without scales."""
         context = f"{{context={self.context}}}"
         recognized = f"vacc-recognize{context},vacc-interface{context}"
-        return f'{recognized},w8a16,kv8{{scales="{self.scales}"}},split-tp{{tp={self.tp}}},legalize'
+        return f'{recognized},w8a16,kv8{{scales="{self.scales}"}},split-tp{{tp={self.tp}}},fuse-residual-norm,legalize'
 
 
 PRESETS: dict[str, type[Preset]] = {cls.name: cls for cls in (Recognize, Interface, Default, Kv8)}

@@ -224,5 +224,9 @@ def _layer(graph: Graph, attention: Node, mask: Meaning) -> _Layer:
             raise CheckError(f"the {what} of {where(attention)} is not a past input joined with new tokens")
         if node.attributes["axis"] not in (2, -2):
             raise CheckError(f"{where(node)} joins past and new along axis {node.attributes['axis']}, not the sequence")
+        for user in node.output.users():
+            if user.op not in ("Attention", "Vastai::Attention"):
+                message = f"{where(user)} reads the {what} of {where(attention)} too"
+                raise CheckError(message, "with kv-cache it would read a buffer with room behind the last token")
         concats.append(node)
     return _Layer(attention, concats[0], concats[1], mask)

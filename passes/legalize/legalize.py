@@ -41,6 +41,7 @@ SUPPORTED = frozenset(
         "TensorScatter",
         "Transpose",
         "Unsqueeze",
+        "Vastai::AddRMSNormalization",
         "Vastai::AllGather",
         "Vastai::AllReduce",
         "Vastai::Attention",

@@ -18,6 +18,7 @@ _UPSTREAM = {
     "Reshape": 0,
     "Cast": 0,
     "RMSNormalization": 0,
+    "LayerNormalization": 0,
     "TensorScatter": 1,
     "Concat": 1,
     "Vastai::QuantizeKV": 0,
@@ -25,7 +26,9 @@ _UPSTREAM = {
 }
 _DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
 _GATED = ("Vastai::SwiGLU", "Vastai::GeGLU")
-_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::Attention", *_GATED})
+# activations between the two linears of a feed-forward block without a gate
+_PLAIN = ("Gelu", "Relu", "Swish", "Mish", "LeakyRelu", "Elu")
+_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::Attention", *_GATED, *_PLAIN})
 _CACHE_WRITES = ("TensorScatter", "Concat")
 
 
@@ -47,7 +50,18 @@ class Attention:
     kv_constants: tuple[Value, ...]
     slopes: Value | None  # ALiBi, one a query head
     reshapes: tuple[tuple[Node, int], ...]  # and the axis of the result that holds heads
-    adds: tuple[Node, ...]  # of the biases
+    adds: tuple[Node, ...]  # of the biases, and products with the weights of heads
+    query_weights: tuple[Value, ...]  # [heads, 1, width]: a weight of its own for each head
+    key_weights: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Linears side by side (gate and up, or one), each with the biases added to it, and the one that joins them."""
+
+    ups: tuple[tuple[Linear, tuple[Value, ...]], ...]
+    adds: tuple[Node, ...]  # of those biases
+    down: Linear
 
 
 @dataclass
@@ -60,6 +74,7 @@ class _Path:
     biases: list[Value]
     constants: list[Value]
     caches: list[Value]
+    weights: list[Value]
 
 
 def attention_block(node: Node) -> Attention:
@@ -94,6 +109,8 @@ def attention_block(node: Node) -> Attention:
         node.input(SLOPES) if node.domain else None,
         (*((n, -2) for path in (query, key, value) for n in path.reshapes), *((n, -1) for n in joins)),
         tuple(node for path in (query, key, value) for node in path.adds),
+        tuple(query.weights),
+        (*key.weights, *value.weights),
     )
 
 
@@ -103,11 +120,12 @@ def _upstream(value: Value, width: int) -> _Path:
     caches: list[Value] = []
     reshapes: list[Node] = []
     adds: list[Node] = []
+    weights: list[Value] = []
     while value.producer is not None:
         node = value.producer
         linear = as_linear(node)
         if linear is not None:
-            return _Path(linear, reshapes, adds, biases, constants, caches)
+            return _Path(linear, reshapes, adds, biases, constants, caches, weights)
         if node.op == "Reshape":
             reshapes.append(node)
         if node.op == "Add":
@@ -119,11 +137,17 @@ def _upstream(value: Value, width: int) -> _Path:
                 break
             value = sides[0]
             continue
+        scaled = _weighted_heads(node, width)
+        if scaled is not None:
+            weights.append(scaled[1])
+            adds.append(node)
+            value = scaled[0]
+            continue
         if node.op in ("Vastai::QuantizeKV", "Vastai::DequantizeKV"):
             constants += [v for v in node.inputs[1:] if v is not None]
         if node.op in ("TensorScatter", "Concat"):
             caches += _caches(node.inputs[0], constants)
-        across = node.op == "RMSNormalization" and value.shape is not None and value.shape[-1] != width
+        across = node.op.endswith("Normalization") and value.shape is not None and value.shape[-1] != width
         if node.op not in _UPSTREAM or across:  # a norm over all heads needs the other ranks
             break
         following = node.inputs[_UPSTREAM[node.op]]
@@ -131,6 +155,17 @@ def _upstream(value: Value, width: int) -> _Path:
         value = following
     at = where(value.producer) if value.producer is not None else value.name
     raise CheckError(f"no linear layer is found upstream of an attention: stopped at {at}")
+
+
+def _weighted_heads(node: Node, width: int) -> tuple[Value, Value] | None:
+    """The heads [batch, heads, seq, width] and the constant [heads, 1, width] that a Mul multiplies."""
+    shape = node.output.shape
+    if node.op != "Mul" or shape is None or len(shape) != 4:
+        return None
+    for heads, weight in (node.inputs, node.inputs[::-1]):
+        if heads is not None and weight is not None and weight.const is not None and heads.const is None:
+            return (heads, weight) if weight.shape == (shape[1], 1, width) else None
+    return None
 
 
 def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
@@ -160,19 +195,56 @@ def _downstream(value: Value) -> tuple[Linear, list[Node]]:
         value = users[0].output
 
 
-def feed_forward_blocks(graph: Graph) -> list[tuple[Linear, Linear, Linear]]:
-    """(gate, up, down) of every gated activation whose operands come from linears and whose result goes into one."""
-    blocks: list[tuple[Linear, Linear, Linear]] = []
+def feed_forward_blocks(graph: Graph) -> list[FeedForward]:
+    """Every gated activation with its linears, and every plain activation that stands between two linears.
+
+    Raises:
+        CheckError: a gated activation is not fed by two linears; a plain one may stand anywhere, and is left alone.
+    """
+    blocks: list[FeedForward] = []
     for node in (node for node in graph.nodes() if node.op in _GATED):
-        gate, up = (as_linear(v.producer) if v is not None and v.producer is not None else None for v in node.inputs)
-        if gate is None or up is None:
+        fed = [_biased(v) for v in node.inputs]
+        ups = [found for found in fed if found is not None]
+        if len(ups) != 2:
             raise CheckError(f"{where(node)} is not fed by two linear layers")
-        blocks.append((gate, up, _downstream(node.output)[0]))
+        blocks.append(_feed_forward(ups, _downstream(node.output)[0]))
+    for node in (node for node in graph.nodes() if node.op in _PLAIN):
+        up, users = _biased(node.inputs[0]), node.output.users()
+        down = as_linear(users[0]) if len(users) == 1 else None
+        if up is not None and down is not None and down.x is node.output and not graph.is_output(node.output):
+            blocks.append(_feed_forward([up], down))
     return blocks
 
 
-def check_read_inside(graph: Graph, linears: Iterable[Linear], last: Collection[Node]) -> None:
+def _feed_forward(ups: list[tuple[Linear, list[Node], list[Value]]], down: Linear) -> FeedForward:
+    sides = tuple((linear, tuple(biases)) for linear, _, biases in ups)
+    return FeedForward(sides, tuple(node for _, adds, _ in ups for node in adds), down)
+
+
+def _biased(value: Value | None) -> tuple[Linear, list[Node], list[Value]] | None:
+    """The linear that makes a value, directly or under one bias vector."""
+    node = value.producer if value is not None else None
+    if node is None:
+        return None
+    linear = as_linear(node)
+    if linear is not None:
+        return linear, [], []
+    if node.op != "Add":
+        return None
+    vectors = [v for v in node.inputs if v is not None and v.const is not None]
+    sums = [v for v in node.inputs if v is not None and v.const is None]
+    inner = as_linear(sums[0].producer) if len(sums) == 1 and sums[0].producer is not None else None
+    if inner is None or len(vectors) != 1 or vectors[0].shape != (inner.out_features,):
+        return None
+    return inner, [node], vectors
+
+
+def check_read_inside(
+    graph: Graph, linears: Iterable[Linear], last: Collection[Node], known: Collection[Node] = ()
+) -> None:
     """What a rank will hold a part of goes to the linears ``last``, where ranks meet, and nowhere else but to caches.
+
+    ``known`` are nodes on that way of which the operator alone would not say so.
 
     Raises:
         CheckError: naming another reader.
@@ -187,7 +259,7 @@ def check_read_inside(graph: Graph, linears: Iterable[Linear], last: Collection[
         for user in value.users():
             if user in last or user.op == "Shape":
                 continue
-            if user.op not in _PASSED_ON:
+            if user.op not in _PASSED_ON and user not in known:
                 raise CheckError(f"{where(user)} reads {value.name!r}, of which every rank would hold a part")
             fresh = [v for v in user.outputs if v not in seen]
             seen.update(fresh)

@@ -27,6 +27,12 @@ class HeadPlan:
         """KV heads a rank, replicas and padding included."""
         return len(self.kv[0])
 
+    @property
+    def even(self) -> bool:
+        """Heads divide over the ranks as they are: nothing is padded or held twice."""
+        query, kv = ([h for rank in part for h in rank] for part in (self.query, self.kv))
+        return PAD not in (*query, *kv) and len(set(kv)) == len(kv)
+
     def cost(self) -> int:
         """Head-sized slices a rank holds: q and o for a query head, k and v and their cache for a KV head."""
         return 2 * self.query_per_rank + 4 * self.kv_per_rank

@@ -17,8 +17,15 @@ from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.infra.model.linear import Linear, as_linear, flipped
 from vacc_opt.passes.infra.model.slices import Rows, columns_per_rank, even_shares, rows_per_rank
 from vacc_opt.passes.infra.registry import register
-from vacc_opt.passes.shard.block import Attention, attention_block, check_read_inside, feed_forward_blocks
+from vacc_opt.passes.shard.block import (
+    Attention,
+    FeedForward,
+    attention_block,
+    check_read_inside,
+    feed_forward_blocks,
+)
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
+from vacc_opt.passes.shard.merge_reduces import merge_reduces
 
 VOCABULARY_MULTIPLE = 16  # rows of the vocabulary a rank, as the accelerator's sequence lengths
 
@@ -103,13 +110,25 @@ def _flip(expr: PerRank) -> PerRank:
     return turned
 
 
+def head_plans(graph: Graph, tp: int) -> list[HeadPlan]:
+    """How split-tp would give the heads of each kind of attention in ``graph`` to ``tp`` ranks.
+
+    Raises:
+        UserError: more ranks than query heads.
+        CheckError: an attention whose block is not understood, named.
+    """
+    heads = dict.fromkeys(attention_block(node).heads for node in attentions(graph))
+    return [plan_heads(query, kv, tp) for query, kv in heads]
+
+
 @register
 @dataclass(frozen=True)
 class SplitTp(Pass):
     """Split attention by heads, feed-forward by channels and the vocabulary by rows over ``tp`` ranks.
 
     Heads that do not divide are padded inside their KV group or by whole groups, KV heads replicated: the cheapest, and
-    said. Two AllReduce a layer, one for the embedding, one AllGather for the logits. Nothing is read or copied.
+    said. Two AllReduce a layer (one where attention and feed-forward are added side by side), one for the embedding,
+    one AllGather for the logits. Nothing is read or copied.
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 
     Before:
@@ -171,8 +190,9 @@ class SplitTp(Pass):
         plans = {b.heads: plan_heads(*b.heads, self.tp) for b in blocks}
         forward = feed_forward_blocks(graph)
         parts = [linear for b in blocks for linear in (b.query, b.key, b.value)]
-        parts += [linear for gate, up, _ in forward for linear in (gate, up)]
-        check_read_inside(graph, parts, {*(b.out.node for b in blocks), *(down.node for _, _, down in forward)})
+        parts += [linear for f in forward for linear, _ in f.ups]
+        last = {*(b.out.node for b in blocks), *(f.down.node for f in forward)}
+        check_read_inside(graph, parts, last, {node for b in blocks for node in b.adds})
         before = len(graph.by_op("AllReduce", "Vastai"))
         remarks = [
             Remark("analysis", self.name, str(plan), f"{q} query, {kv} KV heads") for (q, kv), plan in plans.items()
@@ -182,13 +202,17 @@ class SplitTp(Pass):
             split = _Split(rw, self.tp)
             for block in blocks:
                 self._attention(split, block, plans[block.heads])
-            channels = [self._feed_forward(split, gate, up, down) for gate, up, down in forward]
+            for mlp in forward:
+                self._feed_forward(split, mlp)
             remarks += self._vocabulary(graph, split)
             split.check_readers()
+            merged = merge_reduces(graph, rw)
             rw.infer_again()
         reduces = len(graph.by_op("AllReduce", "Vastai")) - before
         plan = next(iter(plans.values()))
-        remarks.append(Remark("analysis", self.name, f"{len(channels)} feed-forward blocks split by channels"))
+        remarks.append(Remark("analysis", self.name, f"{len(forward)} feed-forward blocks split by channels"))
+        if merged:
+            remarks.append(Remark("analysis", self.name, f"{merged} all-reduces saved: their parts are added first"))
         return Outcome(f"tp {self.tp}: {plan}, {reduces} all-reduces", remarks)
 
     def adapter(self, before: Graph) -> Adapter:
@@ -217,17 +241,23 @@ class SplitTp(Pass):
         split.readers.add(block.node)
         if block.slopes is not None and block.slopes.const is not None and block.slopes not in split.done:
             split.set(block.slopes, ("heads", plan.query), rows_per_rank(block.slopes.const, plan.query))
+        weighted = ((block.query_weights, plan.query), (block.key_weights, plan.kv))
+        for weight, heads_of in ((w, heads_of) for weights, heads_of in weighted for w in weights):
+            if weight.const is not None and weight not in split.done:
+                split.set(weight, ("heads", heads_of), rows_per_rank(weight.const, heads_of))
+            else:
+                split.again(weight, ("heads", heads_of))
         for cache in block.caches:
             assert cache.shape is not None
             batch, _, context, width = cache.shape
             split.rw.set_type(cache, TensorType(cache.type.dtype, (batch, plan.kv_per_rank, context, width)))
 
-    def _feed_forward(self, split: _Split, gate: Linear, up: Linear, down: Linear) -> int:
-        shares = even_shares(gate.out_features, self.tp)
-        split.outputs(gate, shares)
-        split.outputs(up, shares)
-        split.inputs(down, shares)
-        return len(shares[0])
+    def _feed_forward(self, split: _Split, block: FeedForward) -> None:
+        shares = even_shares(block.down.in_features, self.tp)
+        for linear, biases in block.ups:
+            split.outputs(linear, shares, biases)
+        split.readers.update(block.adds)
+        split.inputs(block.down, shares)
 
     def _vocabulary(self, graph: Graph, split: _Split) -> list[Remark]:
         """Embedding and lm_head by rows of the vocabulary, tied or not."""

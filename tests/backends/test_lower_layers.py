@@ -77,6 +77,19 @@ def test_norms_of_heads_and_their_weights_need_no_copy(op: str, width: int) -> N
         assert check((1, length, 5 * width), build) == [family, "mul"]
 
 
+@pytest.mark.parametrize("width", [1, 97, 4096])
+@pytest.mark.parametrize("rows", [1, 2, 13])
+def test_a_residual_sum_and_its_norm(rows: int, width: int) -> None:
+    """Both results are right: the next residual reads the sum."""
+
+    def build(rw: Rewriter, x: Value) -> Value:
+        inputs = (x, rw.op.Mul(x, weight(rw, width, seed=3)), weight(rw, width))
+        y, total = rw.add("AddRMSNormalization", inputs, {"epsilon": 1e-6}, domain="Vastai", outputs=2).outputs
+        return rw.op.Sub(y, total)
+
+    assert check((2, rows, width), build) == ["mul", "add_rms_norm", "sub"]
+
+
 @pytest.mark.parametrize("form", ["none", "tanh"])
 def test_gelu_and_geglu(form: str) -> None:
     def gelu(rw: Rewriter, x: Value) -> Value:

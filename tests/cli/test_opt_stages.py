@@ -28,6 +28,7 @@ PIPELINE = (
     "kv8{scales=kv.safetensors}",
     "cast-float",
     "split-tp{tp=2}",
+    "fuse-residual-norm{expect=3}",
     "legalize",
 )
 

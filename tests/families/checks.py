@@ -9,10 +9,11 @@ import numpy as np
 from vacc_opt.backends.vacc import ValueSimulator, load_target, lower, verify
 from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.frontends.families import LAYERS
-from vacc_opt.ir import Graph
+from vacc_opt.ir import Graph, PerRank
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
+from vacc_opt.passes.infra.model.linear import as_linear
 from vacc_opt.tests.families.harness import (
     CONTEXT,
     Array,
@@ -26,7 +27,8 @@ from vacc_opt.tests.families.harness import (
 # of the largest logit, in fp32: SEMANTICS 5; fp32 torch itself is off by about 2.5e-6
 TOLERANCE = 1e-5
 STEPS = 16
-UNSPLIT = "stablelm-2-12b"  # split-tp refuses per-head norms of unequal weights, by name
+# attention and feed-forward are added side by side: one all-reduce for both
+PARALLEL = ("falcon-7b-instruct", "stablelm-2-12b")
 INTERFACE = f"slice-last-token,kv-cache{{context={CONTEXT}}}"
 
 
@@ -88,18 +90,28 @@ def assert_all(case: Case) -> None:
     assert counts["TensorScatter"] == 2 * LAYERS
     assert counts["GatherND"] == 1  # the last valid token, before lm_head
     assert_buffers(case, graph)
-    if case.structure.checkpoints != UNSPLIT:
+    for tp in (2, 3):
         ranks = copy(graph)
-        run_pipeline(ranks, "split-tp{tp=2},legalize")
-        assert ranks.ranks == 2
+        run_pipeline(ranks, f"split-tp{{tp={tp}}},fuse-residual-norm,legalize")
+        assert ranks.ranks == tp
+        assert_split_whole(case, ranks)
         assert_buffers(case, ranks)
     assert_schedules(case, graph)
+
+
+def assert_split_whole(case: Case, graph: Graph) -> None:
+    """Every linear is split, and there is no collective more than the structure needs."""
+    linears = [linear for node in graph.nodes() if (linear := as_linear(node)) is not None]
+    assert all(isinstance(linear.rows, PerRank) for linear in linears)
+    a_layer = 1 if case.structure.checkpoints in PARALLEL else 2
+    assert len(graph.by_op("AllReduce", "Vastai")) == a_layer * LAYERS + 1
+    assert len(graph.by_op("AllGather", "Vastai")) == 1
 
 
 def assert_schedules(case: Case, graph: Graph) -> None:
     """A prefill and 3 steps by the schedule engine, in fp32, against torch in float64; every schedule is verified."""
     seq, steps = 8, 3
-    run_pipeline(graph, f"split-tp{{tp=1}},legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
+    run_pipeline(graph, f"split-tp{{tp=1}},fuse-residual-norm,legalize,prefill{{seq={seq}}}(simplify),decode(simplify)")
     target, rng = load_target("vacc-reference"), np.random.default_rng(3)
     programs = {phase: lower(bound, target, phase=phase) for phase, bound in graph.phases.items()}
     for program in programs.values():

@@ -170,6 +170,8 @@ WRONG = [
     ("y = Vastai.QuantizeKV (k, x, x)", r"x \[1,2,5,4\], scale \[2,8\] and zero \[2,8\] do not fit"),
     ("y = Vastai.GeGLU (x, s)", r"gate float\[2,8\] and up float\[3\] differ"),
     ('y = Vastai.GeGLU <approximate = "erf"> (x, x)', r"approximate is 'erf', not one of none, tanh"),
+    ("y, t = Vastai.AddRMSNormalization (x, s, s)", r"x float\[2,8\] and residual float\[3\] differ"),
+    ("y, t = Vastai.AddRMSNormalization (x, x, s)", r"weight float\[3\] does not fit the channels of x float\[2,8\]"),
     ("y = Vastai.EmbeddingShard (s, x, x)", r"table float\[3\] is no \[V, H\] matrix"),
 ]
 

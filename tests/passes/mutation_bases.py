@@ -14,6 +14,7 @@ from vacc_opt.ir.text import from_text
 from vacc_opt.passes.fuse.fold_norm_head import FoldNormHead
 from vacc_opt.passes.fuse.fuse_gqa import FuseGqa
 from vacc_opt.passes.fuse.fuse_head_norms import FuseHeadNorms
+from vacc_opt.passes.fuse.fuse_residual_norm import FuseResidualNorm
 from vacc_opt.passes.fuse.fuse_rms_norm import FuseRmsNorm
 from vacc_opt.passes.fuse.fuse_rotary import FuseRotary
 from vacc_opt.passes.fuse.fuse_swiglu import FuseSwiglu
@@ -311,6 +312,16 @@ CAPPED = LIMITS + EAGER.replace(
     "masked = Add (scaled",
     "part = Div (scaled, high) bent = Tanh (part) capped = Mul (bent, high) masked = Add (capped",
 )
+LAYER = "layer = Constant <value = float {2.0}> ()" + EAGER.replace(
+    "masked = Add (scaled", "multiplied = Mul (scaled, layer) masked = Add (multiplied"
+)
+RESIDUAL = """
+block (float[2,4,4] x, float[2,4,4] r, float[4] w, float[2,4] z) => (float[2,4,4] y, float[2,4,4] stream, other) {
+    stream = Add (x, r)
+    y = RMSNormalization <axis = -1, epsilon = 0.001> (stream, w)
+    other = RMSNormalization <axis = -1> (z, w)
+}
+"""
 HEAD = """
 head (float[2,4,4] x, float[4,4] z) => (float[2,4,4] y, other) {
     tiny = Constant <value = float {1e-12}> ()
@@ -471,10 +482,12 @@ BASES: dict[str, Base] = {
     "attention": Base(FuseGqa(), attention(EAGER), GROUPS),
     "attention, filled": Base(FuseGqa(), attention(FILLED), GROUPS),
     "attention, clamped": Base(FuseGqa(), attention(CLAMPED), (*GROUPS, *BOUNDS)),
+    "attention, times its layer": Base(FuseGqa(), attention(LAYER), (*GROUPS, _of("found Mul scaled", "weights"))),
     "attention, capped": Base(FuseGqa(), attention(CAPPED), (*GROUPS, *BOUNDS)),
     "attention, grouped": Base(FuseGqa(), attention(EAGER, repeated=True), GROUPS),
     "attention, joined": Base(FuseGqa(), JOINED, GROUPS),
     "attention, sdpa": Base(FuseGqa(), attention(SDPA, repeated=True), GROUPS),
+    "residual": Base(FuseResidualNorm(), RESIDUAL),
     "gated": Base(FuseSwiglu(), GATED.format("s = Sigmoid (gate) a = Mul (gate, s) y = Mul (a, up)")),
     "gated, swish": Base(FuseSwiglu(), GATED.format("a = Swish (gate) y = Mul (a, up)")),
     "gated, gelu": Base(FuseSwiglu(), GATED.format("a = Gelu (gate) y = Mul (a, up)")),

@@ -49,7 +49,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 # how a model goes to the accelerator; other passes, and other orders, are drawn around it
 ROUTE = (
     "inline-functions", "simplify", "fuse-rms-norm", "fuse-rotary", "split-packed-linear", "fuse-gqa", "fuse-swiglu",
-    "slice-last-token", "kv-cache", "w8a16", "kv8", "cast-float", "split-tp", "legalize", "expand-ranks",
+    "slice-last-token", "kv-cache", "w8a16", "kv8", "cast-float", "split-tp", "fuse-residual-norm", "legalize",
+    "expand-ranks",
 )  # fmt: skip
 OWN_DEFECTS = (InvalidGraph, NumericMismatch, RewriteError, InferenceError)
 

@@ -60,6 +60,26 @@ def test_a_divisor_becomes_the_scale() -> None:
     assert_rewrites(FuseGqa(), before=text(body), after=after("4.0"))
 
 
+def test_scores_that_are_times_their_layer_again_have_one_scale() -> None:
+    """ChatGLM2 divides by the number of the layer before the product's sum could overflow, and multiplies after it."""
+    body = eager().replace(
+        "masked = Add (scaled",
+        "layer = Constant <value = float {3.0}> () again = Mul (scaled, layer) masked = Add (again",
+    )
+    assert_rewrites(FuseGqa(expect=1), before=text(body), after=after("0.75"))
+
+
+def test_a_factor_on_limited_scores_stays() -> None:
+    """The limit of the product is not the product of the limits."""
+    limited = "low = Constant <value = float {-1.0}> () high = Constant <value = float {1.0}> () " \
+        "clamped = Clip (scaled, low, high) again = Mul (clamped, scale) masked = Add (again"  # fmt: skip
+    assert_no_match(
+        FuseGqa(),
+        text(eager().replace("masked = Add (scaled", limited)),
+        "found Clip clamped, expected Reshape or Add or Mul or Div or MatMul",
+    )
+
+
 def test_scores_without_a_scale_are_not_scaled() -> None:
     body = eager().replace("scaled = Mul (product, scale) ", "").replace("scaled", "product")
     assert_rewrites(FuseGqa(), before=text(body), after=after("1.0"))

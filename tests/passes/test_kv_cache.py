@@ -98,6 +98,34 @@ def test_keys_that_are_not_joined_to_a_past_are_refused() -> None:
         run_pass(PASS, graph)
 
 
+def test_keys_whose_heads_are_permuted_are_refused() -> None:
+    """The buffers hold the heads as they were written: fuse-gqa may read them in another order, kv-cache may not."""
+    graph = decoder(
+        (
+            'a0 = Attention <scale = 0.25> (q, "present.0.key",',
+            "order = Constant <value_ints = [1, 0]> () "
+            'n0 = Gather <axis = 1> ("present.0.key", order) a0 = Attention <scale = 0.25> (q, n0,',
+        )
+    )
+    before = to_text(graph)
+    with pytest.raises(CheckError, match=r"the key of a0.* is not a past input joined with new tokens"):
+        run_pass(PASS, graph)
+    assert to_text(graph) == before
+
+
+def test_keys_that_a_second_user_reads_are_refused() -> None:
+    """It would read the whole buffer, with what is behind the last token."""
+    second = 'logits = MatMul (e, lt) longest = ReduceMax <keepdims = 0> ("present.0.key")'
+    graph = decoder(
+        ("logits = MatMul (e, lt)", second),
+        ('"present.0.key", float[batch,2,"past + seq",8] "present.0.value") {', '"present.0.key", float[batch,2,"past + seq",8] "present.0.value", float[] longest) {'),
+    )  # fmt: skip
+    before = to_text(graph)
+    with pytest.raises(CheckError, match=r"longest reads the key of a0.* too"):
+        run_pass(PASS, graph)
+    assert to_text(graph) == before
+
+
 def test_a_past_that_is_read_elsewhere_is_refused() -> None:
     graph = decoder(
         ("logits = MatMul (e, lt)", 'size = Shape <start = 2, end = 3> ("past_key_values.0.key") f = Cast <to = 1> (size) '

@@ -120,7 +120,7 @@ def attributes(m: Match) -> dict[str, object]:
 def total_scale(m: Match) -> float:
     """The product of the scales of q, k and the scores."""
     result = 1.0
-    for name in ("scale", "q_scale", "k_scale"):
+    for name in ("scale", "q_scale", "k_scale", "coefficient"):
         result *= m.number(name) if m.get(name) is not None else 1.0
     divisor = m.number("divisor") if m.get("divisor") is not None else 1.0
     return result / divisor if divisor else math.inf
