@@ -12,8 +12,8 @@ from vacc_opt.passes.infra.model.linear import as_linear
 def layer_ends(graph: Graph, logits: str = "logits") -> list[Value | None]:
     """The residual stream behind each layer, one value an attention; None where it is not found.
 
-    It is the nearest sum of two computed tensors of rank 3 above the queries of the next attention; behind the last
-    layer the nearest one above the logits.
+    It is the nearest sum of two computed tensors of rank 3 above the queries of the next attention, alone or in one
+    operator with the norm behind it; behind the last layer the nearest one above the logits.
     """
     nodes = attentions(graph)
     nexts = [node.inputs[0] for node in nodes[1:]] + [graph.outputs.get(logits)] if nodes else []
