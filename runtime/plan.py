@@ -127,8 +127,9 @@ class Plan:
     @property
     def specialize(self) -> str:
         """The pipeline that takes a graph for each entry point."""
+        shared = "sequence-parallel," if self.tp > 1 and self.config.backend.sequence_parallel else ""
         return ",".join(
-            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}(simplify)"
+            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}({shared}simplify)"
             for phase, tokens in self.phases.items()
         )
 

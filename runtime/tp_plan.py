@@ -120,7 +120,7 @@ def tp_plan(
     progress("recognize")
     run_pipeline(graph, f"{plan.recognize},{plan.interface}")
     with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-        quantize = _uncalibrated(plan).quantize(str(_any_scales(graph, Path(scratch))), "", "")
+        quantize = plan.quantize(str(_any_scales(graph, Path(scratch))))
         if quantize:
             run_pipeline(graph, quantize)
     whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
@@ -139,17 +139,6 @@ def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Gra
     run_pipeline(split, replace(plan, tp=tp).split)
     run_pipeline(split, plan.specialize)
     return split, split.phases
-
-
-def _uncalibrated(plan: Plan) -> Plan:
-    """The plan without what calibration would choose: codes of GPTQ have the size of rounded ones, a guard has none."""
-    config = plan.config
-    quantize = config.frontend.quantize
-    if quantize is not None and quantize.gptq:
-        quantize = quantize.model_copy(update={"type": quantize.type.removesuffix("_gptq")})
-    frontend = config.frontend.model_copy(update={"quantize": quantize})
-    backend = config.backend.model_copy(update={"guard_fp16_range": False})
-    return replace(plan, config=config.model_copy(update={"frontend": frontend, "backend": backend}))
 
 
 def _any_scales(graph: Graph, folder: Path) -> Path:
