@@ -67,7 +67,8 @@ def measure() -> None:
     started = time.perf_counter()
     with PeakMemory() as peak, tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        found = quantize_model(layer(), feeds(), folder / "codes.safetensors", folder / "work", "k", Options(threads=2))
+        options = Options(threads=2, true_sequential=True)
+        found = quantize_model(layer(), feeds(), folder / "codes.safetensors", folder / "work", "k", options)
     seconds = time.perf_counter() - started
     ratio = {one.name: one.loss / one.rounding_loss for one in found}
     print(json.dumps({"seconds": seconds, "bytes": peak.bytes, "ratio": ratio}))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ from vacc_opt.ir.graph import Graph, Node
 Array = npt.NDArray[Any]
 Watch = Callable[[str, Array], None]
 BUDGET = 1 << 30  # bytes of values in memory; beyond, they go to files
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Some nodes, ready to run on the values of a sample; ``replaced``: with other weights than the graph has."""
+
+    executable: Executable
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    replaced: bool
+
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        found = self.executable.run({name: values[name] for name in self.inputs})[0]
+        return {name: found[name] for name in self.outputs}
 
 
 class Activations:
@@ -47,47 +62,54 @@ class Activations:
         ``watch`` hears every value that they compute, of every sample.
         """
         made = {v.name for node in self.nodes[self.at : end] for v in node.outputs} if watch is not None else set()
-        for values, outputs in self._run(end, weights, made):
-            for name, array in outputs.items():
+        if end <= self.at:
+            return
+        program = self._program(end, weights, made)
+        for values in self._values:
+            for name, array in program.run(values).items():
                 if watch is not None:
                     watch(name, array)
                 if self._last.get(name, -1) >= end:
                     values[name] = self._held_or_stored(array)
-        self.at = max(self.at, end)
+        self.at = end
         for values in self._values:
             for name in [n for n in values if self._last.get(n, -1) < self.at]:
                 self._drop(values, name)
 
-    def peek(self, end: int, names: Iterable[str], weights: Mapping[str, Array]) -> Iterable[dict[str, Array]]:
-        """The values ``names`` of each sample if the nodes up to ``end`` ran with ``weights``; nothing is kept."""
+    def peek(
+        self, other: Activations, end: int, names: Iterable[str], weights: Mapping[str, Array]
+    ) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+        """The values ``names`` of each sample if the nodes up to ``end`` ran, here with ``weights``; nothing is kept.
+
+        Beside them those of ``other``, which is at the same place of the same graph, with the weights as they are.
+        """
         wanted = set(names)
         if wanted <= self._values[0].keys():
-            yield from ({name: values[name] for name in wanted} for values in self._values)
+            for mine, theirs in zip(self._values, other._values, strict=True):
+                yield {name: mine[name] for name in wanted}, {name: theirs[name] for name in wanted}
             return
-        for values, outputs in self._run(end, weights, wanted):
-            yield {name: (outputs if name in outputs else values)[name] for name in wanted}
+        here = self._program(end, weights, wanted)
+        # one program holds the weights of a layer once
+        there = other._program(end, {}, wanted) if here.replaced else here
+        for mine, theirs in zip(self._values, other._values, strict=True):
+            first, second = here.run(mine), there.run(theirs)
+            yield {n: {**mine, **first}[n] for n in wanted}, {n: {**theirs, **second}[n] for n in wanted}
 
-    def _run(
-        self, end: int, weights: Mapping[str, Array], asked: Set[str] = frozenset()
-    ) -> Iterable[tuple[dict[str, Array], dict[str, Array]]]:
+    def _program(self, end: int, weights: Mapping[str, Array], asked: Set[str] = frozenset()) -> _Program:
         nodes: list[Node] = self.nodes[self.at : end]
-        if not nodes:
-            return
         made = [v for node in nodes for v in node.outputs if v.name in asked]
         region = extract(self.graph, nodes, self.graph.name, keep=made)
-        stored = {v.name for v in region.constants()} & weights.keys()
+        replaced = {v.name for v in region.constants()} & weights.keys()
         # read only what is not given
-        given = {name: np.ascontiguousarray(weights[name], np.float32) for name in stored}
-        for name in stored:
+        given = {name: np.ascontiguousarray(weights[name], np.float32) for name in replaced}
+        for name in replaced:
             region.values[name].const = None
         read = read_weights(region)[0]
-        for name in stored:
+        for name in replaced:
             region.values[name].const = self.graph.values[name].const
-        program = Executable(region, threads=self._threads, weights=[{**read, **given}])
+        run = Executable(region, threads=self._threads, weights=[{**read, **given}], optimize=False)
         wanted = [name for name in region.outputs if name in asked or self._last.get(name, -1) >= end]
-        for values in self._values:
-            outputs = program.run({v.name: values[v.name] for v in region.inputs})[0]
-            yield values, {name: outputs[name] for name in wanted}
+        return _Program(run, tuple(v.name for v in region.inputs), tuple(wanted), bool(replaced))
 
     def _held_or_stored(self, array: Array) -> Array:
         if self._held + array.nbytes <= self._budget:

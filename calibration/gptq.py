@@ -129,14 +129,18 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
     rows = max(1, _WORKING_BYTES // (4 * w.shape[1] * len(solver.shrink)))
     codes = torch.empty(w.shape, dtype=torch.int8)
     scales = torch.empty(len(w))
+    whole, lost, rounding = 0.0, 0.0, 0.0
     for low in range(0, len(w), rows):
         part = slice(low, low + rows)
         found, scale = _best(w[part][:, order], largest[part], upper, solver.shrink)
         codes[part, order.cpu()] = found.cpu()
         scales[part] = scale.cpu()
-    exact, rounded = codes.to(h.device) * scales.to(h.device)[:, None], _rounded(given, largest)
-    whole = max(_energy(given, h), 1e-30)
-    return Solution(codes.numpy(), scales.numpy(), _energy(exact - w, h) / whole, _energy(rounded - given, h) / whole)
+        exact = codes[part].to(h.device) * scale[:, None]
+        whole += _energy(given[part], h)
+        lost += _energy(exact - w[part], h)
+        rounding += _energy(_rounded(given[part], largest[part]) - given[part], h)
+    whole = max(whole, 1e-30)
+    return Solution(codes.numpy(), scales.numpy(), lost / whole, rounding / whole)
 
 
 def _energy(w: Any, h: Any) -> float:
@@ -160,7 +164,7 @@ def _correction(w: Any, seen: Inputs, solver: Solver) -> Any:
     del damped
     if int(failed):
         return torch.zeros_like(w)
-    wanted = w @ (seen.drift / max(seen.tokens, 1))
+    wanted = (w @ seen.drift).div_(max(seen.tokens, 1))
     return solver.correction * torch.cholesky_solve(wanted.T, lower).T
 
 

@@ -143,9 +143,10 @@ class _Run:
         missing = [group for group in stage if any(not self._file(name).is_file() for name in group.names)]
         seen = self._seen(missing, done) if missing else {}
         for group in stage:
+            inputs = seen.pop(group.x.name, None)
             for linear in group.linears:
                 if linear.weight.name not in self.rows:  # layers may share a weight: the first one decides
-                    yield self._solved(linear, seen.get(group.x.name))
+                    yield self._solved(linear, inputs)
 
     def _solved(self, linear: Linear, seen: Inputs | None) -> LayerResult:
         name = linear.weight.name
@@ -170,8 +171,7 @@ class _Run:
         """The inputs of each group; all but those of the first come from this layer before it is quantized."""
         found = {g.x.name: Inputs(g.linears[0].in_features, self.options.solver.device) for g in groups}
         end = max(g.at for g in groups)
-        pairs = zip(self.quantized.peek(end, found, done), self.exact.peek(end, found, {}), strict=True)
-        for values, right in pairs:
+        for values, right in self.quantized.peek(self.exact, end, found, done):
             for name, seen in found.items():
                 seen.add(values[name], right[name])
         return found

@@ -1,8 +1,7 @@
 """The compile configuration: the upstream YAML schema (every key of it), checked, with file and line in each message.
 
 Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.{kv_scales,kv_args}``, what is in
-``calib_args`` beside ``true_sequential``, ``dataset.seed``, ``backend.guard_fp16_range`` and
-``backend.target``;
+``calib_args`` beside ``true_sequential``, ``dataset.seed`` and ``backend.{target,guard_fp16_range,sequence_parallel}``;
 keys that steer only the closed compiler are accepted.
 """
 
@@ -164,6 +163,7 @@ class Backend(_Section):
     dtype: Literal["fp16", "int8", "fp32"] = "fp16"
     target: str = "vacc-reference"
     guard_fp16_range: bool = False
+    sequence_parallel: bool = False
     merge_params: bool = True
     remove_params: bool = False
     compile: BackendCompile = BackendCompile()

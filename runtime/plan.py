@@ -122,17 +122,14 @@ class Plan:
     @property
     def split(self) -> str:
         """The pipeline that splits over ranks and checks for kernels."""
-        return self.split_over(self.tp)
-
-    def split_over(self, tp: int) -> str:
-        """The same for another number of ranks."""
-        return f"split-tp{{tp={tp}}},fuse-residual-norm,legalize"
+        return f"split-tp{{tp={self.tp}}},fuse-residual-norm,legalize"
 
     @property
     def specialize(self) -> str:
         """The pipeline that takes a graph for each entry point."""
+        shared = "sequence-parallel," if self.tp > 1 and self.config.backend.sequence_parallel else ""
         return ",".join(
-            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}(simplify)"
+            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}({shared}simplify)"
             for phase, tokens in self.phases.items()
         )
 

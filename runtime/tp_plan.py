@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def tp_plan(
 def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Graph]]:
     """The quantized graph split as `compile` does it, and its phases; ``graph`` itself stays."""
     split = copy(graph)
-    run_pipeline(split, plan.split_over(tp))
+    run_pipeline(split, replace(plan, tp=tp).split)
     run_pipeline(split, plan.specialize)
     return split, split.phases
 

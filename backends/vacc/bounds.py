@@ -4,7 +4,8 @@ compute   a product M x N x K takes ceil(K / rows) * ceil(N / columns) passes, e
           shared by all cores; products that are not one matrix product (attention) count their MACs at the peak rate
 DDR       every element that a kernel touches crosses the port once (compulsory traffic), at the derated bandwidth
 vector    lane operations over all lanes
-link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, (N-1) T to gather
+link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, half of that to scatter
+          the sum, (N-1) T to gather
 latency   issue and DDR latency of the first load, before which nothing can start
 """
 
@@ -94,16 +95,18 @@ def work_bytes(kernel: Kernel, step: Step) -> int:
 def link_cost(kind: str, size: int, ranks: int, links: Links | None) -> tuple[int, int]:
     """(cycles that a die's links are busy, cycles of hops) of a collective on `size` bytes a rank.
 
-    The cheaper of two. Ring: 2(N-1) steps of size/N bytes to reduce, N-1 steps of `size` to gather. Direct exchange:
-    every die sends its bytes to every other one the shorter way round, floor(N*N/4) hops in total for each die, and
-    sums what it receives in the order of the ranks. Two link engines use both directions of the ring.
+    The cheaper of two. Ring: 2(N-1) steps of size/N bytes to reduce for all, N-1 of them to reduce a part for each,
+    N-1 steps of `size` to gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter
+    way round, floor(N*N/4) hops in total for each die, and sums what it receives in the order of the ranks. Two link
+    engines use both directions of the ring.
     """
     if ranks == 1 or links is None:
         return 0, 0
     ways = min(links.engines, 2) * links.bytes_per_cycle
-    steps, part = (2 * (ranks - 1), size / ranks) if kind == "all_reduce" else (ranks - 1, float(size))
-    ring = math.ceil(steps * part / ways), steps * links.hop_latency
-    direct = math.ceil((ranks * ranks // 4) * size / ways), (ranks // 2) * links.hop_latency
+    steps = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
+    ring = math.ceil(steps * (size if kind == "all_gather" else size / ranks) / ways), steps * links.hop_latency
+    sent = size / ranks if kind == "reduce_scatter" else size
+    direct = math.ceil((ranks * ranks // 4) * sent / ways), (ranks // 2) * links.hop_latency
     return min(ring, direct, key=sum)
 
 
@@ -111,7 +114,8 @@ def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> 
     """Cycles below which no collectives (kind, bytes a rank) go: bytes out of a die, and the hop of the last one."""
     if not costs or ranks == 1 or links is None:
         return 0
-    moved = sum(2 * (ranks - 1) / ranks * size if kind == "all_reduce" else (ranks - 1) * size for kind, size in costs)
+    shares = {"all_reduce": 2 / ranks, "reduce_scatter": 1 / ranks, "all_gather": 1.0}
+    moved = sum((ranks - 1) * shares[kind] * size for kind, size in costs)
     return math.floor(moved / (min(links.engines, 2) * links.bytes_per_cycle)) + links.hop_latency
 
 

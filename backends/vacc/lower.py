@@ -10,7 +10,7 @@ from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
-from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce
+from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
@@ -244,15 +244,24 @@ def _all_reduce(low: Lowering, node: Node) -> Ref:
     return low.view(y, source.shape)
 
 
+def _reduce_scatter(low: Lowering, node: Node) -> Ref:
+    source, ranks = low.ref(node.inputs[0]), low.graph.ranks
+    axis = int(node.attributes["axis"]) % len(source.shape)
+    if prod(source.shape[:axis]) != 1:
+        raise UserError(f"no kernel for a ReduceScatter behind {list(source.shape[:axis])} (`{node.name}`)")
+    x = low.view(source, (ranks, prod(source.shape) // ranks))
+    y = low.out.temp(x.dtype, x.shape[1:])
+    low.emit("reduce_scatter", reduce_scatter, [Operand("X", "in", x), Operand("Y", "out", y)])
+    return low.view(y, low.type(node.outputs[0])[1])
+
+
 def _all_gather(low: Lowering, node: Node) -> Ref:
-    source = low.ref(node.inputs[0])
-    if int(node.attributes["axis"]) not in (-1, len(source.shape) - 1):
-        raise UserError(f"no kernel for an AllGather along axis {node.attributes['axis']} (`{node.name}`)")
-    x = low.rows(source)
-    ranks = low.graph.ranks
+    source, ranks = low.ref(node.inputs[0]), low.graph.ranks
+    axis = int(node.attributes["axis"]) % len(source.shape)
+    x = low.view(source, (prod(source.shape[:axis]), prod(source.shape[axis:])))
     y = low.out.temp(x.dtype, (x.shape[0], ranks, x.shape[1]))
     low.emit("all_gather", all_gather, [Operand("X", "in", x), Operand("Y", "out", y)])
-    return low.view(y, (*source.shape[:-1], ranks * source.shape[-1]))
+    return low.view(y, low.type(node.outputs[0])[1])
 
 
 def _reshape(low: Lowering, node: Node) -> Ref:
@@ -320,5 +329,6 @@ RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
     "Vastai::GeGLU": _elementwise,
     "Vastai::QuantizeKV": lower_quantization,
     "Vastai::QuantizedLinearPerChannel": _quantized_linear,
+    "Vastai::ReduceScatter": _reduce_scatter,
     "Vastai::SwiGLU": _elementwise,
 }

@@ -277,6 +277,14 @@ def _all_reduce(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> N
         out[...] = total
 
 
+def _reduce_scatter(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    total = _f32(ins[0]).copy()
+    for one in ins[1:]:
+        total += one
+    for rank, out in enumerate(outs):
+        out[...] = total[rank]
+
+
 def _all_gather(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
     for out in outs:
         for rank, one in enumerate(ins):
@@ -320,6 +328,7 @@ _TABLE = (
     _vector("dequantize", 3, _multiply_add, 2),  # codes, scale, zero
     Primitive("softmax_step", _VECTOR, (1, 3), 4, ("diagonal", "scale"), _softmax_step, 8, True, optional=_SOFTMAX),
     Primitive("all_reduce", _LINK, (1, 1), 1, (), _all_reduce, collective=True),
+    Primitive("reduce_scatter", _LINK, (1, 1), 1, (), _reduce_scatter, collective=True),  # [ranks, n] -> [n]
     Primitive("all_gather", _LINK, (1, 1), 1, (), _all_gather, collective=True),  # [rows, n] -> [rows, ranks, n]
 )
 PRIMITIVES: Mapping[str, Primitive] = {one.name: one for one in _TABLE}

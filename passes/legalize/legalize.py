@@ -50,6 +50,7 @@ SUPPORTED = frozenset(
         "Vastai::GeGLU",
         "Vastai::QuantizeKV",
         "Vastai::QuantizedLinearPerChannel",
+        "Vastai::ReduceScatter",
         "Vastai::SwiGLU",
     ]
 )

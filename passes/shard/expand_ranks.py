@@ -15,6 +15,20 @@ from vacc_opt.passes.infra.registry import register
 SHARED_INPUTS = ("input_ids", "pos", "valid", "attention_mask", "position_ids")
 
 
+_EXCHANGES = ("Vastai::AllReduce", "Vastai::AllGather", "Vastai::ReduceScatter")
+
+
+def _exchanged(node: Node, rw: Rewriter, parts: list[Value]) -> list[Value]:
+    """What each rank gets of a collective."""
+    if node.op == "Vastai::AllGather":
+        return [rw.op.Concat(*parts, axis=node.attributes["axis"])] * len(parts)
+    total = reduce(lambda a, b: rw.op.Add(a, b), parts)
+    if node.op == "Vastai::AllReduce":
+        return [total] * len(parts)
+    cut = {"axis": node.attributes["axis"], "num_outputs": len(parts)}
+    return list(rw.add("Split", (total,), cut, outputs=len(parts)).outputs)
+
+
 @register
 @dataclass(frozen=True)
 class ExpandRanks(Pass):
@@ -94,13 +108,9 @@ class ExpandRanks(Pass):
 
     def _copy(self, node: Node, rw: Rewriter, copies: dict[Value, list[Value]], ranks: int) -> None:
         columns = [None if v is None else copies[v] for v in node.inputs]
-        if node.op in ("Vastai::AllReduce", "Vastai::AllGather"):
+        if node.op in _EXCHANGES:
             assert columns[0] is not None
-            if node.op == "Vastai::AllReduce":
-                joined = reduce(lambda a, b: rw.op.Add(a, b), columns[0])
-            else:
-                joined = rw.op.Concat(*columns[0], axis=node.attributes["axis"])
-            copies[node.output] = [joined] * ranks
+            copies[node.output] = _exchanged(node, rw, columns[0])
             return
         distinct = any(c is not None and any(v is not c[0] for v in c) for c in columns)
         made = []

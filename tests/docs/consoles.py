@@ -71,9 +71,10 @@ def workplace(directory: Path) -> dict[str, str]:
     (site,) = directory.glob("lib/python*/site-packages")
     # as a path alone the finder of an editable install, which a .pth file there names, would not be found
     (site / "below.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
-    command = directory / "bin/vacc-opt"
-    command.write_text('#!/bin/sh\nexec python -m vacc_opt.cli.main "$@"\n')
-    command.chmod(0o755)
+    for name, module in (("vacc-opt", "vacc_opt.cli.main"), ("torchrun", "torch.distributed.run")):
+        command = directory / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec python -m {module} "$@"\n')
+        command.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "COV"))}
     return {
         **kept,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vacc_opt.frontends import export_checkpoint
@@ -182,3 +183,27 @@ def plain(config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
     """One rank, nothing quantized."""
     report = compile_model(config(tmp_path_factory.mktemp("fp32"), tp=1, dtype="fp32"), (), Silent())
     return open_artifact(Path(report.path))
+
+
+@pytest.fixture(scope="session")
+def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose answers are not one token over and over: its lm_head is of its own."""
+    root = tmp_path_factory.mktemp("lively") / "model"
+    shutil.copytree(checkpoint, root)
+    settings = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    tensors = load_file(root / "model.safetensors")
+    rng = np.random.default_rng(5)
+    tensors["lm_head.weight"] = rng.standard_normal((272, 64)).astype(np.float32)
+    save_file(tensors, root / "model.safetensors")
+    return root
+
+
+@pytest.fixture(scope="session")
+def two(lively: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Two ranks, int8 weights and KV, fp16 activations."""
+    folder = tmp_path_factory.mktemp("two")
+    values = {"name": "two", "checkpoint": lively, "type": "huggingface", "tp": 2, "dtype": "int8", "data": data}
+    file = folder / "config.yaml"
+    file.write_text(YAML.format(**values, prefill=PREFILL, context=CONTEXT, out=folder))
+    return open_artifact(Path(compile_model(file, (), Silent()).path))

@@ -23,11 +23,17 @@ class Run:
 
 
 def torchrun(
-    logs: Path, ranks: int, arguments: Sequence[object], *, options: Sequence[str] = (), program: Sequence[str] = ()
+    logs: Path,
+    ranks: int,
+    arguments: Sequence[object],
+    *,
+    options: Sequence[str] = (),
+    program: Sequence[str] = (),
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start torchrun; its ranks write below ``logs``."""
+    """Start torchrun, behind the words ``before``; its ranks write below ``logs``."""
     place = options or ("--master-port", str(free_port()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *place]
+    command = [*before, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *place]
     command += ["--redirects", "3", "--log-dir", str(logs), *(program or ("-m", MODULE)), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -10,18 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vacc_opt.backends.vacc import target_file
 from vacc_opt.cli.main import main
 from vacc_opt.ir.errors import UserError
+from vacc_opt.runtime.artifact import open_artifact
 from vacc_opt.runtime.compile import compile_model
+from vacc_opt.runtime.engines import make_engine
+from vacc_opt.runtime.generate import prefill
 from vacc_opt.runtime.report import CompileReport
 from vacc_opt.runtime.simulate import simulate
 
 
 def test_the_steps_come_in_the_order_of_the_work(compiled: tuple[CompileReport, Any]) -> None:
     assert compiled[1].steps == ["export", "recognize", "calibrate", "quantize", "split", "schedule", "write"]
+
+
+def test_align_qkv_is_answered_by_the_step_that_splits(
+    compiled: tuple[CompileReport, Any], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked = compile_model(config(tmp_path), ["frontend.model_kwargs.align_qkv=true"], type(compiled[1])())
+    with_it, without = (next(s.sentence for s in r.steps if s.name == "split") for r in (asked, compiled[0]))
+    assert with_it == f"{without}\nalign_qkv: not needed, heads divide by tp {compiled[0].facts.ranks}"
 
 
 def test_every_attention_rotary_norm_and_gated_unit_is_fused(compiled: tuple[CompileReport, Any]) -> None:
@@ -182,3 +194,23 @@ def test_calibration_texts_are_cut_to_the_context(config: Callable[..., Path], t
     long.write_text(json.dumps([{"instruction": "Say one. " * 40, "input": "", "output": "one " * 40}] * 4))
     report = compile_model(config(tmp_path, data=long), ["dataset.seqlen=512"], Silent())
     assert report.facts.kv_cache.dtype == "int8"
+
+
+def test_ranks_share_the_sequence_where_the_configuration_says_so(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill scatters its sums; a decode has one token, which cannot be shared; both engines answer as before."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for name, keys in (("plain", []), ("shared", ["backend.sequence_parallel=true"])):
+        (tmp_path / name).mkdir()
+        report = compile_model(config(tmp_path / name), keys, Silent())
+        artifact = open_artifact(Path(report.path))
+        text = {phase: (artifact.path / f"{phase}.schedule").read_text() for phase in ("prefill", "decode")}
+        assert ("reduce_scatter" in text["prefill"]) == (name == "shared")
+        assert "reduce_scatter" not in text["decode"]
+        found[name] = [
+            prefill(make_engine(engine, artifact), list(range(40, 56))) for engine in ("schedule", "onnxruntime")
+        ]
+    np.testing.assert_array_equal(found["plain"][0], found["shared"][0])
+    np.testing.assert_array_equal(found["plain"][1], found["shared"][1])

@@ -11,18 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import Artifact, open_artifact
-from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.distributed import RankEngine, main
 from vacc_opt.runtime.engines import make_engine
 from vacc_opt.runtime.generate import generate
-from vacc_opt.tests.runtime.conftest import CONTEXT, PREFILL, YAML, Silent
 from vacc_opt.tests.runtime.ranks import Run, ended, free_port, run_ranks, torchrun
 
 PROMPT = "Say one."
@@ -34,30 +30,6 @@ choose = distributed.RankEngine.choose
 distributed.RankEngine.choose = lambda self, logits: (time.sleep(0.5), choose(self, logits))[1]
 sys.exit(distributed.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose answers are not one token over and over: its lm_head is of its own."""
-    root = tmp_path_factory.mktemp("lively") / "model"
-    shutil.copytree(checkpoint, root)
-    settings = json.loads((root / "config.json").read_text())
-    (root / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
-    tensors = load_file(root / "model.safetensors")
-    rng = np.random.default_rng(5)
-    tensors["lm_head.weight"] = rng.standard_normal((272, 64)).astype(np.float32)
-    save_file(tensors, root / "model.safetensors")
-    return root
-
-
-@pytest.fixture(scope="module")
-def two(lively: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Two ranks, int8 weights and KV, fp16 activations."""
-    folder = tmp_path_factory.mktemp("two")
-    values = {"name": "two", "checkpoint": lively, "type": "huggingface", "tp": 2, "dtype": "int8", "data": data}
-    file = folder / "config.yaml"
-    file.write_text(YAML.format(**values, prefill=PREFILL, context=CONTEXT, out=folder))
-    return open_artifact(Path(compile_model(file, (), Silent()).path))
 
 
 def answer(artifact: Artifact, tokens: int = 16) -> list[int]:
@@ -74,6 +46,7 @@ def test_two_processes_give_the_tokens_of_one_and_rank_0_alone_prints(two: Artif
     assert (run.stdout[1], run.stderr[1]) == ("", "")
 
 
+@pytest.mark.full
 def test_two_hosts_need_only_the_files_of_their_ranks(two: Artifact, tmp_path: Path) -> None:
     """Two torchruns that meet at an address of the loopback, each with a directory of its own."""
     port, started = str(free_port()), []

@@ -18,6 +18,16 @@ def all_reduce(x: Param, y: Param) -> Kernel:
     return b.build()
 
 
+def reduce_scatter(x: Param, y: Param) -> Kernel:
+    """Build `Y = sum over ranks of X[this rank]` for X [ranks, elements], Y [elements]: f32 sums in rank order."""
+    step = max(1, CHUNK // (x.shape[0] * itemsize(x.dtype)))
+    b = KernelBuilder("reduce_scatter")
+    px, py = b.param(x), b.param(y)
+    with b.engine("link"), b.loop("m", 0, y.shape[0], step) as m:
+        b.op("reduce_scatter", py[m], px[:, m])
+    return b.build()
+
+
 def all_gather(x: Param, y: Param) -> Kernel:
     """Build `Y[r, rank] = X of that rank [r]` for X [R, N], Y [R, ranks, N]."""
     rows = max(1, CHUNK // (x.shape[1] * itemsize(x.dtype)))

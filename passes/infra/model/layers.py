@@ -12,8 +12,8 @@ from vacc_opt.passes.infra.model.linear import as_linear
 def layer_ends(graph: Graph, logits: str = "logits") -> list[Value | None]:
     """The residual stream behind each layer, one value an attention; None where it is not found.
 
-    It is the nearest sum of two computed tensors of rank 3 above the queries of the next attention; behind the last
-    layer the nearest one above the logits.
+    It is the nearest sum of two computed tensors of rank 3 above the queries of the next attention, alone or in one
+    operator with the norm behind it; behind the last layer the nearest one above the logits.
     """
     nodes = attentions(graph)
     nexts = [node.inputs[0] for node in nodes[1:]] + [graph.outputs.get(logits)] if nodes else []
@@ -29,6 +29,8 @@ def _residual(value: Value | None) -> Value | None:
             continue
         seen.add(one)
         node = one.producer
+        if node.op == "Vastai::AddRMSNormalization":
+            return node.outputs[1]
         if node.op == "Add" and one.rank == 3 and all(v is not None and not v.is_const for v in node.inputs):
             return one
         linear = as_linear(node)
