@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 
 from vacc_opt.ir.errors import UserError
 
-_BATCH, _SEQ = 1009, 1013  # primes, so that a fake run tells these two axes of the cache from heads and channels
+_BATCH = 1009  # no model has as many heads or channels, so a fake run shows which axis of its cache is the batch
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,39 @@ def find_cache(module: nn.Module, mode: FakeTensorMode) -> CacheForm:
     Raises:
         UserError: the model returns no cache, or one whose tensors have no batch, head, sequence and channel axis.
     """
-    with mode, torch.no_grad():
-        tokens = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
-        cache: Any = module(input_ids=tokens, position_ids=tokens, use_cache=True).past_key_values
-    name = type(module).__name__
-    if not cache:
-        raise UserError(f"{name} returns no cache", "only a model that takes `past_key_values` can be compiled")
-    tensors = _tensors(cache)
-    shape = tuple(int(size) for size in tensors[0].shape)
-    if len(shape) != 4 or shape.count(_BATCH) != 1 or shape.count(_SEQ) != 1:
-        found = ", ".join({_BATCH: "batch", _SEQ: "seq"}.get(size, str(size)) for size in shape)
+    tensors = _cached(module, mode, 1)
+    name, shape = type(module).__name__, tuple(int(size) for size in tensors.first.shape)
+    if tensors.standard:
+        return CacheForm(tensors.layers, shape[1], shape[3])
+    longer = tuple(int(size) for size in _cached(module, mode, 2).first.shape)
+    grown = [axis for axis, sizes in enumerate(zip(shape, longer, strict=True)) if sizes == (1, 2)]
+    if len(shape) != 4 or shape.count(_BATCH) != 1 or len(grown) != 1:
+        found = ", ".join("batch" if n == _BATCH else "seq" if i in grown else str(n) for i, n in enumerate(shape))
         raise UserError(f"{name} caches tensors of [{found}]", "batch, KV heads, past and channels are expected")
-    batch, seq = shape.index(_BATCH), shape.index(_SEQ)
+    batch, (seq,) = shape.index(_BATCH), grown
     heads, depth = (axis for axis in range(4) if axis not in (batch, seq))
     order = tuple((batch, heads, seq, depth).index(axis) for axis in range(4))
-    return CacheForm(len(tensors) // 2, shape[heads], shape[depth], None if isinstance(cache, Cache) else order)
+    return CacheForm(tensors.layers, shape[heads], shape[depth], order)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The cache of a run: a tensor of it, for how many layers, and whether it is a Cache of transformers."""
+
+    first: torch.Tensor
+    layers: int
+    standard: bool
+
+
+def _cached(module: nn.Module, mode: FakeTensorMode, seq: int) -> _Seen:
+    with mode, torch.no_grad():
+        tokens = torch.zeros(_BATCH, seq, dtype=torch.int64)
+        cache: Any = module(input_ids=tokens, position_ids=tokens, use_cache=True).past_key_values
+    if not cache:
+        name = type(module).__name__
+        raise UserError(f"{name} returns no cache", "only a model that takes `past_key_values` can be compiled")
+    tensors = _tensors(cache)
+    return _Seen(tensors[0], len(tensors) // 2, isinstance(cache, Cache))
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:
