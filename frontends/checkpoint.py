@@ -7,13 +7,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vacc_opt.frontends.gguf_header import read_gguf_header
 from vacc_opt.frontends.gguf_models import gguf_config, gguf_tensors
+from vacc_opt.frontends.torch_zip import read_torch_zip
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.tensor import Source, TensorExpr
 
@@ -54,8 +55,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a directory with config.json and safetensors, a .gguf file, or ``package:NAME/FILE.gguf``.
+    """Open a directory with config.json and weights, a .gguf file, or ``package:NAME/FILE.gguf``.
 
+    Weights are ``model.safetensors``, ``pytorch_model.bin``, or shards of either with their index; the first of these.
     Raises UserError when something is missing, damaged, truncated, or of an unknown architecture.
     """
     found = resolve_path(path)
@@ -64,9 +66,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if found.suffix == ".gguf":
         header = read_gguf_header(found)
         return Checkpoint(found, gguf_config(header), gguf_tensors(header), "gguf")
-    raise UserError(
-        f"{found}: not a checkpoint", "give a directory with config.json and *.safetensors, or a .gguf file"
-    )
+    raise UserError(f"{found}: not a checkpoint", "give a directory with config.json and weights, or a .gguf file")
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:
@@ -108,18 +108,24 @@ def _open_directory(root: Path) -> Checkpoint:
     config = _read_json(root, "config.json")
     if "model_type" not in config:
         raise UserError(f"{root / 'config.json'}: no `model_type`", "it says which architecture the weights are of")
-    index = root / "model.safetensors.index.json"
-    if (root / "model.safetensors").exists():
-        tensors = read_safetensors_header(root / "model.safetensors")
-    elif index.exists():
-        tensors = _read_shards(root, _read_json(root, index.name))
-    else:
-        others = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
-        raise UserError(
-            f"{root}: no model.safetensors and no model.safetensors.index.json",
-            f"found {', '.join(others[:6])}" if others else "the directory holds no weights",
-        )
-    return Checkpoint(root, config, tensors, "huggingface")
+    return Checkpoint(root, config, _read_weights(root), "huggingface")
+
+
+def _read_weights(root: Path) -> dict[str, TensorExpr]:
+    readers: dict[str, Callable[[Path], dict[str, TensorExpr]]] = {
+        "model.safetensors": read_safetensors_header,
+        "pytorch_model.bin": read_torch_zip,
+    }
+    for name, read in readers.items():
+        if (root / name).exists():
+            return read(root / name)
+        if (root / f"{name}.index.json").exists():
+            return _read_shards(root, f"{name}.index.json", read)
+    others = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    raise UserError(
+        f"{root}: no model.safetensors, no pytorch_model.bin, and no .index.json of shards",
+        f"found {', '.join(others[:6])}" if others else "the directory holds no weights",
+    )
 
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:
@@ -135,22 +141,22 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
     return data
 
 
-def _read_shards(root: Path, index: Mapping[str, Any]) -> dict[str, TensorExpr]:
-    weight_map = index.get("weight_map")
+def _read_shards(root: Path, index: str, read: Callable[[Path], dict[str, TensorExpr]]) -> dict[str, TensorExpr]:
+    weight_map = _read_json(root, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{root / 'model.safetensors.index.json'}: no `weight_map` of names to files")
-    tensors: dict[str, TensorExpr] = {}
+        raise UserError(f"{root / index}: no `weight_map` of names to files")
+    shards: dict[str, dict[str, TensorExpr]] = {}
     for name in sorted(set(weight_map.values())):
-        shard = root / name
         if Path(name).name != name:
             raise UserError(f"{root}: the index names {name!r}, which is outside the checkpoint")
-        if not shard.exists():
+        if not (root / name).exists():
             raise UserError(f"{root}: shard {name} is missing", _nearest(name, root))
-        tensors |= read_safetensors_header(shard)
-    lost = sorted(set(weight_map) - set(tensors))
+        shards[name] = read(root / name)
+    lost = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if lost:
         raise UserError(f"{root}: {weight_map[lost[0]]} does not hold {lost[0]}", "the index and the shards disagree")
-    return tensors
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    return tensors | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorExpr]:

@@ -97,6 +97,8 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTe
 
     quantization = GGMLQuantizationType(kind)
     block, block_bytes = GGML_QUANT_SIZES[quantization]
+    if shape and shape[-1] % block:
+        raise ValueError(f"a row of {shape[-1]} elements in blocks of {block}")
     return GgufTensor(name, shape, quantization.name, offset, math.prod(shape) // block * block_bytes)
 
 

@@ -127,7 +127,28 @@ def _parameter_name(header: GgufHeader, name: str) -> str:
 def _expression(header: GgufHeader, tensor: GgufTensor) -> TensorExpr:
     if tensor.kind in _PLAIN:
         return Source(str(header.path), tensor.offset, _PLAIN[tensor.kind], tensor.shape, tensor.name)
+    if not dequantizes(tensor.kind):
+        known = [kind for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_1", "Q4_0") if dequantizes(kind)]
+        raise UserError(
+            f"{header.path}: tensor {tensor.name} is of type {tensor.kind}, which the gguf package cannot dequantize",
+            f"use a file of {', '.join(known)}, or the safetensors form",
+        )
     return Gguf(str(header.path), tensor.offset, tensor.kind, tensor.shape, tensor.name)
+
+
+@cache
+def dequantizes(kind: str) -> bool:
+    """True for a GGML type that the gguf package can turn into float32; it is asked with one block of zeros."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    quantization = GGMLQuantizationType[kind]
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[quantization][1]), np.uint8), quantization)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @cache

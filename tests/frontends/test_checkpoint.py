@@ -193,8 +193,9 @@ def test_damaged_config_is_named(broken: Path) -> None:
 
 
 def test_directory_without_weights_says_what_it_has(broken: Path) -> None:
-    os.rename(broken / "model.safetensors", broken / "pytorch_model.bin")
-    assert "no model.safetensors and no model.safetensors.index.json\n  found pytorch_model.bin" in message_of(broken)
+    os.rename(broken / "model.safetensors", broken / "weights.pt")
+    assert "no model.safetensors, no pytorch_model.bin" in message_of(broken)
+    assert "found weights.pt" in message_of(broken)
 
 
 def test_missing_shard_is_named(broken: Path) -> None:
