@@ -1,9 +1,9 @@
-"""The blocks of a decoder as split-tp sees them: which linears feed an attention or a feed-forward, which follow."""
+"""An attention as split-tp sees it: which linears feed it, which follows, and what lies between."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import CheckError
@@ -25,11 +25,18 @@ _UPSTREAM = {
     "Vastai::DequantizeKV": 0,
 }
 _DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
-_GATED = ("Vastai::SwiGLU", "Vastai::GeGLU")
-# activations between the two linears of a feed-forward block without a gate
-_PLAIN = ("Gelu", "Relu", "Swish", "Mish", "LeakyRelu", "Elu")
-_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Add", "Attention", "Vastai::Attention", *_GATED, *_PLAIN})
+_PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Attention", "Vastai::Attention"})
 _CACHE_WRITES = ("TensorScatter", "Concat")
+_NORMS = ("RMSNormalization", "LayerNormalization")
+
+
+@dataclass(frozen=True)
+class Headwise:
+    """A constant with one entry a head along ``axis``, and the node that adds it or multiplies by it."""
+
+    node: Node
+    value: Value
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -50,31 +57,26 @@ class Attention:
     kv_constants: tuple[Value, ...]
     slopes: Value | None  # ALiBi, one a query head
     reshapes: tuple[tuple[Node, int], ...]  # and the axis of the result that holds heads
-    adds: tuple[Node, ...]  # of the biases, and products with the weights of heads
-    query_weights: tuple[Value, ...]  # [heads, 1, width]: a weight of its own for each head
-    key_weights: tuple[Value, ...]
+    adds: tuple[Node, ...]  # of the biases
+    query_headwise: tuple[Headwise, ...]
+    kv_headwise: tuple[Headwise, ...]
 
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Linears side by side (gate and up, or one), each with the biases added to it, and the one that joins them."""
-
-    ups: tuple[tuple[Linear, tuple[Value, ...]], ...]
-    adds: tuple[Node, ...]  # of those biases
-    down: Linear
+    @property
+    def inside(self) -> tuple[Node, ...]:
+        """The nodes between a projection and the attention that read a vector or a row of it for each head."""
+        return (*self.adds, *(h.node for h in self.query_headwise + self.kv_headwise))
 
 
 @dataclass
 class _Path:
     """What lies between a projection and the attention."""
 
-    linear: Linear
-    reshapes: list[Node]
-    adds: list[Node]
-    biases: list[Value]
-    constants: list[Value]
-    caches: list[Value]
-    weights: list[Value]
+    reshapes: list[Node] = field(default_factory=list)
+    adds: list[Node] = field(default_factory=list)
+    biases: list[Value] = field(default_factory=list)
+    constants: list[Value] = field(default_factory=list)
+    caches: list[Value] = field(default_factory=list)
+    headwise: list[Headwise] = field(default_factory=list)
 
 
 def attention_block(node: Node) -> Attention:
@@ -91,15 +93,15 @@ def attention_block(node: Node) -> Attention:
     mask = node.input(3)
     if mask is not None and mask.shape is not None and len(mask.shape) > 2 and mask.shape[-3] != 1:
         raise CheckError(f"the mask of {where(node)} is {mask.type}: one a head, which is not split")
-    query, key, value = (_upstream(x, width) for x in (q, k, v))
-    out, joins = _downstream(node.output)
+    (query_linear, query), (key_linear, key), (value_linear, value) = (_upstream(x, width) for x in (q, k, v))
+    out, joins = downstream(node.output)
     return Attention(
         node,
         (heads, kv),
         width,
-        query.linear,
-        key.linear,
-        value.linear,
+        query_linear,
+        key_linear,
+        value_linear,
         out,
         tuple(query.biases),
         tuple(key.biases),
@@ -109,63 +111,63 @@ def attention_block(node: Node) -> Attention:
         node.input(SLOPES) if node.domain else None,
         (*((n, -2) for path in (query, key, value) for n in path.reshapes), *((n, -1) for n in joins)),
         tuple(node for path in (query, key, value) for node in path.adds),
-        tuple(query.weights),
-        (*key.weights, *value.weights),
+        tuple(query.headwise),
+        tuple(key.headwise + value.headwise),
     )
 
 
-def _upstream(value: Value, width: int) -> _Path:
-    biases: list[Value] = []
-    constants: list[Value] = []
-    caches: list[Value] = []
-    reshapes: list[Node] = []
-    adds: list[Node] = []
-    weights: list[Value] = []
+def _upstream(value: Value, width: int) -> tuple[Linear, _Path]:
+    path = _Path()
+    axis = 1  # of the heads
     while value.producer is not None:
         node = value.producer
         linear = as_linear(node)
         if linear is not None:
-            return _Path(linear, reshapes, adds, biases, constants, caches, weights)
-        if node.op == "Reshape":
-            reshapes.append(node)
-        if node.op == "Add":
-            sides = [v for v in node.inputs if v is not None and not v.is_const]
-            vectors = [v for v in node.inputs if v is not None and v.is_const]
-            biases += vectors
-            adds.append(node)
-            if len(sides) != 1 or any(v.rank != 1 or v.shape != value.shape[-1:] for v in vectors if value.shape):
-                break
-            value = sides[0]
-            continue
-        scaled = _weighted_heads(node, width)
-        if scaled is not None:
-            weights.append(scaled[1])
-            adds.append(node)
-            value = scaled[0]
-            continue
-        if node.op in ("Vastai::QuantizeKV", "Vastai::DequantizeKV"):
-            constants += [v for v in node.inputs[1:] if v is not None]
-        if node.op in ("TensorScatter", "Concat"):
-            caches += _caches(node.inputs[0], constants)
-        across = node.op.endswith("Normalization") and value.shape is not None and value.shape[-1] != width
-        if node.op not in _UPSTREAM or across:  # a norm over all heads needs the other ranks
+            return linear, path
+        following = _before(node, value, axis, width, path)
+        if following is None:
             break
-        following = node.inputs[_UPSTREAM[node.op]]
-        assert following is not None
+        if node.op == "Transpose":
+            axis = tuple(node.attributes["perm"])[axis] if axis >= 0 else axis
+        if node.op == "Reshape":
+            path.reshapes.append(node)
+            axis = axis if following.rank == 4 else -1  # heads and channels in one: vectors there are biases
         value = following
     at = where(value.producer) if value.producer is not None else value.name
     raise CheckError(f"no linear layer is found upstream of an attention: stopped at {at}")
 
 
-def _weighted_heads(node: Node, width: int) -> tuple[Value, Value] | None:
-    """The heads [batch, heads, seq, width] and the constant [heads, 1, width] that a Mul multiplies."""
-    shape = node.output.shape
-    if node.op != "Mul" or shape is None or len(shape) != 4:
+def _before(node: Node, value: Value, axis: int, width: int, path: _Path) -> Value | None:
+    """The operand of ``node`` that carries the heads, what else it reads noted in ``path``; None where it has none."""
+    if node.op in ("Add", "Mul"):
+        return _beside_constant(node, value, axis, path)
+    if node.op in ("Vastai::QuantizeKV", "Vastai::DequantizeKV"):
+        path.constants += [v for v in node.inputs[1:] if v is not None]
+    if node.op in _CACHE_WRITES:
+        path.caches += _caches(node.inputs[0], path.constants)
+    # a norm over all heads needs the other ranks
+    across = node.op in _NORMS and value.shape is not None and value.shape[-1] != width
+    return node.inputs[_UPSTREAM[node.op]] if node.op in _UPSTREAM and not across else None
+
+
+def _beside_constant(node: Node, value: Value, axis: int, path: _Path) -> Value | None:
+    """The operand of an Add or Mul that is no constant; the constant is a bias, or has an entry for each head."""
+    sides = [v for v in node.inputs if v is not None and not v.is_const]
+    vectors = [v for v in node.inputs if v is not None and v.is_const]
+    if len(sides) != 1 or len(vectors) != 1 or value.shape is None or sides[0].shape != value.shape:
         return None
-    for heads, weight in (node.inputs, node.inputs[::-1]):
-        if heads is not None and weight is not None and weight.const is not None and heads.const is None:
-            return (heads, weight) if weight.shape == (shape[1], 1, width) else None
-    return None
+    vector, shape = vectors[0], vectors[0].shape
+    own = axis - value.rank + len(shape) if shape is not None and value.rank is not None and axis >= 0 else None
+    if axis < 0 and node.op == "Add" and shape == value.shape[-1:]:
+        path.adds.append(node)
+        path.biases.append(vector)
+    elif own is not None and own >= 0 and shape is not None and shape[own] != 1:
+        path.headwise.append(Headwise(node, vector, own))
+    elif own is not None or (node.op == "Mul" and set(shape or ()) <= {1}):  # the same for all heads
+        path.adds.append(node)
+    else:
+        return None
+    return sides[0]
 
 
 def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
@@ -178,7 +180,7 @@ def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
     return [value] if value is not None else []
 
 
-def _downstream(value: Value) -> tuple[Linear, list[Node]]:
+def downstream(value: Value) -> tuple[Linear, list[Node]]:
     """The linear that reads a value, and the Reshapes on the way."""
     reshapes: list[Node] = []
     while True:
@@ -195,56 +197,12 @@ def _downstream(value: Value) -> tuple[Linear, list[Node]]:
         value = users[0].output
 
 
-def feed_forward_blocks(graph: Graph) -> list[FeedForward]:
-    """Every gated activation with its linears, and every plain activation that stands between two linears.
-
-    Raises:
-        CheckError: a gated activation is not fed by two linears; a plain one may stand anywhere, and is left alone.
-    """
-    blocks: list[FeedForward] = []
-    for node in (node for node in graph.nodes() if node.op in _GATED):
-        fed = [_biased(v) for v in node.inputs]
-        ups = [found for found in fed if found is not None]
-        if len(ups) != 2:
-            raise CheckError(f"{where(node)} is not fed by two linear layers")
-        blocks.append(_feed_forward(ups, _downstream(node.output)[0]))
-    for node in (node for node in graph.nodes() if node.op in _PLAIN):
-        up, users = _biased(node.inputs[0]), node.output.users()
-        down = as_linear(users[0]) if len(users) == 1 else None
-        if up is not None and down is not None and down.x is node.output and not graph.is_output(node.output):
-            blocks.append(_feed_forward([up], down))
-    return blocks
-
-
-def _feed_forward(ups: list[tuple[Linear, list[Node], list[Value]]], down: Linear) -> FeedForward:
-    sides = tuple((linear, tuple(biases)) for linear, _, biases in ups)
-    return FeedForward(sides, tuple(node for _, adds, _ in ups for node in adds), down)
-
-
-def _biased(value: Value | None) -> tuple[Linear, list[Node], list[Value]] | None:
-    """The linear that makes a value, directly or under one bias vector."""
-    node = value.producer if value is not None else None
-    if node is None:
-        return None
-    linear = as_linear(node)
-    if linear is not None:
-        return linear, [], []
-    if node.op != "Add":
-        return None
-    vectors = [v for v in node.inputs if v is not None and v.const is not None]
-    sums = [v for v in node.inputs if v is not None and v.const is None]
-    inner = as_linear(sums[0].producer) if len(sums) == 1 and sums[0].producer is not None else None
-    if inner is None or len(vectors) != 1 or vectors[0].shape != (inner.out_features,):
-        return None
-    return inner, [node], vectors
-
-
 def check_read_inside(
-    graph: Graph, linears: Iterable[Linear], last: Collection[Node], known: Collection[Node] = ()
+    graph: Graph, linears: Iterable[Linear], inside: Collection[Node], last: Collection[Node]
 ) -> None:
     """What a rank will hold a part of goes to the linears ``last``, where ranks meet, and nowhere else but to caches.
 
-    ``known`` are nodes on that way of which the operator alone would not say so.
+    ``inside`` are nodes on the way there whose operators may stand elsewhere too.
 
     Raises:
         CheckError: naming another reader.
@@ -259,7 +217,7 @@ def check_read_inside(
         for user in value.users():
             if user in last or user.op == "Shape":
                 continue
-            if user.op not in _PASSED_ON and user not in known:
+            if user.op not in _PASSED_ON and user not in inside:
                 raise CheckError(f"{where(user)} reads {value.name!r}, of which every rank would hold a part")
             fresh = [v for v in user.outputs if v not in seen]
             seen.update(fresh)

@@ -182,7 +182,7 @@ REFUSED = [
     ("a norm over all heads", [("q2 = Reshape (q1, to_heads)", "qn = RMSNormalization <axis = -1> (q1, bq) q2 = Reshape (qn, to_heads)")],
      "no linear layer is found upstream of an attention: stopped at qn"),
     ("a bias of another shape", [("q1 = Add (q0, bq)", "q1 = Add (q0, one1)")], "stopped at q1"),
-    ("a gate with an extra operation", [("s = Vastai.SwiGLU (g, u)", "g2 = Neg (g) s = Vastai.SwiGLU (g2, u)")], "is not fed by two linear layers"),
+    ("a gate with an extra operation", [("s = Vastai.SwiGLU (g, u)", "g2 = Softmax (g) s = Vastai.SwiGLU (g2, u)")], "is not fed by two linear layers"),
     ("an output that two layers read", [("a = Add (a3, bo)", "a4 = MatMul (a2, ot2) a5 = Add (a3, a4) a = Add (a5, bo)"),
      ("ot = Transpose", "ot2 = Transpose (wo) ot = Transpose")], "a2 has 2 users; one output projection is expected"),
     ("another reader of the queries", [("a0 = Attention", "extra = Neg (q) a0 = Attention")], "extra.* reads 'q', of which every rank would hold a part"),

@@ -184,12 +184,17 @@ class Layer:
 
 
 def assert_ranks_agree(layer: Layer, tp: int, steps: int = STEPS) -> tuple[Graph, PassRecord]:
-    """The ranks compute what one rank computes: a ragged prefill of two rows, then ``steps`` tokens, on onnxruntime."""
+    """The ranks compute what one rank computes: a ragged prefill of two rows, then ``steps`` tokens, on onnxruntime.
+
+    All ranks run as one graph (``expand-ranks``).
+    """
     whole = layer.graph()
     split = copy(whole)
     record = run_pipeline(split, f"split-tp{{tp={tp}}}").records[0]
     assert split.ranks == tp
-    for step, (have, want) in enumerate(zip(logits(split, steps), logits(whole, steps), strict=True)):
+    together = copy(split)
+    run_pipeline(together, "expand-ranks")
+    for step, (have, want) in enumerate(zip(logits(together, steps), logits(whole, steps), strict=True)):
         assert_close(have, want, REASSOCIATED, f"{layer} tp {tp} step {step}")
     return split, record
 
