@@ -65,7 +65,7 @@ def _explain(detail: Any, key: Key, model: type[BaseModel]) -> tuple[str, str | 
     if kind == "extra_forbidden":
         section = _section(model, key[:-1])
         choices = [f.alias or n for n, f in section.model_fields.items()] if section else []
-        return f"unknown key {name}", did_you_mean(str(key[-1]), choices)
+        return f"unknown key {name}", _elsewhere(model, str(key[-1])) or did_you_mean(str(key[-1]), choices)
     if kind == "missing":
         return f"{name} is missing", f"add `{key[-1]}:`" + (f" under {dotted(key[:-1])}" if key[:-1] else "")
     if kind == "literal_error":
@@ -79,6 +79,17 @@ def _explain(detail: Any, key: Key, model: type[BaseModel]) -> tuple[str, str | 
     if kind == "model_type":
         return f"{name} = {given!r} is not a section", "its keys go on the lines below it, indented"
     return f"{name} = {given!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}", None
+
+
+def _elsewhere(model: type[BaseModel], name: str, above: str = "") -> str | None:
+    """Where a key belongs that is right but stands in another section."""
+    for field_name, info in model.model_fields.items():
+        if name == (info.alias or field_name) and above:
+            return f"`{name}` belongs under {above}"
+        section = _section(model, (info.alias or field_name,))
+        if section and (found := _elsewhere(section, name, f"{above}.{field_name}".lstrip("."))):
+            return found
+    return None
 
 
 def _section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
@@ -97,5 +108,5 @@ def _section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
 def _literals(annotation: Any) -> list[Any]:
     found: list[Any] = []
     for argument in get_args(annotation):
-        found += _literals(argument) if get_args(argument) else ([argument] if isinstance(argument, str) else [])
+        found += _literals(argument) if get_args(argument) else ([argument] if isinstance(argument, str | int) else [])
     return found

@@ -2,7 +2,7 @@
 
 Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.{kv_scales,kv_args}``, what is in
 ``calib_args`` beside ``true_sequential``, ``dataset.seed`` and ``backend.{target,guard_fp16_range,sequence_parallel}``;
-keys that steer only the closed compiler are accepted.
+keys that steer only the closed compiler are accepted, and ``config_notes.py`` says what they mean here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ModelKwargs(_Section):
 
     tp: int = Field(1, ge=1, le=1024)
     b2s: bool = True
-    model_arch: str = "vacc"
+    model_arch: Literal["vacc"] = "vacc"
     align_qkv: bool = False
     enable_kv_share: bool = False
     build_visual: bool = False
@@ -132,7 +132,7 @@ class Frontend(_Section):
 class BackendCompile(_Section):
     """Switches of the closed backend; read and not used."""
 
-    data_type: int = 0
+    data_type: Literal[0] = 0
     gather_data_vccl_dsp_enable: bool = False
     attention_split_num: int | None = None
     ffn_split_num: int | None = None
