@@ -31,14 +31,27 @@ class Locations:
 
 def describe_error(error: ValidationError, model: type[BaseModel], locations: Locations) -> UserError:
     """The first mistake (by line) as a UserError; the number of further ones is in the hint."""
-    details = error.errors(include_url=False)
-    first = min(details, key=lambda d: (_line(_clean(d["loc"]), locations), d["type"] == "missing"))
-    key = _clean(first["loc"])
-    message, hint = _explain(first, key, model)
-    others = len({_clean(d["loc"]) for d in details} - {key})
+    first, *others = describe_errors(error, model, locations)
+    hint = first.hint
     if others:
-        hint = f"{hint}; {others} more to correct after this" if hint else f"{others} more to correct after this"
-    return UserError(f"{locations.where(key)}: {message}", hint)
+        hint = (
+            f"{hint}; {len(others)} more to correct after this" if hint else f"{len(others)} more to correct after this"
+        )
+    return UserError(first.message, hint)
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], locations: Locations) -> list[UserError]:
+    """Every mistake as a UserError, one a key, by line."""
+    details = sorted(
+        error.errors(include_url=False), key=lambda d: (_line(_clean(d["loc"]), locations), d["type"] == "missing")
+    )
+    found: dict[Key, UserError] = {}
+    for detail in details:
+        key = _clean(detail["loc"])
+        if key not in found:
+            message, hint = _explain(detail, key, model)
+            found[key] = UserError(f"{locations.where(key)}: {message}", hint)
+    return list(found.values())
 
 
 def _line(key: Key, locations: Locations) -> int:
