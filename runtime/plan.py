@@ -183,6 +183,12 @@ def _check_tp(config: CompileConfig, model: Mapping[str, Any], place: Places) ->
             f"{where}: frontend.model_kwargs.tp = {tp}, but the model has {heads} query heads",
             f"the largest tp is {heads}",
         )
+    length = config.frontend.shape.prefill
+    if config.backend.sequence_parallel and length % tp:
+        raise UserError(
+            f"{place.of('backend.sequence_parallel')}: {length} tokens of a prefill are not in {tp} equal parts",
+            f"the next length that is: {length + tp * 16 - length % (tp * 16)} in frontend.shape.input_ids",
+        )
 
 
 def _check_support(config: CompileConfig, place: Places) -> None:

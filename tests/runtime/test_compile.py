@@ -214,3 +214,13 @@ def test_ranks_share_the_sequence_where_the_configuration_says_so(
         ]
     np.testing.assert_array_equal(found["plain"][0], found["shared"][0])
     np.testing.assert_array_equal(found["plain"][1], found["shared"][1])
+
+
+def test_a_prefill_that_does_not_divide_over_the_ranks_cannot_share_its_sequence(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = ["backend.sequence_parallel=true", "frontend.model_kwargs.tp=3"]
+    with pytest.raises(
+        UserError, match=r"16 tokens of a prefill are not in 3 equal parts\n  the next length that is: 48"
+    ):
+        compile_model(config(tmp_path), keys, Silent())
