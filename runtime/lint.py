@@ -247,7 +247,7 @@ def _kv_heads(subject: Subject) -> Iterator[Problem]:
         return
     width = subject.number("head_dim") or hidden // heads
     rows = Counter(t.shape[0] for n, t in subject.checkpoint.tensors.items() if n.endswith("k_proj.weight"))
-    wrong = [found for found in rows if found != kv_heads * width]
+    wrong = [found for found in rows if width > 0 and found != kv_heads * width]
     if wrong:
         message = f"{subject.json_file}: num_key_value_heads is {kv_heads}, the key projections have {wrong[0]} rows"
         fits = wrong[0] % width == 0

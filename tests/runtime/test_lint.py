@@ -232,6 +232,21 @@ def test_tensors_that_are_missing(config: Callable[..., Path], tmp_path: Path) -
     assert "1 tensors are missing: model.norm.weight" in only(lint(path), "tensors").message
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": "x"}, "config.json does not fit a llama model: TypeError"),
+        ({"intermediate_size": -1}, "config.json does not fit a llama model: RuntimeError"),
+        ({"num_attention_heads": 0}, "config.json does not fit a llama model: ZeroDivisionError"),
+        ({"model_type": ["llama"]}, "`model_type` is a name, and `architectures` a list of names"),
+        ({"architectures": 3}, "`model_type` is a name, and `architectures` a list of names"),
+    ],
+)
+def test_sizes_and_names_that_are_none(found: Lint, change: dict[str, Any], message: str) -> None:
+    (one,) = found(change)
+    assert message in one.message
+
+
 def test_an_unknown_architecture(found: Lint) -> None:
     assert "unknown architecture: model_type `lama`" in only(found({"model_type": "lama"}), "tensors").message
 
