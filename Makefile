@@ -62,6 +62,8 @@ lint: $(STAMP) build/vacc_opt
 docs: $(STAMP)
 	$(BIN)/vacc-opt passes --markdown > docs/passes.md.tmp
 	mv docs/passes.md.tmp docs/passes.md
+	$(BIN)/vacc-opt lint --markdown > docs/lint.md.tmp
+	mv docs/lint.md.tmp docs/lint.md
 	$(BIN)/python -m pytest -q tests/docs tests/passes/test_examples.py
 
 clean:

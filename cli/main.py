@@ -27,6 +27,7 @@ COMMANDS = {
     "explain": ("Trace a node, call or weight back to passes, source lines and checkpoint.", "vacc_opt.cli.explain"),
     "export": ("Export a checkpoint to ONNX; the weights are copied, never loaded whole.", "vacc_opt.cli.export"),
     "generate": ("Answer a prompt with an artifact, on the tile schedule or onnxruntime.", "vacc_opt.cli.generate"),
+    "lint": ("Find what is known to go wrong in a configuration and its checkpoint.", "vacc_opt.cli.lint"),
     "models": ("List the model families that are recognized, and what is fused in each.", "vacc_opt.cli.models"),
     "opt": ("Run a pipeline of passes over a model. `vacc-opt MODEL -p ...` is short for it.", "vacc_opt.cli.opt"),
     "passes": ("List the passes, or describe one with its options.", "vacc_opt.cli.passes"),

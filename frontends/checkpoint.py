@@ -108,6 +108,11 @@ def _open_directory(root: Path) -> Checkpoint:
     config = _read_json(root, "config.json")
     if "model_type" not in config:
         raise UserError(f"{root / 'config.json'}: no `model_type`", "it says which architecture the weights are of")
+    names = config.get("architectures") or []
+    if not isinstance(config["model_type"], str) or not (
+        isinstance(names, list) and all(isinstance(n, str) for n in names)
+    ):
+        raise UserError(f"{root / 'config.json'}: `model_type` is a name, and `architectures` a list of names")
     return Checkpoint(root, config, _read_weights(root), "huggingface")
 
 

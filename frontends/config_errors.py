@@ -31,14 +31,27 @@ class Locations:
 
 def describe_error(error: ValidationError, model: type[BaseModel], locations: Locations) -> UserError:
     """The first mistake (by line) as a UserError; the number of further ones is in the hint."""
-    details = error.errors(include_url=False)
-    first = min(details, key=lambda d: (_line(_clean(d["loc"]), locations), d["type"] == "missing"))
-    key = _clean(first["loc"])
-    message, hint = _explain(first, key, model)
-    others = len({_clean(d["loc"]) for d in details} - {key})
+    first, *others = describe_errors(error, model, locations)
+    hint = first.hint
     if others:
-        hint = f"{hint}; {others} more to correct after this" if hint else f"{others} more to correct after this"
-    return UserError(f"{locations.where(key)}: {message}", hint)
+        hint = (
+            f"{hint}; {len(others)} more to correct after this" if hint else f"{len(others)} more to correct after this"
+        )
+    return UserError(first.message, hint)
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], locations: Locations) -> list[UserError]:
+    """Every mistake as a UserError, one a key, by line."""
+    details = sorted(
+        error.errors(include_url=False), key=lambda d: (_line(_clean(d["loc"]), locations), d["type"] == "missing")
+    )
+    found: dict[Key, UserError] = {}
+    for detail in details:
+        key = _clean(detail["loc"])
+        if key not in found:
+            message, hint = _explain(detail, key, model)
+            found[key] = UserError(f"{locations.where(key)}: {message}", hint)
+    return list(found.values())
 
 
 def _line(key: Key, locations: Locations) -> int:
@@ -65,7 +78,7 @@ def _explain(detail: Any, key: Key, model: type[BaseModel]) -> tuple[str, str | 
     if kind == "extra_forbidden":
         section = _section(model, key[:-1])
         choices = [f.alias or n for n, f in section.model_fields.items()] if section else []
-        return f"unknown key {name}", did_you_mean(str(key[-1]), choices)
+        return f"unknown key {name}", _elsewhere(model, str(key[-1])) or did_you_mean(str(key[-1]), choices)
     if kind == "missing":
         return f"{name} is missing", f"add `{key[-1]}:`" + (f" under {dotted(key[:-1])}" if key[:-1] else "")
     if kind == "literal_error":
@@ -79,6 +92,17 @@ def _explain(detail: Any, key: Key, model: type[BaseModel]) -> tuple[str, str | 
     if kind == "model_type":
         return f"{name} = {given!r} is not a section", "its keys go on the lines below it, indented"
     return f"{name} = {given!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}", None
+
+
+def _elsewhere(model: type[BaseModel], name: str, above: str = "") -> str | None:
+    """Where a key belongs that is right but stands in another section."""
+    for field_name, info in model.model_fields.items():
+        if name == (info.alias or field_name) and above:
+            return f"`{name}` belongs under {above}"
+        section = _section(model, (info.alias or field_name,))
+        if section and (found := _elsewhere(section, name, f"{above}.{field_name}".lstrip("."))):
+            return found
+    return None
 
 
 def _section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
@@ -97,5 +121,5 @@ def _section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
 def _literals(annotation: Any) -> list[Any]:
     found: list[Any] = []
     for argument in get_args(annotation):
-        found += _literals(argument) if get_args(argument) else ([argument] if isinstance(argument, str) else [])
+        found += _literals(argument) if get_args(argument) else ([argument] if isinstance(argument, str | int) else [])
     return found

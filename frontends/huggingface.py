@@ -40,7 +40,7 @@ def build_module(
         with fake_parameters(mode), no_init_weights():
             return build_remote(config, attention, code).eval(), mode
     if (own := find_own(config)) is not None:
-        with fake_parameters(mode), no_init_weights():
+        with fake_parameters(mode), no_init_weights(), _fits(model_type):
             return own(config, attention).eval(), mode
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -54,17 +54,23 @@ def build_module(
         raise UserError(f"unknown architecture: model_type `{model_type}`", hint)
     for key in ("auto_map", "quantization_config", "torch_dtype", "dtype"):
         settings.pop(key, None)
-    try:
+    with fake_parameters(mode), no_init_weights(), _fits(model_type):
         parsed = CONFIG_MAPPING[model_type](**settings)
-    except (TypeError, ValueError, KeyError) as error:
-        message = f"config.json does not fit a {model_type} model: {error}"
-        raise UserError(message, "compare it with the original") from error
-    with fake_parameters(mode), no_init_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(
             parsed, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
         )
     module.tie_weights()
     return module.eval(), mode
+
+
+@contextmanager
+def _fits(model_type: str) -> Iterator[None]:
+    """What building a module raises for sizes that are no sizes is a mistake of config.json."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        message = f"config.json does not fit a {model_type} model: {type(error).__name__}: {error}"
+        raise UserError(message, "compare it with the original") from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.{kv_scales,kv_args}``, what is in
 ``calib_args`` beside ``true_sequential``, ``dataset.seed`` and ``backend.{target,guard_fp16_range,sequence_parallel}``;
-keys that steer only the closed compiler are accepted.
+keys that steer only the closed compiler are accepted, and ``config_notes.py`` says what they mean here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from vacc_opt.frontends.config_errors import Locations, describe_error
+from vacc_opt.frontends.config_errors import Locations, describe_error, describe_errors
 from vacc_opt.ir.errors import UserError
 
 QuantizeType = Literal["w8a16", "w8a16_gptq", "w16kv8", "w8kv8", "w8kv8_gptq"]
@@ -70,7 +70,7 @@ class ModelKwargs(_Section):
 
     tp: int = Field(1, ge=1, le=1024)
     b2s: bool = True
-    model_arch: str = "vacc"
+    model_arch: Literal["vacc"] = "vacc"
     align_qkv: bool = False
     enable_kv_share: bool = False
     build_visual: bool = False
@@ -132,7 +132,7 @@ class Frontend(_Section):
 class BackendCompile(_Section):
     """Switches of the closed backend; read and not used."""
 
-    data_type: int = 0
+    data_type: Literal[0] = 0
     gather_data_vccl_dsp_enable: bool = False
     attention_split_num: int | None = None
     ffn_split_num: int | None = None
@@ -227,16 +227,31 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises UserError with ``file:line``, the dotted key, what is wrong, and the nearest valid choice.
     """
+    data, locations = read_config(path, overrides)
+    try:
+        return CompileConfig.model_validate(data)
+    except ValidationError as error:
+        raise describe_error(error, CompileConfig, locations) from error
+
+
+def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Locations]:
+    """The file as plain values, unchecked, and the line of each key; raises UserError for what is no mapping."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such configuration file", "give the path of a .yaml file")
     data, locations = _read(file)
     for override in overrides:
         _apply(data, override, locations)
+    return data, locations
+
+
+def mistakes(data: Mapping[str, Any], locations: Locations) -> list[UserError]:
+    """Everything that the schema has against a configuration, by line; empty when it can be used."""
     try:
-        return CompileConfig.model_validate(data)
+        CompileConfig.model_validate(data)
     except ValidationError as error:
-        raise describe_error(error, CompileConfig, locations) from error
+        return describe_errors(error, CompileConfig, locations)
+    return []
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Locations]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, target_file, verify
+from vacc_opt.frontends.config_notes import notes
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.passes.infra.instrument import Report
@@ -102,6 +103,7 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
         target = load_target(plan.config.backend.target)
         run = _Run(plan, listener)
         listener.line(plan.config.name)
+        _note_keys(run)
         graph, tokenizer = _export(run)
         with run.step("recognize", "fuse") as said:
             run.passes(graph, plan.recognize)
@@ -116,6 +118,15 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
             artifact = _write(run, lowered, facts, tokenizer, calibrated)
     seconds = time.perf_counter() - started
     return CompileReport(artifact.name, str(plan.output), facts, tuple(run.steps), peak.bytes, seconds)
+
+
+def _note_keys(run: _Run) -> None:
+    """Say what keys of the file mean here that mean something else upstream, or steer only its compiler."""
+    found = notes(run.plan.config)
+    if found:
+        width = max(len(key) for key, _ in found)
+        with run.step("config", "keys") as said:
+            said += [f"{key:<{width}}  {text}" for key, text in found]
 
 
 def _export(run: _Run) -> tuple[Graph, Tokenizer | None]:

@@ -19,6 +19,17 @@ def test_the_page_of_passes_is_what_make_docs_writes(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == (ROOT / "docs/passes.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_lint_is_what_make_docs_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", "--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs/lint.md").read_text(encoding="utf-8")
+
+
+def test_lint_has_nothing_against_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        assert main(["lint", str(path)]) == 0
+        assert capsys.readouterr().out == f"{path}: 0 errors, 0 warnings\n"
+
+
 def test_the_pass_of_the_readme_works_as_printed(tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Write a pass")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)

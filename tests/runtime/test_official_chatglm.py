@@ -15,6 +15,7 @@ from vacc_opt.cli.main import main
 from vacc_opt.frontends.models import ChatGLM, ChatGLMConfig
 from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.engines import Engine, OnnxRuntimeEngine, ScheduleEngine
+from vacc_opt.runtime.lint import lint
 
 # the entries of the published config.json, small; `auto_map` names files that a deployment does not have
 CONFIG = {
@@ -83,6 +84,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Any]:
     (root / "model.yaml").write_text(YAML.format(checkpoint=root / "chatglm2-6b", out=root / "out"))
     assert main(["compile", str(root / "model.yaml")]) == 0
     return open_artifact(root / "out" / "chatglm2-6b-fp32-tp4-16-32"), module
+
+
+def test_lint_warns_of_what_upstream_needs_and_this_compiler_does_not(tmp_path: Path) -> None:
+    write(tmp_path / "chatglm2-6b")
+    (tmp_path / "model.yaml").write_text(YAML.format(checkpoint=tmp_path / "chatglm2-6b", out=tmp_path / "out"))
+    found = lint(tmp_path / "model.yaml")
+    assert [(one.rule, one.severity) for one in found] == [("auto-map", "warning"), ("align-qkv", "warning")]
+    assert "configuration_chatglm.py, modeling_chatglm.py" in found[0].message
+    assert "over which 2 KV heads do not divide" in found[1].message
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntimeEngine, ScheduleEngine])
