@@ -34,6 +34,7 @@ COMMANDS = {
     "remarks": ("Read what passes said of each place; hold two runs against each other.", "vacc_opt.cli.remarks"),
     "reduce": ("Shrink a model to the few nodes that a bug needs.", "vacc_opt.cli.reduce"),
     "tp-plan": ("Compare what splits over several numbers of ranks hold and exchange.", "vacc_opt.cli.tp_plan"),
+    "schedule": ("Search the schedule of one kernel, or check one that anyone wrote.", "vacc_opt.cli.schedule"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")

@@ -71,6 +71,10 @@ def test_a_tutorial_does_what_it_shows(name: str, tmp_path: Path) -> None:
     assert run((DOCS / f"{name}.md").read_text(encoding="utf-8"), tmp_path) >= 5
 
 
+def test_the_page_about_schedules_does_what_it_shows(tmp_path: Path) -> None:
+    assert run((DOCS / "schedule_a_kernel.md").read_text(encoding="utf-8"), tmp_path) == 5
+
+
 @pytest.mark.full  # exports and compiles SmolLM2
 def test_the_page_about_ranks_does_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(DOCS.parent / "examples")

@@ -1,0 +1,128 @@
+"""Schedules of one kernel without a model around it: made by the search, or read from text, verified, timed and run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vacc_opt.ir.errors import CheckError, UserError
+
+ORDERS = 4  # interleavings of the engines that `run_orders` compares
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A verified schedule: predicted cycles of one run, their lower bound and what sets it, bytes over the DDR port."""
+
+    cycles: int
+    bound: int
+    binds: str
+    ratio: float
+    dram_bytes: int
+    search_s: float
+    target: str
+    schedule: str
+
+    def text(self) -> str:
+        """One line for people."""
+        timed = f"{self.cycles} cycles, {self.ratio:.4f} x bound ({self.bound}, {self.binds})"
+        return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}"
+
+
+def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Scheduled:
+    """Search a schedule of `Y[m, n] = X[m, k] @ W[n, k]^T`; X, Y float16, `weights`: float16, or int8 with scales.
+
+    Raises UserError for sizes below 1, unknown weights or targets, and where no tile fits.
+    """
+    from vacc_opt.backends.vacc import load_target
+    from vacc_opt.backends.vacc.kernels.builder import param
+    from vacc_opt.backends.vacc.search import fastest_linear
+    from vacc_opt.backends.vacc.single import single
+
+    dtypes = {"float16": "f16", "int8": "i8"}
+    if min(m, n, k) < 1:
+        raise UserError(f"a product of {m} x {n} x {k} is empty", "M, N and K are at least 1")
+    if weights not in dtypes:
+        raise UserError(f"weights {weights!r} are not known", f"known are {', '.join(dtypes)}")
+    machine = load_target(target)
+    x, w = param("X", "in", "f16", (m, k)), param("W", "in", dtypes[weights], (n, k))
+    scale = param("S", "in", "f32", (n,)) if weights == "int8" else None
+    started = time.perf_counter()
+    kernel = fastest_linear(x, w, scale, param("Y", "out", "f16", (m, n)), machine)
+    spent = time.perf_counter() - started
+    return _scheduled(single(kernel, machine).to_text(), machine, spent)
+
+
+def check_schedule(path: Path, *, target: str) -> Scheduled:
+    """Read, verify and time schedule text that anyone wrote for `target`.
+
+    Raises UserError for text that cannot be read, and ScheduleError with every violation.
+    """
+    from vacc_opt.backends.vacc import load_target
+
+    return _scheduled(_read(path), load_target(target), 0.0)
+
+
+def run_orders(found: Scheduled, seed: int = 0) -> int:
+    """Execute the schedule on random values in several interleavings of its engines; the number of output elements.
+
+    Raises UserError for a program of more than one kernel call, CheckError when two interleavings differ in a bit.
+    """
+    import numpy as np
+
+    from vacc_opt.backends.vacc import Program
+    from vacc_opt.backends.vacc.single import execute
+
+    program = Program.from_text(found.schedule)
+    if program.phase != "single":
+        raise UserError(f"the schedule is the {program.phase} of a model", "run a model with `vacc-opt generate`")
+    random = np.random.default_rng(seed)
+    kernel = program.kernels[0]
+    values = [
+        {one.name: _random(random, one.dtype, one.shape) for one in kernel.params if one.mode != "out"}
+        | dict.fromkeys(kernel.scalars, 0)
+        for _ in range(program.ranks)
+    ]
+    first = execute(program, values)
+    for order in range(1, ORDERS):
+        for rank, (one, other) in enumerate(zip(first, execute(program, values, order), strict=True)):
+            for name, value in one.items():
+                if value.tobytes() != other[name].tobytes():
+                    raise CheckError(f"`{name}` of rank {rank} depends on the order in which engines run")
+    return sum(value.size for value in first[0].values())
+
+
+def _scheduled(text: str, target: Any, spent: float) -> Scheduled:
+    """What the text itself shows: it is parsed, verified and timed as anyone's would be."""
+    from vacc_opt.backends.vacc import Program, simulate_time, verify
+
+    program = Program.from_text(text)
+    verify(program, target)
+    timing = simulate_time(program, target)
+    return Scheduled(
+        cycles=timing.cycles,
+        bound=timing.bound.cycles,
+        binds=timing.bound.binds,
+        ratio=timing.cycles / max(timing.bound.cycles, 1),
+        dram_bytes=sum(one.bytes * one.calls for one in timing.kernels.values()),
+        search_s=spent,
+        target=f"{target.name} v{target.version} ({target.sha})",
+        schedule=text,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"schedule text {path} cannot be read: {error}") from error
+
+
+def _random(random: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    if dtype.startswith("i"):  # small enough to be an index of any table
+        return random.integers(-127, 128, shape, np.int8) if dtype == "i8" else np.zeros(shape, f"int{dtype[1:]}")
+    return random.standard_normal(shape).astype(f"float{dtype[1:]}")
