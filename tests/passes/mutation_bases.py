@@ -316,8 +316,9 @@ LAYER = "layer = Constant <value = float {2.0}> ()" + EAGER.replace(
     "masked = Add (scaled", "multiplied = Mul (scaled, layer) masked = Add (multiplied"
 )
 RESIDUAL = """
-block (float[2,4,4] x, float[2,4,4] r, float[4] w, float[2,4] z) => (float[2,4,4] y, float[2,4,4] stream, other) {
+block (float[2,4,4] x, float[2,4,4] r, float[4] w, float[2,4] z) => (float[2,4,4] y, float[2,4,4] next, other) {
     stream = Add (x, r)
+    next = Neg (stream)
     y = RMSNormalization <axis = -1, epsilon = 0.001> (stream, w)
     other = RMSNormalization <axis = -1> (z, w)
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from vacc_opt.ir import CheckError, Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
-from vacc_opt.ir.tensor import Codes, Scales
+from vacc_opt.ir.tensor import Codes, Scales, TensorExpr
 from vacc_opt.ir.text import from_text
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option
 from vacc_opt.passes.infra.model.linear import Linear
@@ -191,9 +191,9 @@ class WrongCodes(W8A16):
 
     weight: str = option("wu", "name of the weight")
 
-    def _rewrite(self, linear: Linear, rw: Rewriter) -> None:
+    def _rewrite(self, linear: Linear, rw: Rewriter, made: tuple[TensorExpr, TensorExpr] | None) -> None:
         if linear.weight.name != self.weight:
-            super()._rewrite(linear, rw)
+            super()._rewrite(linear, rw, made)
             return
         with rw.applying([linear.node]):
             codes, scales = rw.const(Codes(linear.rows), "q"), rw.const(Scales(linear.rows).read()[::-1].copy(), "s")

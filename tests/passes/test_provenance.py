@@ -111,6 +111,7 @@ def test_every_pass_keeps_it_on_the_example_of_its_documentation(
 ) -> None:
     tensors = {f"layers.0.key.{what}": Literal(np.full((1, 2), 0.5, np.float32)) for what in ("scale", "zero")}
     write_safetensors(tmp_path / "kv.safetensors", tensors)  # what the example of kv8 names
+    write_safetensors(tmp_path / "ranges.safetensors", {"product": Literal(np.array([1e5], np.float32))})
     monkeypatch.chdir(tmp_path)
     examples = doc_of(all_passes()[name]).examples
     assert examples

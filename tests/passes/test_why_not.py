@@ -40,7 +40,7 @@ def test_a_node_in_between_is_shown_with_its_attributes_and_its_neighbours() -> 
     assert why(attention("c = Elu <alpha = 0.5> (m)", "c")) == "\n".join(
         [
             "fuse-gqa: 0 of 1 roots matched",
-            "  Softmax w  deepest partial match 2 of 26 nodes",
+            "  Softmax w  deepest partial match 2 of 28 nodes",
             "    expected  Where(...) | Add(...) | Reshape(...) | Clip(...) | Mul(...) | Div(...) | MatMul(...)",
             "    found     Elu(alpha=0.5) c: float[B,8,S,S] between Mul and Softmax",
         ]
@@ -50,7 +50,7 @@ def test_a_node_in_between_is_shown_with_its_attributes_and_its_neighbours() -> 
 def test_the_source_line_of_the_model_stands_beside_the_place() -> None:
     source = '# from "w" = [[["layers.13.attn", "modeling_x.py:214", "aten.softmax"]], []]\n'
     text = why(attention("c = Elu <alpha = 0.5> (m)", "c", source))
-    assert "  Softmax w (layers.13.attn modeling_x.py:214 aten.softmax)  deepest partial match 2 of 26 nodes" in text
+    assert "  Softmax w (layers.13.attn modeling_x.py:214 aten.softmax)  deepest partial match 2 of 28 nodes" in text
 
 
 def test_what_simplify_would_remove_gets_that_hint() -> None:
