@@ -20,6 +20,22 @@ Watch = Callable[[str, Array], None]
 BUDGET = 1 << 30  # bytes of values in memory; beyond, they go to files
 
 
+def fresh_feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
+    """Inputs of a graph before ``kv-cache`` for ids [1, n]: no past, nothing masked."""
+    feeds: dict[str, Array] = {}
+    for value in graph.inputs:
+        if value.name == "input_ids":
+            feeds[value.name] = ids
+        elif value.name == "attention_mask":
+            feeds[value.name] = np.ones(ids.shape, value.type.dtype.numpy)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
+        else:
+            shape = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(value.shape or ())]
+            feeds[value.name] = np.zeros(shape, value.type.dtype.numpy)
+    return feeds
+
+
 @dataclass(frozen=True)
 class _Program:
     """Some nodes, ready to run on the values of a sample; ``replaced``: with other weights than the graph has."""

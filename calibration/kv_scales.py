@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.calibration.activations import fresh_feeds
 from vacc_opt.calibration.rotary_envelope import Rotary
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, UserError
@@ -139,7 +140,7 @@ def calibrate_kv(
     executable = Executable(model, threads=threads)
     seen: dict[str, Range] = {}
     for index, ids in enumerate(sequences):
-        found = executable.run(_feeds(model, ids))[0]
+        found = executable.run(fresh_feeds(model, ids))[0]
         for name, value in names.items():
             if name in turned:
                 one = _finite(Range(*turned[name].extent(found[turned[name].before.name])), name)
@@ -167,22 +168,6 @@ def _caches_only(graph: Graph, caches: Iterable[Value]) -> Graph:
             nodes[node] = None
             pending += [v.producer for v in node.inputs if v is not None and v.producer is not None]
     return extract(graph, nodes, f"{graph.name}.caches", keep=wanted)
-
-
-def _feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-    """Inputs of one sequence: no past, nothing masked."""
-    feeds: dict[str, npt.NDArray[Any]] = {}
-    for value in graph.inputs:
-        if value.name == "input_ids":
-            feeds[value.name] = ids
-        elif value.name == "attention_mask":
-            feeds[value.name] = np.ones(ids.shape, value.type.dtype.numpy)
-        elif value.name == "position_ids":
-            feeds[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
-        else:
-            shape = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(value.shape or ())]
-            feeds[value.name] = np.zeros(shape, value.type.dtype.numpy)
-    return feeds
 
 
 def _new(present: Value) -> Value | None:

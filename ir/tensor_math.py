@@ -11,11 +11,10 @@ from vacc_opt.ir.types import DType
 
 
 @dataclass(frozen=True)
-class Shifted(TensorExpr):
-    """``base + amount`` in the type of ``base``: the scale ``1 + w`` of Gemma's norms."""
+class _Elementwise:
+    """One number meets every element of ``base``, in the type of ``base``."""
 
     base: TensorExpr
-    amount: float
 
     @property
     def dtype(self) -> DType:
@@ -26,27 +25,23 @@ class Shifted(TensorExpr):
     def shape(self) -> tuple[int, ...]:
         """Shape of the base."""
         return self.base.shape
+
+
+@dataclass(frozen=True)
+class Shifted(_Elementwise, TensorExpr):
+    """``base + amount`` in the type of ``base``: the scale ``1 + w`` of Gemma's norms."""
+
+    amount: float
 
     def _read(self, index: Index) -> Array:
         return np.asarray(self.base.read(index) + self.dtype.numpy.type(self.amount))
 
 
 @dataclass(frozen=True)
-class Multiplied(TensorExpr):
+class Multiplied(_Elementwise, TensorExpr):
     """``base * factor`` in the type of ``base``; exact for a power of two that leaves the numbers normal."""
 
-    base: TensorExpr
     factor: float
-
-    @property
-    def dtype(self) -> DType:
-        """Element type of the base."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
 
     def _read(self, index: Index) -> Array:
         return np.asarray(self.base.read(index) * self.dtype.numpy.type(self.factor))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vacc_opt.calibration.activations import fresh_feeds
 from vacc_opt.calibration.fp16_ranges import largest_magnitudes, save_ranges
 from vacc_opt.calibration.gptq_model import LayerResult, Options, quantize_model
 from vacc_opt.calibration.kv_file import read_scales
@@ -27,7 +28,7 @@ from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.weights import formula, stored_parts
 from vacc_opt.runtime.files import sha256
 from vacc_opt.runtime.plan import CODES_FILE, RANGES_FILE, SCALES_FILE, Plan
-from vacc_opt.runtime.subjects import Ids, fresh_feeds
+from vacc_opt.runtime.subjects import Ids
 from vacc_opt.runtime.tokenizer import Tokenizer
 
 CACHE, LAYERS_FILE = ".calibration", "gptq_layers.json"

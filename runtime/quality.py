@@ -127,7 +127,7 @@ class ModelQuality:
 
     @property
     def weakest(self) -> LayerQuality | None:
-        """The layer with the lowest signal-to-noise ratio of the residual stream."""
+        """The lowest signal-to-noise ratio of all: of which layer, of its attention or of the residual stream."""
         known = [one for one in self.layers if one.decibels is not None]
         return min(known, key=lambda one: one.decibels or 0.0, default=None)
 

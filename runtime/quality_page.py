@@ -34,7 +34,7 @@ def render_page(title: str, facts: dict[str, Any], models: Sequence[ModelQuality
         models=[(model, COLORS[i % len(COLORS)]) for i, model in enumerate(models)],
         depth=Markup(_by_depth(models)),
         divergence=Markup(_by_position(models)),
-        layers=[(layer, Markup(_of_layer(models, layer))) for layer in _layers(models)],
+        layers=[(layer, Markup(_of_layer(models, layer, _span(models)))) for layer in _layers(models)],
     )
 
 
@@ -42,19 +42,29 @@ def _layers(models: Sequence[ModelQuality]) -> list[int]:
     return sorted({one.layer for model in models for one in model.layers})
 
 
+def _span(models: Sequence[ModelQuality]) -> Sequence[float]:
+    """Every SNR by position: the plots of all layers share one scale, so that they can be compared."""
+    return [y for model in models for one in model.layers for y in one.by_position if y is not None]
+
+
 def _by_depth(models: Sequence[ModelQuality]) -> str:
     """SNR of the residual stream against the layer, a line a model."""
     lines = [[(one.layer, one.decibels) for one in model.layers if one.signal == "residual"] for model in models]
-    return _plot(lines, [False] * len(lines), 720, 220, "SNR of the residual stream in dB, by layer")
+    title, last = "SNR of the residual stream in dB, from layer 0", max(_layers(models), default=0)
+    return _plot(lines, [False] * len(lines), 720, 220, title, f"layer {last}")
 
 
 def _by_position(models: Sequence[ModelQuality]) -> str:
     """KL divergence against the position in the window."""
     lines: list[list[Point]] = [[((low + high) / 2, kl) for low, high, kl in model.by_position] for model in models]
-    return _plot(lines, [False] * len(lines), 720, 180, "KL divergence in nats, by position in the window", step=None)
+    title, last = (
+        "KL divergence in nats, by position in the window",
+        max((x for line in lines for x, _ in line), default=0),
+    )
+    return _plot(lines, [False] * len(lines), 720, 180, title, f"position {last:.0f}", step=None)
 
 
-def _of_layer(models: Sequence[ModelQuality], layer: int) -> str:
+def _of_layer(models: Sequence[ModelQuality], layer: int, span: Sequence[float]) -> str:
     """SNR against the position: the residual stream behind the layer, and dashed what its attention gives."""
     lines: list[list[Point]] = []
     dashed: list[bool] = []
@@ -64,7 +74,7 @@ def _of_layer(models: Sequence[ModelQuality], layer: int) -> str:
                 [p for one in model.layers if (one.layer, one.signal) == (layer, signal) for p in _points(one)]
             )
             dashed.append(signal == "attention")
-    return _plot(lines, dashed, 330, 140, f"layer {layer}: SNR in dB, by position")
+    return _plot(lines, dashed, 330, 140, f"layer {layer}: SNR in dB, by position", span=span)
 
 
 def _points(one: LayerQuality) -> Iterator[Point]:
@@ -77,13 +87,20 @@ def _plot(
     width: int,
     height: int,
     title: str,
+    end: str = "",
+    *,
     step: float | None = _STEP,
+    span: Sequence[float] = (),
 ) -> str:
-    """A line chart; two lines of a model follow each other, the second dashed, and share its colour."""
+    """A line chart; two lines of a model follow each other, the second dashed, and share its colour.
+
+    ``end`` names the right end of the axis; numbers in ``span`` are inside the vertical scale too.
+    """
     points = [(x, y) for line in lines for x, y in line if y is not None]
     if not points:
         return f"<p>{escape(title)}: no difference, or nothing to compare</p>"
-    right, low, high = max(x for x, _ in points) or 1, min(y for _, y in points), max(y for _, y in points)
+    heights = [*(y for _, y in points), *span]
+    right, low, high = max(x for x, _ in points) or 1, min(heights), max(heights)
     grid = step or max(high / 4, 1e-12)
     low, high = (grid * (low // grid), grid * (high // grid + 1)) if step else (0.0, high * 1.05 or 1.0)
 
@@ -92,6 +109,7 @@ def _plot(
         return _LEFT + (width - _LEFT - _PAD) * x / right, _PAD + (height - _FOOT - _PAD) * down
 
     parts = [f'<text class="axis" x="{_LEFT}" y="{height - 4}">{escape(title)}</text>']
+    parts.append(f'<text class="axis" x="{width - _PAD}" y="{height - 4}" text-anchor="end">{escape(end)}</text>')
     mark = low
     while mark <= high:
         y = place(0, mark)[1]

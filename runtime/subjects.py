@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.calibration.activations import fresh_feeds
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.graph import Graph, Node, Value
@@ -161,22 +162,6 @@ class EngineSubject(Subject):
         one = np.ones(1, np.int64)
         rows = [self._engine.run("decode", one[None] * token, one * pos, one)[0, -1] for pos, token in enumerate(ids)]
         return Observed(np.stack(rows))
-
-
-def fresh_feeds(graph: Graph, ids: Ids) -> dict[str, Array]:
-    """Inputs of a graph before ``kv-cache`` for ids [1, n]: no past, nothing masked."""
-    feeds: dict[str, Array] = {}
-    for value in graph.inputs:
-        if value.name == "input_ids":
-            feeds[value.name] = ids
-        elif value.name == "attention_mask":
-            feeds[value.name] = np.ones(ids.shape, value.type.dtype.numpy)
-        elif value.name == "position_ids":
-            feeds[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
-        else:
-            shape = [1 if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(value.shape or ())]
-            feeds[value.name] = np.zeros(shape, value.type.dtype.numpy)
-    return feeds
 
 
 def _exposed(graph: Graph) -> Graph:

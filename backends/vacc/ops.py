@@ -269,20 +269,23 @@ def _softmax_step(outs: Sequence[Array], ins: Sequence[Array], attributes: Attri
     weights[...] = exponents
 
 
-def _all_reduce(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+def _total(ins: Sequence[Array]) -> Array:
+    """The sum in float32, in the order of the ranks."""
     total = _f32(ins[0]).copy()
     for one in ins[1:]:
         total += one
+    return total
+
+
+def _all_reduce(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
+    total = _total(ins)
     for out in outs:
         out[...] = total
 
 
 def _reduce_scatter(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:
-    total = _f32(ins[0]).copy()
-    for one in ins[1:]:
-        total += one
-    for rank, out in enumerate(outs):
-        out[...] = total[rank]
+    for out, part in zip(outs, _total(ins), strict=True):
+        out[...] = part
 
 
 def _all_gather(outs: Sequence[Array], ins: Sequence[Array], _: Attributes) -> None:

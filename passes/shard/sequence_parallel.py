@@ -69,7 +69,7 @@ class SequenceParallel(Pass):
         made = [v.producer.op for v in parts.values() if v.producer is not None]
         norms = len({v.producer for v in parts.values() if v.producer is not None and "Norm" in v.producer.op})
         sums = made.count("Vastai::ReduceScatter")
-        outcome.summary = f"{sums} sums of the ranks and {norms} norms on 1 of {graph.ranks} parts of the tokens"
+        outcome.summary = f"on 1 of {graph.ranks} parts of the tokens: sums of the ranks {sums}, norms {norms}"
         return outcome
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vacc_opt.calibration.activations import fresh_feeds
 from vacc_opt.calibration.gptq_model import Options, quantize_model
 from vacc_opt.calibration.kv_scales import calibrate_kv
 from vacc_opt.ir.copy import copy
@@ -16,7 +17,6 @@ from vacc_opt.runtime.compile import find_tokenizer
 from vacc_opt.runtime.eval import EvalOptions, evaluate_models, windows_of
 from vacc_opt.runtime.models import write_model
 from vacc_opt.runtime.quality import ModelQuality
-from vacc_opt.runtime.subjects import fresh_feeds
 from vacc_opt.tests.e2e.conftest import CHECKPOINT, EXAMPLES
 
 pytestmark = pytest.mark.full
