@@ -3,8 +3,8 @@
     python -m vacc_opt.benchmarks.make_checkpoint chatglm2-6b DIRECTORY --layers 28 --dtype float16
 
 MODEL is a name in ``published.py`` or the path of a config.json. Names and shapes are the parameters of the module that
-transformers or our definitions build; the values are seeded by the name of the tensor. With ``--sparse`` the shards have
-their size but no data on disk, for what never reads a weight.
+transformers or our definitions build; the values are seeded by the name of the tensor. With ``--sparse`` the shards
+have their size but no data on disk, for what never reads a weight.
 """
 
 from __future__ import annotations
