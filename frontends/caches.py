@@ -29,9 +29,9 @@ class CacheForm:
     head_dim: int
     order: tuple[int, ...] | None = None
 
-    def given(self, past: torch.Tensor) -> object:
-        """The model's own cache out of ``past`` [2 * layers, batch, KV heads, past, D]."""
-        pairs = [(past[2 * layer], past[2 * layer + 1]) for layer in range(past.shape[0] // 2)]
+    def given(self, past: Sequence[torch.Tensor] | torch.Tensor) -> object:
+        """The model's own cache out of ``past`` [2 * layers, batch, KV heads, past, D], or its 2 * layers parts."""
+        pairs = [(past[2 * layer], past[2 * layer + 1]) for layer in range(len(past) // 2)]
         if self.order is not None:
             return tuple((key.permute(self.order), value.permute(self.order)) for key, value in pairs)
         cache = DynamicCache()

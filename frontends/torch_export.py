@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm, find_cache
 from vacc_opt.frontends.origins import OriginReader
+from vacc_opt.frontends.repeat_layers import NotRepeatable, repeat_layers
 from vacc_opt.frontends.rope_lengths import trace_lengths
+from vacc_opt.frontends.same_layers import KEPT, find_same_layers, first_layers
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
@@ -75,9 +77,28 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
 
 
 def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
-    """Export a causal language model that is called as those of transformers are; its cache is found by a run."""
+    """Export a causal language model that is called as those of transformers are; its cache is found by a run.
+
+    Layers that run the same operations as the second one are not exported but written as copies of it.
+    """
     trace_lengths(module)
     cache = find_cache(module, mode)
+    layers = find_same_layers(module, mode, cache)
+    if layers is not None:
+        try:
+            with first_layers(module, layers):
+                traced, origins = _trace(module, mode, replace(cache, layers=KEPT), opset)
+            origins |= repeat_layers(traced.graph, origins, layers)
+            return _finished(traced, origins)
+        except NotRepeatable:
+            pass  # the whole model takes longer
+    return _finished(*_trace(module, mode, cache, opset))
+
+
+def _trace(
+    module: nn.Module, mode: FakeTensorMode, cache: CacheForm, opset: int
+) -> tuple[onnx_ir.Model, dict[str, Origin]]:
+    """The graph as the exporter makes it, with weights and cache as inputs, and the origin of every node output."""
     with mode:
         token_ids = torch.zeros(_BATCH, _SEQ, dtype=torch.int64)
         mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
@@ -95,7 +116,11 @@ def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -
     _unstack_cache(program.model.graph, inputs[3:])
     _weights_to_inputs(program.model.graph, _canonical_names(module))
     _resolve_cast_like(program.model.graph)
-    model = onnx_ir.to_proto(program.model)
+    return program.model, origins
+
+
+def _finished(traced: onnx_ir.Model, origins: dict[str, Origin]) -> Skeleton:
+    model = onnx_ir.to_proto(traced)
     resolve_sequences(model)
     _strip(model)
     return Skeleton(model, origins)
