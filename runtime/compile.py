@@ -268,7 +268,6 @@ def _write(
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=lambda done, of: run.listener.running("write: weights", done, of),
-            workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact
