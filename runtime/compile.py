@@ -23,8 +23,9 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, is_artifact, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
+from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
@@ -35,6 +36,7 @@ from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
+_SCRATCH = "vacc-opt-compile-"
 
 
 class Listener(Protocol):
@@ -100,6 +102,7 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
     started = time.perf_counter()
     with PeakMemory() as peak:
         plan = plan_compilation(file, overrides)
+        check_place(plan.output, is_artifact)
         target = load_target(plan.config.backend.target)
         run = _Run(plan, listener)
         listener.line(plan.config.name)
@@ -108,8 +111,10 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
         with run.step("recognize", "fuse") as said:
             run.passes(graph, plan.recognize)
             said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
-        with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-            calibrated = _calibrate(run, graph, tokenizer, Path(scratch))
+        temporary = Path(tempfile.gettempdir())
+        remove_abandoned(temporary, _SCRATCH)
+        with scratch_directory(temporary, _SCRATCH) as scratch:
+            calibrated = _calibrate(run, graph, tokenizer, scratch)
             run.passes(graph, plan.interface)
             _quantize(run, graph, calibrated)
             _split(run, graph)
