@@ -232,7 +232,7 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
         made = each(one, range(len(phases)), run.plan.config.workspace.workers)
         for (phase, bound), (program, timing) in zip(phases, made, strict=True):
             lowered.append(_Lowered(bound, program, timing))
-            said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
+            said.append(f"{phase:<{max(map(len, graph.phases))}}  {_phase_facts(run, lowered[-1])}")
     return lowered
 
 
@@ -253,8 +253,7 @@ def _write(
             plan.output,
             phases=[_phase_model(one) for one in lowered],
             facts={
-                "prefill": plan.prefill,
-                "context": plan.context,
+                "entry_points": {one.name: one.to_json() for one in plan.entry_points},
                 "model": dict(sorted(lowered[0].graph.metadata.items())),
                 "made": facts.to_json(),
                 **planning.input_facts(plan),
@@ -285,13 +284,14 @@ def _rank_bytes(artifact: Artifact) -> int:
 
 def _phase_facts(run: _Run, one: _Lowered) -> PhaseSchedule:
     timing, program = one.timing, one.program
+    entry = next(entry for entry in run.plan.entry_points if entry.name == program.phase)
     milliseconds = float(timing.milliseconds)
     return PhaseSchedule(
         phase=program.phase,
         kernels=len(program.kernels),
         calls=len(program.calls),
         text_bytes=len(program.to_text().encode()),
-        tokens=run.plan.phases[program.phase],
+        tokens=entry.tokens,
         cycles=timing.cycles,
         bound_cycles=timing.bound.cycles,
         binds=timing.bound.binds,
