@@ -32,7 +32,7 @@ from vacc_opt.runtime.workers import each
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
 _OF_RANK = re.compile(r"\brank(\d+)\.(?:safetensors|onnx)$")
-MANIFEST, REPORT, REMARKS, TARGET = "manifest.json", "report.html", "remarks.yaml", "target.yaml"
+MANIFEST, REMARKS, TARGET = "manifest.json", "remarks.yaml", "target.yaml"
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,11 @@ class Artifact:
                 f"{self.path}: has several phases {name!r}", f"name one: {', '.join(p.name for p in found)}"
             )
         raise UserError(f"{self.path}: has no phase {name!r}", did_you_mean(name, self.phases))
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file but the manifest, by name."""
+        return {name: int(entry["bytes"]) for name, entry in self.manifest["files"].items()}
 
     @property
     def facts(self) -> ModelFacts:

@@ -23,13 +23,15 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, PhaseModel, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
 from vacc_opt.runtime.plan import Plan, plan_compilation
-from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
+from vacc_opt.runtime.planned import made_up_scales, planned_files
+from vacc_opt.runtime.progress import ByteProgress
+from vacc_opt.runtime.report import REPORT, CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
 from vacc_opt.runtime.workers import each
 
@@ -90,8 +92,13 @@ class _Lowered:
     timing: Any
 
 
-def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> CompileReport:
+def compile_model(
+    file: Path, overrides: Sequence[str], listener: Listener, *, plan_only: bool = False
+) -> CompileReport:
     """Compile as the YAML ``file`` says, with ``dotted.key=value`` overrides, and write the artifact.
+
+    With ``plan_only`` everything is done but what reads weights: nothing is calibrated (scales and codes have made-up
+    values, which change no size and no time) and nothing is written.
 
     Raises:
         UserError: the configuration or the checkpoint cannot be used; nothing is written.
@@ -109,15 +116,28 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
             run.passes(graph, plan.recognize)
             said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
         with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-            calibrated = _calibrate(run, graph, tokenizer, Path(scratch))
+            calibrated = Calibrated() if plan_only else _calibrate(run, graph, tokenizer, Path(scratch))
             run.passes(graph, plan.interface)
+            if plan_only and plan.cache_int8:
+                calibrated = Calibrated(scales=made_up_scales(graph, Path(scratch)))
             _quantize(run, graph, calibrated)
             _split(run, graph)
             lowered = _schedule(run, graph, target)
             facts = _facts(run, graph, lowered, target)
-            artifact = _write(run, lowered, facts, tokenizer, calibrated)
+            if plan_only:
+                files = planned_files([_phase_model(one) for one in lowered])
+            else:
+                files = _write(run, lowered, facts, tokenizer, calibrated).files
     seconds = time.perf_counter() - started
-    return CompileReport(artifact.name, str(plan.output), facts, tuple(run.steps), peak.bytes, seconds)
+    return CompileReport(
+        name=plan.config.name,
+        path=None if plan_only else str(plan.output),
+        facts=facts,
+        files=files,
+        steps=tuple(run.steps),
+        peak_memory_bytes=peak.bytes,
+        seconds=seconds,
+    )
 
 
 def _note_keys(run: _Run) -> None:
@@ -266,7 +286,7 @@ def _write(
             },
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
-            progress=lambda done, of: run.listener.running("write: weights", done, of),
+            progress=ByteProgress(run.listener.running, "write"),
             workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
