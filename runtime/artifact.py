@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt._version import __version__
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors
 from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
 from vacc_opt.ir.weight_files import WeightFile, write_weight_files
 from vacc_opt.runtime import tokenizer as tokenizers
+from vacc_opt.runtime.entry_points import EntryPoint
 from vacc_opt.runtime.files import replaced_directory
 from vacc_opt.runtime.integrity import check_file, check_weights, file_entry
 from vacc_opt.runtime.report import ModelFacts
@@ -33,7 +34,7 @@ from vacc_opt.runtime.workers import cores
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
 _OF_RANK = re.compile(r"\brank(\d+)\.(?:safetensors|onnx)$")
-MANIFEST, REPORT, REMARKS, TARGET = "manifest.json", "report.html", "remarks.yaml", "target.yaml"
+MANIFEST, REMARKS, TARGET = "manifest.json", "remarks.yaml", "target.yaml"
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,53 @@ class Artifact:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """``prefill`` and, unless the model has none, ``decode``."""
+        """Names of the entry points: ``prefill`` and ``decode``, or such with their sizes where there are several."""
         return tuple(self.manifest["phases"])
 
+    @cached_property
+    def entry_points(self) -> dict[str, EntryPoint]:
+        """The phases with their sizes, by name, prefill first."""
+        return {name: EntryPoint.from_json(name, one) for name, one in self.manifest["entry_points"].items()}
+
     @property
-    def prefill(self) -> int:
-        """Tokens of one prefill call."""
-        return int(self.manifest["prefill"])
+    def contexts(self) -> tuple[int, ...]:
+        """Tokens that KV buffers can hold, ascending."""
+        return tuple(sorted({one.context for one in self.entry_points.values()}))
 
     @property
     def context(self) -> int:
-        """Tokens that the KV buffers hold."""
-        return int(self.manifest["context"])
+        """Tokens that the largest KV buffers hold."""
+        return self.contexts[-1]
+
+    def entries(self, context: int) -> tuple[EntryPoint, ...]:
+        """The entry points that share KV buffers of ``context`` tokens; raises UserError when there are none."""
+        found = tuple(one for one in self.entry_points.values() if one.context == context)
+        if not found:
+            raise UserError(
+                f"{self.path}: has no context {context}", did_you_mean(str(context), map(str, self.contexts))
+            )
+        return found
+
+    def find_phase(self, name: str) -> EntryPoint:
+        """The phase of that name, or the only one of that kind.
+
+        Raises:
+            UserError: there is none, or there are several; they are named.
+        """
+        named = self.entry_points.get(name)
+        found = [one for one in self.entry_points.values() if one.kind == name] if named is None else [named]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(
+                f"{self.path}: has several phases {name!r}", f"name one: {', '.join(p.name for p in found)}"
+            )
+        raise UserError(f"{self.path}: has no phase {name!r}", did_you_mean(name, self.phases))
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file but the manifest, by name."""
+        return {name: int(entry["bytes"]) for name, entry in self.manifest["files"].items()}
 
     @property
     def facts(self) -> ModelFacts:
@@ -201,7 +237,7 @@ class Artifact:
         """Every stored tensor of a rank, checked and mapped; one that is not aligned is copied."""
         if rank not in self._mapped:
             file = self.path / f"rank{rank}.safetensors"
-            check_weights(file)
+            check_weights(self.path, file.name, self.manifest["files"][file.name])
             sources = read_safetensors_header(file)
             data = np.memmap(file, np.uint8, "r")
             self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}
@@ -216,15 +252,13 @@ class Artifact:
 
     def schedule(self, phase: str) -> str:
         """The schedule of a phase as text; raises UserError for a phase that the artifact has not."""
-        self._check(phase)
-        return (self.path / f"{phase}.schedule").read_text(encoding="utf-8")
+        return (self.path / f"{self.find_phase(phase).name}.schedule").read_text(encoding="utf-8")
 
     def rank_graph(self, phase: str, rank: int) -> Graph:
         """The graph of all ranks with the constants of one, from that rank's ONNX file alone."""
         from vacc_opt.frontends import load_onnx
 
-        self._check(phase)
-        graph = load_onnx(self.path / f"{phase}.rank{rank}.onnx")
+        graph = load_onnx(self.path / f"{self.find_phase(phase).name}.rank{rank}.onnx")
         graph.ranks = self.ranks
         return graph
 
@@ -242,10 +276,6 @@ class Artifact:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The model's tokenizer; raises UserError when the artifact was made without one."""
         return tokenizers.load_tokenizer(self.path)
-
-    def _check(self, phase: str) -> None:
-        if phase not in self.phases:
-            raise UserError(f"{self.path}: has no phase {phase!r}", f"it has {', '.join(self.phases)}")
 
 
 def _view(data: npt.NDArray[np.uint8], source: Source) -> Array:
