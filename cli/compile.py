@@ -13,8 +13,9 @@ from vacc_opt.cli.console import Steps, table
 @click.command("compile")
 @click.argument("config", metavar="CONFIG.yaml")
 @click.option("-D", "overrides", multiple=True, metavar="dotted.key=value", help="Set a key of the file; repeatable.")
+@click.option("--plan-only", is_flag=True, help="Do all but what reads weights: time the schedules, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object, and no steps.")
-def command(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(config: str, overrides: tuple[str, ...], plan_only: bool, as_json: bool) -> None:
     """Compile a model as CONFIG.yaml (the upstream schema) describes it into an artifact under workspace.path/name.
 
     Every step says what it did and how long it took. The artifact appears complete or not at all.
@@ -22,11 +23,12 @@ def command(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from vacc_opt.runtime.compile import compile_model
 
     with Steps(quiet=as_json) as steps:
-        report = compile_model(Path(config), overrides, steps)
+        report = compile_model(Path(config), overrides, steps, plan_only=plan_only)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
         return
     click.echo(f"\n{table(report.summary())}")
     target = report.facts.target
     assumed = "bandwidth and sizes assumed" if target.assumed else "all numbers sourced"
-    click.echo(f"-> {report.path}   report.html   (target {target.name} v{target.version}: {assumed})")
+    made = f"{report.path}   report.html" if report.path is not None else "nothing is written: this was the plan"
+    click.echo(f"-> {made}   (target {target.name} v{target.version}: {assumed})")

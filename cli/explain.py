@@ -11,9 +11,7 @@ import click
 @click.command("explain")
 @click.argument("artifact", metavar="ARTIFACT")
 @click.argument("node", metavar="NODE")
-@click.option(
-    "--phase", type=click.Choice(["prefill", "decode"]), help="Where to look. Default: the first that has it."
-)
+@click.option("--phase", help="Where to look: prefill, decode, or one with its sizes. Default: the first that has it.")
 @click.option("--rank", type=int, help="Whose slice of a weight is meant. Default: 0.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with everything.")
 def command(artifact: str, node: str, phase: str | None, rank: int | None, as_json: bool) -> None:

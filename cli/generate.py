@@ -16,6 +16,7 @@ from vacc_opt.cli.console import Steps, table
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer, in tokens."
 )
+@click.option("--context", type=int, help="Size of the KV buffers. Default: the smallest that holds prompt and answer.")
 @click.option(
     "--engine",
     type=click.Choice(["schedule", "onnxruntime"]),
@@ -25,7 +26,9 @@ from vacc_opt.cli.console import Steps, table
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, engine, tiles_executed.")
 @click.option("--summary", is_flag=True, help="After the answer, say what the artifact is made of.")
-def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_json: bool, summary: bool) -> None:
+def command(
+    artifact: str, prompt: str, max_new_tokens: int, context: int | None, engine: str, as_json: bool, summary: bool
+) -> None:
     """Answer a prompt with ARTIFACT, greedily, until the model ends its answer or the context is full."""
     from vacc_opt.runtime.artifact import open_artifact
     from vacc_opt.runtime.engines import make_engine
@@ -39,6 +42,7 @@ def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_jso
             make_engine(engine, opened),
             prompt,
             max_new_tokens=max_new_tokens,
+            context=context,
             on_text=lambda text: steps.running(text.replace("\n", " ")[-100:] or "..."),
         )
     if as_json:

@@ -36,6 +36,7 @@ COMMANDS = {
     "tp-plan": ("Compare what splits over several numbers of ranks hold and exchange.", "vacc_opt.cli.tp_plan"),
     "schedule": ("Search the schedule of one kernel, or check one that anyone wrote.", "vacc_opt.cli.schedule"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
+    "verify": ("Check an artifact again: digests, graphs, weights, schedules, predicted times.", "vacc_opt.cli.verify"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")
 # what a person can cause and mend: permissions, a full disk, a file where a directory is meant

@@ -10,7 +10,7 @@ import click
 
 @click.command("simulate")
 @click.argument("artifact", metavar="ARTIFACT")
-@click.option("--phase", type=click.Choice(["prefill", "decode"]), required=True, help="The entry point to time.")
+@click.option("--phase", required=True, help="The entry point to time: prefill, decode, or one with its sizes.")
 @click.option("--context", type=int, help="Tokens cached before the call. Default: none in prefill, all in decode.")
 @click.option("--trace", metavar="FILE", help="Write a Chrome trace that Perfetto opens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -13,6 +13,7 @@ _TILING = "the tiling of each kernel is searched, and the report shows it"
 _SCHEDULE = "the schedule decides it from the target file"
 _ENCODER = "activations stay in floating point, so nothing of this calibration applies"
 _ENVIRONMENT = "one environment serves every family; nothing is installed"
+_SEVERAL = "prefill lengths, then contexts: a schedule for each pair, over one file of weights a rank"
 # a section stands for all keys below it
 MEANINGS = {
     "frontend.model_kwargs.b2s": "batch and sequence are one dimension of each matrix product, with or without it",
@@ -65,7 +66,9 @@ def meaning(key: str) -> str | None:
 
 def notes(config: CompileConfig) -> list[tuple[str, str]]:
     """(``key: value``, meaning) of each key of the file that has a meaning of its own here."""
-    found = []
+    shape = config.frontend.shape
+    several = len(shape.prefills) > 1 or len(shape.contexts) > 1
+    found = [(f"input_ids: {shape.input_ids}", _SEVERAL)] if several else []
     for key, value in _given(config, ""):
         if (text := meaning(key)) is not None:
             found.append((f"{key.rpartition('.')[2]}: {_yaml(value)}", text))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -39,27 +39,48 @@ class _Section(BaseModel):
 
 
 class Shape(_Section):
-    """``input_ids: [[prefill length], [decode context]]``, multiples of 16; ``[[512], []]`` has no decode phase."""
+    """``input_ids: [[prefill lengths], [decode contexts]]``, multiples of 16; ``[[512], []]`` has no decode phase.
 
-    input_ids: list[Annotated[list[Length], Field(max_length=1)]] = Field(min_length=1, max_length=2)
+    Upstream writes one of each, ``[[1024], [2048]]``. With several, as in ``[[256, 1024], [2048, 4096]]``, there is a
+    decode for each context and a prefill for each length and each context that holds it, over the same weights.
+    """
 
-    @model_validator(mode="after")
-    def _context_holds_prefill(self) -> Shape:
-        if not self.input_ids[0]:
-            raise ValueError("input_ids needs a prefill length")
-        if self.context is not None and self.context < self.prefill:
-            raise ValueError(f"the decode context {self.context} is shorter than the prefill length {self.prefill}")
-        return self
+    input_ids: list[list[Length]]
+
+    @field_validator("input_ids", mode="after")
+    @classmethod
+    def _fits(cls, rows: list[list[int]]) -> list[list[int]]:
+        if not rows or not rows[0]:
+            raise ValueError("input_ids needs a prefill length; as in [[1024], [2048]]")
+        if len(rows) > 2:
+            nearest = [[n for row in rows[:-1] for n in row], rows[-1]]
+            raise ValueError(
+                f"{len(rows)} lists, and there are two: prefill lengths and contexts; the nearest is {nearest}"
+            )
+        for what, row in zip(("prefill length", "decode context"), rows, strict=False):
+            twice = next((n for n in row if row.count(n) > 1), None)
+            if twice is not None:
+                raise ValueError(f"the {what} {twice} is given twice; the nearest is {sorted(set(row))}")
+        prefills, contexts = rows[0], rows[1] if len(rows) == 2 else []
+        # every length needs a context that holds it, every context a length that it holds
+        pairs = [(max(contexts), max(prefills)), (min(contexts), min(prefills))] if contexts else []
+        for context, prefill in pairs:
+            if context < prefill:
+                raise ValueError(
+                    f"the decode context {context} is shorter than the prefill length {prefill}; "
+                    f"the nearest are a context of {prefill} and a prefill length of {context}"
+                )
+        return rows
 
     @property
-    def prefill(self) -> int:
-        """Tokens of one prefill call."""
-        return self.input_ids[0][0]
+    def prefills(self) -> tuple[int, ...]:
+        """Tokens of one prefill call, ascending."""
+        return tuple(sorted(self.input_ids[0]))
 
     @property
-    def context(self) -> int | None:
-        """Total length that decode reaches; None for a model without a decode phase."""
-        return self.input_ids[1][0] if len(self.input_ids) == 2 and self.input_ids[1] else None
+    def contexts(self) -> tuple[int, ...]:
+        """Total lengths that decode reaches, ascending; empty for a model without a decode phase."""
+        return tuple(sorted(self.input_ids[1])) if len(self.input_ids) == 2 else ()
 
 
 class ModelKwargs(_Section):

@@ -23,18 +23,22 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, REPORT, TARGET, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, PhaseModel, is_artifact, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
+from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
 from vacc_opt.runtime.plan import Plan, plan_compilation
-from vacc_opt.runtime.report import CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
+from vacc_opt.runtime.planned import made_up_scales, planned_files
+from vacc_opt.runtime.progress import ByteProgress
+from vacc_opt.runtime.report import REPORT, CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
 from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
+_SCRATCH = "vacc-opt-compile-"
 
 
 class Listener(Protocol):
@@ -90,8 +94,13 @@ class _Lowered:
     timing: Any
 
 
-def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> CompileReport:
+def compile_model(
+    file: Path, overrides: Sequence[str], listener: Listener, *, plan_only: bool = False
+) -> CompileReport:
     """Compile as the YAML ``file`` says, with ``dotted.key=value`` overrides, and write the artifact.
+
+    With ``plan_only`` everything is done but what reads weights: nothing is calibrated (scales and codes have made-up
+    values, which change no size and no time) and nothing is written.
 
     Raises:
         UserError: the configuration or the checkpoint cannot be used; nothing is written.
@@ -100,6 +109,8 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
     started = time.perf_counter()
     with PeakMemory() as peak:
         plan = plan_compilation(file, overrides)
+        if not plan_only:
+            check_place(plan.output, is_artifact)
         target = load_target(plan.config.backend.target)
         run = _Run(plan, listener)
         listener.line(plan.config.name)
@@ -108,16 +119,31 @@ def compile_model(file: Path, overrides: Sequence[str], listener: Listener) -> C
         with run.step("recognize", "fuse") as said:
             run.passes(graph, plan.recognize)
             said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
-        with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-            calibrated = _calibrate(run, graph, tokenizer, Path(scratch))
+        temporary = Path(tempfile.gettempdir())
+        remove_abandoned(temporary, _SCRATCH)
+        with scratch_directory(temporary, _SCRATCH) as scratch:
+            calibrated = Calibrated() if plan_only else _calibrate(run, graph, tokenizer, scratch)
             run.passes(graph, plan.interface)
+            if plan_only and plan.cache_int8:
+                calibrated = Calibrated(scales=made_up_scales(graph, scratch))
             _quantize(run, graph, calibrated)
             _split(run, graph)
             lowered = _schedule(run, graph, target)
             facts = _facts(run, graph, lowered, target)
-            artifact = _write(run, lowered, facts, tokenizer, calibrated)
+            if plan_only:
+                files = planned_files([_phase_model(one) for one in lowered])
+            else:
+                files = _write(run, lowered, facts, tokenizer, calibrated).files
     seconds = time.perf_counter() - started
-    return CompileReport(artifact.name, str(plan.output), facts, tuple(run.steps), peak.bytes, seconds)
+    return CompileReport(
+        name=plan.config.name,
+        path=None if plan_only else str(plan.output),
+        facts=facts,
+        files=files,
+        steps=tuple(run.steps),
+        peak_memory_bytes=peak.bytes,
+        seconds=seconds,
+    )
 
 
 def _note_keys(run: _Run) -> None:
@@ -232,7 +258,7 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
         made = each(one, range(len(phases)), run.plan.config.workspace.workers)
         for (phase, bound), (program, timing) in zip(phases, made, strict=True):
             lowered.append(_Lowered(bound, program, timing))
-            said.append(f"{phase:<8} {_phase_facts(run, lowered[-1])}")
+            said.append(f"{phase:<{max(map(len, graph.phases))}}  {_phase_facts(run, lowered[-1])}")
     return lowered
 
 
@@ -253,8 +279,7 @@ def _write(
             plan.output,
             phases=[_phase_model(one) for one in lowered],
             facts={
-                "prefill": plan.prefill,
-                "context": plan.context,
+                "entry_points": {one.name: one.to_json() for one in plan.entry_points},
                 "model": dict(sorted(lowered[0].graph.metadata.items())),
                 "made": facts.to_json(),
                 **planning.input_facts(plan),
@@ -267,8 +292,7 @@ def _write(
             },
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
-            progress=lambda done, of: run.listener.running("write: weights", done, of),
-            workers=plan.config.workspace.workers,
+            progress=ByteProgress(run.listener.running, "write"),
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact
@@ -285,13 +309,14 @@ def _rank_bytes(artifact: Artifact) -> int:
 
 def _phase_facts(run: _Run, one: _Lowered) -> PhaseSchedule:
     timing, program = one.timing, one.program
+    entry = next(entry for entry in run.plan.entry_points if entry.name == program.phase)
     milliseconds = float(timing.milliseconds)
     return PhaseSchedule(
         phase=program.phase,
         kernels=len(program.kernels),
         calls=len(program.calls),
         text_bytes=len(program.to_text().encode()),
-        tokens=run.plan.phases[program.phase],
+        tokens=entry.tokens,
         cycles=timing.cycles,
         bound_cycles=timing.bound.cycles,
         binds=timing.bound.binds,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.runtime.artifact import Artifact
+from vacc_opt.runtime.entry_points import EntryPoint
 
 if TYPE_CHECKING:
     from vacc_opt.ir.graph import Node
@@ -36,7 +37,18 @@ class Engine(ABC):
         """``ranks`` are those that run in this process, in the order of ``caches``; all of them by default."""
         self.artifact = artifact
         self.ranks: Sequence[int] = range(artifact.ranks) if ranks is None else ranks
-        self.caches: Caches = _empty_caches(artifact, len(self.ranks))
+        self.context: int = 0
+        self.caches: Caches = []
+        self.take_context(artifact.context)
+
+    def take_context(self, context: int) -> None:
+        """Forget all tokens and have buffers of that many; raises UserError when no phase has such."""
+        if context == self.context:
+            self.reset()
+            return
+        first, *_ = self.artifact.entries(context)
+        self.caches = _empty_caches(self.artifact, first.name, len(self.ranks))
+        self.context = context
 
     @property
     def tiles_executed(self) -> int:
@@ -57,7 +69,7 @@ class Engine(ABC):
         """Logits [B, 1, V] at row ``valid - 1``; keys and values of ``input_ids`` [B, S] go to the buffers at ``pos``.
 
         Args:
-            phase: ``prefill`` (S is the prefill length, padded on the right) or ``decode`` (S = 1).
+            phase: a prefill (S is its length, padded on the right) or decode (S = 1) of the context at hand.
             input_ids: token ids, int64 [B, S].
             pos: tokens cached before this call, int64 [B].
             valid: tokens of this call that count, int64 [B], from 1 to S.
@@ -65,16 +77,17 @@ class Engine(ABC):
         Raises:
             UserError: shapes that the phase was not compiled for, or no room in the buffers.
         """
-        self._check(phase, input_ids, pos, valid)
+        entry = self.artifact.find_phase(phase)
+        self._check(entry, input_ids, pos, valid)
         end = int(pos.max()) + input_ids.shape[1]
-        if end > self.artifact.context:
-            raise UserError(
-                f"{phase} at {int(pos.max())} writes up to token {end}; the context is {self.artifact.context}"
-            )
-        return self._run(phase, {"input_ids": input_ids, "pos": pos, "valid": valid})
+        if end > self.context:
+            raise UserError(f"{entry.name} at {int(pos.max())} writes up to token {end}; the context is {self.context}")
+        return self._run(entry.name, {"input_ids": input_ids, "pos": pos, "valid": valid})
 
-    def _check(self, phase: str, input_ids: Ids, pos: Ids, valid: Ids) -> None:
-        tokens = self.artifact.prefill if phase == "prefill" else 1
+    def _check(self, entry: EntryPoint, input_ids: Ids, pos: Ids, valid: Ids) -> None:
+        phase, tokens = entry.name, entry.tokens
+        if entry.context != self.context:
+            raise UserError(f"{phase} has buffers of {entry.context} tokens, those at hand hold {self.context}")
         if input_ids.ndim != 2 or input_ids.shape[1] != tokens:
             raise UserError(f"{phase} takes input_ids [batch, {tokens}], not {list(input_ids.shape)}")
         if int(pos.min()) < 0:
@@ -175,11 +188,11 @@ def _past(present: str) -> str:
     return present.replace("present.", "past_key_values.", 1)
 
 
-def _empty_caches(artifact: Artifact, ranks: int) -> Caches:
-    """Zeroed KV buffers of ``ranks`` ranks, by input name, as the interface in the manifest declares them."""
+def _empty_caches(artifact: Artifact, phase: str, ranks: int) -> Caches:
+    """Zeroed KV buffers of ``ranks`` ranks, by input name, as the interface of a phase declares them."""
     from vacc_opt.ir.types import DType
 
-    inputs: Mapping[str, str] = artifact.manifest["phases"][artifact.phases[0]]["inputs"]
+    inputs: Mapping[str, str] = artifact.manifest["phases"][phase]["inputs"]
     found: Caches = []
     for _ in range(ranks):
         buffers: dict[str, Array] = {}

@@ -14,7 +14,8 @@ from vacc_opt.ir.copy import copy
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.evaluate import read_weights
 from vacc_opt.ir.graph import Graph
-from vacc_opt.runtime.artifact import is_artifact, open_artifact
+from vacc_opt.runtime.artifact import Artifact, is_artifact, open_artifact
+from vacc_opt.runtime.entry_points import DECODE, EntryPoint
 from vacc_opt.runtime.files import sha256
 from vacc_opt.runtime.quality import ModelQuality, measure
 from vacc_opt.runtime.subjects import BufferedSubject, EngineSubject, GrowingSubject, Ids, Subject
@@ -149,7 +150,7 @@ class _Models:
             if chunk > 1:
                 raise UserError(f"{model}: the engine {self.options.engine} is measured token by token", "--chunk 1")
             return EngineSubject(name, make_engine(self.options.engine, artifact))
-        phase = "decode" if chunk == 1 and "decode" in artifact.phases else "prefill"
+        phase = _entry(artifact, chunk).name
         weights = [artifact.weights(phase, rank) for rank in range(artifact.ranks)]
         return BufferedSubject(name, artifact.graph(phase), chunk=chunk, threads=self.threads, weights=weights)
 
@@ -222,6 +223,13 @@ def windows_of(text: Path, tokenizer: Tokenizer, window: int, tokens: int | None
     if not found:
         raise UserError(f"{text}: {len(ids)} tokens are too few to predict one")
     return found
+
+
+def _entry(artifact: Artifact, chunk: int) -> EntryPoint:
+    """Decode token by token, else the longest prefill, over the largest buffers."""
+    entries = artifact.entries(artifact.context)
+    decode = next((one for one in entries if one.kind == DECODE), None)
+    return decode if chunk == 1 and decode is not None else max(entries, key=lambda one: one.tokens)
 
 
 def _capacities(models: Sequence[str]) -> list[int]:

@@ -124,7 +124,7 @@ def explainers(path: Path, phase: str | None = None, rank: int | None = None) ->
         )
     artifact = open_artifact(path)
     rank = _checked_rank(path, rank, artifact.ranks)
-    for name in (phase,) if phase is not None else artifact.phases:
+    for name in (artifact.find_phase(phase).name,) if phase is not None else artifact.phases:
         program = Program.from_text(artifact.schedule(name))
         yield Explainer(load_onnx(path / f"{name}.rank{rank}.onnx"), name, rank, program)
 

@@ -12,6 +12,7 @@ import numpy as np
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.engines import Array, Engine
+from vacc_opt.runtime.entry_points import DECODE, EntryPoint, chunks
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     ranks: int
+    context: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``."""
@@ -40,36 +42,33 @@ class Generation:
 
 
 def prefill(engine: Engine, token_ids: Sequence[int], *, pad_id: int = 0) -> Array:
-    """Put a prompt into the empty buffers of ``engine``, in chunks of the prefill length; logits [V] of its last token.
-
-    A last chunk that would write past the buffers, because the context is no multiple of the prefill length, goes
-    through decode token by token.
+    """Put a prompt into the empty buffers of ``engine`` by the fastest calls (:func:`chunks`); logits [V] of its end.
 
     Raises:
         UserError: the prompt is empty or longer than the context.
     """
-    length, context = engine.artifact.prefill, engine.artifact.context
-    count = len(token_ids)
-    _check_count(engine.artifact, count)
-    at = 0
+    artifact, count = engine.artifact, len(token_ids)
+    _check_count(engine.context, count)
+    seconds = {phase.phase: phase.milliseconds / 1e3 for phase in artifact.facts.phases}
     logits: Array | None = None
-    while at < count:
-        if at + length > context:
-            logits = decode(engine, token_ids[at], at)
-            at += 1
-            continue
-        chunk = list(token_ids[at : at + length])
-        ids = np.array([chunk + [pad_id] * (length - len(chunk))], np.int64)
-        logits = engine.run("prefill", ids, np.array([at], np.int64), np.array([len(chunk)], np.int64))[0, -1]
-        at += len(chunk)
+    for chunk in chunks(artifact.entries(engine.context), count, seconds):
+        taken = list(token_ids[chunk.start : chunk.start + chunk.count])
+        ids = np.array([taken + [pad_id] * (chunk.entry.tokens - chunk.count)], np.int64)
+        one = np.ones([1], np.int64)
+        logits = engine.run(chunk.entry.name, ids, one * chunk.start, one * chunk.count)[0, -1]
     assert logits is not None
     return logits
 
 
 def decode(engine: Engine, token_id: int, pos: int) -> Array:
     """Logits [V] after one more token, when ``pos`` tokens are cached."""
-    one = np.ones([1], np.int64)
-    return np.asarray(engine.run("decode", one[None] * token_id, one * pos, one)[0, -1])
+    one, entry = np.ones([1], np.int64), _decode(engine)
+    assert entry is not None
+    return np.asarray(engine.run(entry.name, one[None] * token_id, one * pos, one)[0, -1])
+
+
+def _decode(engine: Engine) -> EntryPoint | None:
+    return next((one for one in engine.artifact.entries(engine.context) if one.kind == DECODE), None)
 
 
 def greedy(
@@ -98,33 +97,43 @@ def greedy(
         pos = len(prompt_ids) + len(made) - 1
         if len(made) == max_new_tokens:
             break
-        if "decode" not in engine.artifact.phases or pos >= engine.artifact.context:
+        if _decode(engine) is None or pos >= engine.context:
             stopped = "context"
             break
         logits = decode(engine, token, pos)
     return made, stopped, (filled - started, time.perf_counter() - filled)
 
 
-def check_prompt(artifact: Artifact, prompt: str) -> list[int]:
-    """The ids of a prompt; raises UserError for an empty one, bad text, or one that the context does not hold."""
+def check_prompt(artifact: Artifact, prompt: str, context: int | None = None) -> list[int]:
+    """The ids of a prompt; raises UserError for an empty one, bad text, or one that the context does not hold.
+
+    ``context``: one of the artifact's; the largest by default.
+    """
     if not prompt.strip():
         raise UserError("the prompt is empty", "give a prompt with text")
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("the prompt is not valid UTF-8 text") from None
+    if context is not None:
+        artifact.entries(context)
     ids = artifact.tokenizer().encode_prompt(prompt)
-    _check_count(artifact, len(ids))
+    _check_count(context or artifact.context, len(ids))
     return ids
 
 
-def _check_count(artifact: Artifact, count: int) -> None:
+def _check_count(context: int, count: int) -> None:
     if not count:
         raise UserError("the prompt has no tokens", "give a prompt with text")
-    if count > artifact.context:
+    if count > context:
         raise UserError(
-            f"the prompt has {count} tokens, the context holds {artifact.context}", "shorten it, or compile for more"
+            f"the prompt has {count} tokens, the context holds {context}", "shorten it, or compile for more"
         )
+
+
+def fitting_context(artifact: Artifact, tokens: int) -> int:
+    """The smallest context that holds so many tokens, or the largest when none does."""
+    return next((context for context in artifact.contexts if context >= tokens), artifact.context)
 
 
 def generate(
@@ -133,9 +142,12 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
+    context: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Answer a prompt in the model's chat template; ``on_text`` hears the answer so far after every token.
+
+    The KV buffers are of one ``context`` throughout, by default the smallest that holds prompt and answer.
 
     Raises:
         UserError: the prompt does not fit, or the artifact has no tokenizer.
@@ -143,7 +155,8 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it is at least 1")
     tokenizer = artifact.tokenizer()
-    prompt_ids = check_prompt(artifact, prompt)
+    prompt_ids = check_prompt(artifact, prompt, context)
+    engine.take_context(context or fitting_context(artifact, len(prompt_ids) + max_new_tokens))
     shown: list[int] = []
 
     def heard(token: int) -> None:
@@ -165,4 +178,5 @@ def generate(
         stopped,
         *seconds,
         artifact.ranks,
+        engine.context,
     )

@@ -12,6 +12,7 @@ from typing import Literal
 from vacc_opt.frontends.vamc_config import mistakes
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.runtime.lint_subject import Subject, read_object
+from vacc_opt.runtime.plan import POSITIONS
 
 Severity = Literal["error", "warning"]
 
@@ -132,7 +133,8 @@ def _settings_in_name(subject: Subject) -> Iterator[Problem]:
         yield "warning", message, f"write {dtype} in the name, or set `dtype: {typed[1]}`"
     lengths = re.search(r"-(\d+)-(\d+)(?:-kv8)?$", name)
     given = subject.get("frontend.shape.input_ids")
-    if lengths and isinstance(given, list) and given != [[int(lengths[1])], [int(lengths[2])]]:
+    rows = [row if isinstance(row, list) else [] for row in given] if isinstance(given, list) else []
+    if lengths and rows and not all(int(n) in row for n, row in zip(lengths.groups(), [*rows, []], strict=False)):
         message = f"{subject.at('name')} says lengths {lengths[1]} and {lengths[2]}, input_ids are {given}"
         yield "warning", message, "make them agree: the name is the folder that the artifact goes to"
 
@@ -291,7 +293,7 @@ def _tensors(subject: Subject) -> Iterator[Problem]:
 @rule("length")
 def _length(subject: Subject) -> Iterator[Problem]:
     """Sequence lengths beyond the positions that the model was trained for."""
-    largest = subject.number("max_position_embeddings", "seq_length", "model_max_length")
+    largest = subject.number(*POSITIONS)
     rows = subject.get("frontend.shape.input_ids")
     lengths = [n for row in rows if isinstance(row, list) for n in row] if isinstance(rows, list) else []
     longest = max((n for n in lengths if isinstance(n, int)), default=0)

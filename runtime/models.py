@@ -20,7 +20,7 @@ from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph, verify
 
 TEXT_SUFFIX = ".vacc"
-_OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)\.rank\d+\.onnx")
+_OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)[\w-]*\.rank\d+\.onnx")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from ruamel.yaml import YAML
 
 from vacc_opt.frontends import load_config, open_checkpoint
 from vacc_opt.frontends.checkpoint import resolve_path
-from vacc_opt.frontends.vamc_config import CompileConfig
+from vacc_opt.frontends.vamc_config import BLOCK, CompileConfig
 from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra import presets
+from vacc_opt.runtime.entry_points import PREFILL, EntryPoint, entry_points
 from vacc_opt.runtime.files import sha256
 
+POSITIONS = ("max_position_embeddings", "seq_length", "model_max_length")  # what families call it in config.json
 SCALES_FILE, CODES_FILE, RANGES_FILE = "kv_scales.safetensors", "gptq_codes.safetensors", "fp16_ranges.safetensors"
 
 
@@ -44,12 +46,10 @@ class Places:
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration that can be compiled; lengths in tokens."""
+    """A configuration that can be compiled."""
 
     config: CompileConfig
     model: Mapping[str, Any]
-    prefill: int
-    context: int
     tp: int
     weights_int8: bool
     cache_int8: bool
@@ -61,10 +61,20 @@ class Plan:
         return self.config.output
 
     @property
-    def phases(self) -> dict[str, int]:
-        """Tokens of one call, by phase."""
-        has_decode = self.config.frontend.shape.context is not None
-        return {"prefill": self.prefill} | ({"decode": 1} if has_decode else {})
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        """What the artifact can be called with, prefill first."""
+        shape = self.config.frontend.shape
+        return entry_points(shape.prefills, shape.contexts)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Tokens that KV buffers can hold, ascending."""
+        return tuple(sorted({one.context for one in self.entry_points}))
+
+    @property
+    def context(self) -> int:
+        """Tokens that the largest KV buffers hold."""
+        return self.contexts[-1]
 
     @property
     def recognize(self) -> str:
@@ -74,7 +84,7 @@ class Plan:
     @property
     def interface(self) -> str:
         """The pipeline that gives the model fixed buffers."""
-        return presets.Interface(self.context).text()
+        return presets.Interface(self.context, several=len(self.contexts) > 1).text()
 
     @property
     def gptq(self) -> bool:
@@ -127,11 +137,16 @@ class Plan:
     @property
     def specialize(self) -> str:
         """The pipeline that takes a graph for each entry point."""
-        shared = "sequence-parallel," if self.tp > 1 and self.config.backend.sequence_parallel else ""
-        return ",".join(
-            f"{phase}(simplify)" if phase == "decode" else f"{phase}{{seq={tokens}}}({shared}simplify)"
-            for phase, tokens in self.phases.items()
-        )
+        return ",".join(self._scope(one) for one in self.entry_points)
+
+    def _scope(self, entry: EntryPoint) -> str:
+        prefill = entry.kind == PREFILL
+        options = [f"seq={entry.tokens}"] if prefill else []
+        options += [f"context={entry.context}"] if len(self.contexts) > 1 else []
+        options += [f"label={entry.name}"] if entry.name != entry.kind else []
+        passes = ["sequence-parallel"] if prefill and self.tp > 1 and self.config.backend.sequence_parallel else []
+        given = f"{{{','.join(options)}}}" if options else ""
+        return f"{entry.kind}{given}({','.join([*passes, 'simplify'])})"
 
     @property
     def pipeline(self) -> str:
@@ -163,8 +178,6 @@ def plan_compilation(file: Path, overrides: Sequence[str] = ()) -> Plan:
     plan = Plan(
         config=config,
         model=model,
-        prefill=config.frontend.shape.prefill,
-        context=config.frontend.shape.context or config.frontend.shape.prefill,
         tp=config.frontend.model_kwargs.tp,
         weights_int8=quantized and quantize is not None and quantize.weights,
         cache_int8=quantized and quantize is not None and quantize.cache,
@@ -183,8 +196,9 @@ def _check_tp(config: CompileConfig, model: Mapping[str, Any], place: Places) ->
             f"{where}: frontend.model_kwargs.tp = {tp}, but the model has {heads} query heads",
             f"the largest tp is {heads}",
         )
-    length = config.frontend.shape.prefill
-    if config.backend.sequence_parallel and length % tp:
+    uneven = [length for length in config.frontend.shape.prefills if length % tp]
+    if config.backend.sequence_parallel and uneven:
+        length = uneven[0]
         raise UserError(
             f"{place.of('backend.sequence_parallel')}: {length} tokens of a prefill are not in {tp} equal parts",
             f"the next length that is: {length + tp * 16 - length % (tp * 16)} in frontend.shape.input_ids",
@@ -223,11 +237,12 @@ def _check_calibration(plan: Plan, place: Places) -> None:
 
 
 def _check_context(plan: Plan, place: Places) -> None:
-    largest = plan.model.get("max_position_embeddings")
-    if isinstance(largest, int) and plan.context > largest:
-        where = place.of("frontend.shape.input_ids")
+    largest = next((plan.model[key] for key in POSITIONS if isinstance(plan.model.get(key), int)), None)
+    if largest is not None and plan.context > largest:
         raise UserError(
-            f"{where}: context {plan.context}, but the model was trained for {largest} positions", f"at most {largest}"
+            f"{place.of('frontend.shape.input_ids')}: context {plan.context}, but the model was trained for "
+            f"{largest} positions",
+            f"at most {largest // BLOCK * BLOCK}",
         )
 
 

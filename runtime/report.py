@@ -8,6 +8,8 @@ from typing import Any
 
 from vacc_opt.runtime.models import format_bytes
 
+REPORT = "report.html"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -121,32 +123,44 @@ class ModelFacts:
             rows.append(("linears", str(self.linears)))
         rows.append(("other weights" if self.linears.stored else "weights", str(self.other_weights)))
         rows.append(("KV cache", str(self.kv_cache)))
-        rows += [(f"{p.phase} schedule", str(p)) for p in self.phases]
-        for phase in self.phases:
-            bound = f"lower bound {phase.bound_milliseconds / phase.tokens:.3f} ms, bound by {phase.binds}"
-            rows.append((f"{phase.phase} predicted", f"{phase.milliseconds / phase.tokens:.3f} ms a token, {bound}"))
+        times = [f"{p.milliseconds / p.tokens:.3f} ms a token" for p in self.phases]
+        width = max(map(len, times))
+        rows += [(p.phase, f"{time:>{width}}   {p}") for p, time in zip(self.phases, times, strict=True)]
         rows.append(("target", str(self.target)))
         return rows
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """All of a compilation: what was made, and what it took; ``peak_memory_bytes`` is of the process tree."""
+    """All of a compilation: what was made, and what it took; ``peak_memory_bytes`` is of the process tree.
+
+    ``files``: bytes by name. Without a ``path`` nothing was written, and they are those that would be.
+    """
 
     name: str
-    path: str
+    path: str | None
     facts: ModelFacts
+    files: Mapping[str, int]
     steps: tuple[Step, ...]
     peak_memory_bytes: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``json.dumps``, the facts among them."""
+        """Plain values for ``json.dumps``, the facts among them; ``bytes`` are those of all ``files``."""
         found = asdict(self)
         del found["facts"]
-        return {**found, **self.facts.to_json()}
+        return {**found, "bytes": sum(self.files.values()), **self.facts.to_json()}
 
     def summary(self) -> list[tuple[str, str]]:
         """(label, fact) pairs in the order in which people ask."""
-        peak = f"{format_bytes(self.peak_memory_bytes)} (compiler and its child processes)"
-        return [*self.facts.summary(), ("peak memory", peak)]
+        weights = {size for name, size in self.files.items() if name.startswith("rank") and not name.endswith(".onnx")}
+        each = f"{self.facts.ranks} ranks x {format_bytes(max(weights))} of weights"
+        total = f"{len(self.files)} files, {format_bytes(sum(self.files.values()))}"
+        slowest = sorted(self.steps, key=lambda step: -step.seconds)[:3]
+        shares = ", ".join(f"{step.name} {step.seconds:.1f} s" for step in slowest)
+        rows = [("written", f"{total}, {each}") if self.path is not None else ("to write", each)]
+        rows.append(("time", f"{self.seconds:.1f} s ({shares})"))
+        rows.append(("peak memory", f"{format_bytes(self.peak_memory_bytes)} (compiler and its child processes)"))
+        if self.path is not None:
+            rows.append(("report", f"{self.path}/{REPORT}"))
+        return [*self.facts.summary(), *rows]

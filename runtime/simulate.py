@@ -72,11 +72,12 @@ def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path 
     if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
         raise UserError(f"{trace}: not a file in an existing directory", "name a .json file for the trace")
     artifact = open_artifact(path)
-    program = Program.from_text(artifact.schedule(phase))
-    most = artifact.context - (artifact.prefill if phase == "prefill" else 1)
+    entry = artifact.find_phase(phase)
+    program = Program.from_text(artifact.schedule(entry.name))
+    most = entry.most_cached
     if context is not None and not 0 <= context <= most:
         raise UserError(
-            f"context {context} does not fit: {phase} starts after 0 to {most} of {artifact.context} tokens"
+            f"context {context} does not fit: {entry.name} starts after 0 to {most} of {entry.context} tokens"
         )
     target = load_target(artifact.path / TARGET)
     verify(program, target)
@@ -89,7 +90,7 @@ def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path 
         KernelTime(k.name, k.calls, k.cycles * k.calls, k.bound.cycles, k.bound.binds) for k in timing.kernels.values()
     ]
     return Simulation(
-        phase=phase,
+        phase=entry.name,
         ranks=timing.ranks,
         context=most if context is None else context,
         cycles=timing.cycles,

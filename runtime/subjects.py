@@ -22,6 +22,7 @@ from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.infra.model.layers import layer_ends
 from vacc_opt.runtime.engines import Engine
+from vacc_opt.runtime.entry_points import DECODE
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -151,16 +152,20 @@ class EngineSubject(Subject):
     chunk = 1
 
     def __init__(self, name: str, engine: Engine) -> None:
-        if "decode" not in engine.artifact.phases:
+        entries = engine.artifact.entries(engine.context)
+        decode = next((one.name for one in entries if one.kind == DECODE), None)
+        if decode is None:
             raise UserError(f"{name}: has no decode phase", "compile it with a decode context")
-        self.name, self.capacity = name, engine.artifact.context
-        self._engine = engine
+        self.name, self.capacity = name, engine.context
+        self._engine, self._decode = engine, decode
 
     def observe(self, ids: Ids) -> Observed:
         """One decode call a token."""
         self._engine.reset()
         one = np.ones(1, np.int64)
-        rows = [self._engine.run("decode", one[None] * token, one * pos, one)[0, -1] for pos, token in enumerate(ids)]
+        rows = [
+            self._engine.run(self._decode, one[None] * token, one * pos, one)[0, -1] for pos, token in enumerate(ids)
+        ]
         return Observed(np.stack(rows))
 
 

@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vacc_opt.ir import ops
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.errors import UserError, VaccError
@@ -27,7 +25,8 @@ from vacc_opt.passes.shard.block import attention_block
 from vacc_opt.runtime.artifact import PhaseModel, merge_weights
 from vacc_opt.runtime.measure import cache_bytes, padded_elements
 from vacc_opt.runtime.models import load_model
-from vacc_opt.runtime.plan import SCALES_FILE, Plan, plan_compilation
+from vacc_opt.runtime.plan import Plan, plan_compilation
+from vacc_opt.runtime.planned import made_up_scales
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def tp_plan(
     progress("recognize")
     run_pipeline(graph, f"{plan.recognize},{plan.interface}")
     with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-        quantize = plan.quantize(str(_any_scales(graph, Path(scratch))))
+        quantize = plan.quantize(str(made_up_scales(graph, Path(scratch))))
         if quantize:
             run_pipeline(graph, quantize)
     whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
@@ -139,21 +138,6 @@ def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Gra
     run_pipeline(split, replace(plan, tp=tp).split)
     run_pipeline(split, plan.specialize)
     return split, split.phases
-
-
-def _any_scales(graph: Graph, folder: Path) -> Path:
-    """A file of scales in the place of calibrated ones; no two are equal, or passes would make one of them."""
-    from vacc_opt.calibration.kv_scales import KvScales, ScaleZero
-
-    found: dict[tuple[int, str], ScaleZero] = {}
-    for value in graph.inputs:
-        if value.name.startswith("past_key_values."):
-            _, layer, part = value.name.split(".")
-            _, heads, _, width = value.shape or ()
-            both = (np.full([int(str(heads)), int(str(width))], 2 * len(found) + n, np.float32) for n in (1, 2))
-            found[int(layer), part] = ScaleZero(*both)
-    KvScales(found).save(folder / SCALES_FILE)
-    return folder / SCALES_FILE
 
 
 def _row(graph: Graph, phases: dict[str, Graph], whole: int, before: Graph) -> Row:

@@ -66,7 +66,7 @@ def scalar_values(program: Program, call: Call, context: int | None) -> dict[str
     for one in call.scalars:
         low, high = scalar_range(program, one.tensor)
         if one.tensor == "pos":
-            default = high if program.phase == "decode" else low
+            default = high if program.phase.partition("-")[0] == "decode" else low
             values[one.name] = default if context is None else min(max(context, low), high)
         else:
             values[one.name] = high

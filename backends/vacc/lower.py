@@ -30,7 +30,7 @@ _INDICES = (DType.INT64, DType.INT32, DType.BOOL)
 
 
 def lower(graph: Graph, target: Target, *, phase: str) -> Program:
-    """The program of `graph` on `target`; `phase` is `prefill` or `decode`.
+    """The program of `graph` on `target`; `phase` is `prefill` or `decode`, or begins so.
 
     The graph is legalized and all its shapes are numbers. UserError names a node that no kernel covers.
     """

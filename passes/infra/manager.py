@@ -20,7 +20,7 @@ from vacc_opt.passes.infra.instrument import Instrument, PassRecord, Report, Ste
 from vacc_opt.passes.infra.patterns import why_not
 from vacc_opt.passes.infra.patterns.pattern_pass import PatternPass
 from vacc_opt.passes.infra.pipeline import Item, check_order, flat, parse_pipeline
-from vacc_opt.passes.infra.scopes import Fixpoint, Functions, Phase
+from vacc_opt.passes.infra.scopes import CAPACITY, Fixpoint, Functions, Phase
 
 
 @dataclass(frozen=True)
@@ -214,17 +214,19 @@ class _Manager:
         self.caller = outer
 
     def _phase(self, item: Phase, graph: Graph) -> None:
-        if item.name not in graph.phases:
+        name = item.phase
+        if name not in graph.phases:
             sizes = item.sizes()
             if any(size < 1 for size in sizes.values()):
-                raise UserError(f"{item.name}: how many tokens a call has is not said", "as in `prefill{seq=64}(...)`")
+                raise UserError(f"{name}: how many tokens a call has is not said", "as in `prefill{seq=64}(...)`")
             bound = bind(graph, sizes)
             if symbols(bound):
-                message = f"{item.name}: the size {min(symbols(bound))} of the interface is not bound"
-                raise CheckError(message, "`kv-cache` fixes the sizes of the cache: put it before")
-            bound.name = item.name
-            graph.phases[item.name] = bound
-        self.run(item.body, graph.phases[item.name], item.name)
+                message = f"{name}: the size {min(symbols(bound))} of the interface is not bound"
+                hint = "`kv-cache` fixes the sizes of the cache: put it before"
+                raise CheckError(message, "as in `decode{context=2048}(...)`" if CAPACITY in symbols(bound) else hint)
+            bound.name = name
+            graph.phases[name] = bound
+        self.run(item.body, graph.phases[name], name)
 
 
 def _named(error: VaccError, item: Pass) -> VaccError:

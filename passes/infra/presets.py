@@ -40,10 +40,12 @@ class Interface(Preset):
     name: ClassVar[str] = "vacc-interface"
 
     context: int = option(8192, "capacity of the KV buffers, in tokens")
+    several: bool = option(False, "`context` is the largest capacity: each phase says its own")
 
     def text(self) -> str:
         """Both passes change inputs or outputs."""
-        return f"slice-last-token,kv-cache{{context={self.context}}}"
+        several = ",several=true" if self.several else ""
+        return f"slice-last-token,kv-cache{{context={self.context}{several}}}"
 
 
 @dataclass(frozen=True)

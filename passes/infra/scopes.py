@@ -10,6 +10,8 @@ from vacc_opt.passes.infra.options import Named, option
 if TYPE_CHECKING:
     from vacc_opt.passes.infra.pipeline import Item
 
+CAPACITY = "context"  # what the capacity of the KV buffers is called while it is open
+
 
 @dataclass(frozen=True)
 class Scope(Named):
@@ -45,10 +47,17 @@ class Phase(Scope):
     """Run the nested passes on the graph at the sizes of one entry point; the graph itself is left behind."""
 
     batch: int = option(1, "rows of a call")
+    context: int | None = option(None, "capacity of the KV buffers in tokens, after `kv-cache{several=true}`")
+    label: str = option("", "what the phase is called, where there are several; empty: like the scope")
+
+    @property
+    def phase(self) -> str:
+        """What the phase is called."""
+        return self.label or self.name
 
     def sizes(self) -> dict[str, int]:
         """What each named size of the interface becomes."""
-        return {"batch": self.batch}
+        return {"batch": self.batch} | ({CAPACITY: self.context} if self.context is not None else {})
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,8 @@ class Prefill(Phase):
     seq: int = option(0, "tokens of a call; needed the first time")
 
     def sizes(self) -> dict[str, int]:
-        """Batch and tokens."""
-        return {"batch": self.batch, "seq": self.seq}
+        """Batch, tokens, and the context where it is open."""
+        return {**super().sizes(), "seq": self.seq}
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,8 @@ class Decode(Phase):
     name: ClassVar[str] = "decode"
 
     def sizes(self) -> dict[str, int]:
-        """Batch, and one token."""
-        return {"batch": self.batch, "seq": 1}
+        """Batch, one token, and the context where it is open."""
+        return {**super().sizes(), "seq": 1}
 
 
 SCOPES: dict[str, type[Scope]] = {cls.name: cls for cls in (Fixpoint, Functions, Prefill, Decode)}

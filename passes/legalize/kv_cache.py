@@ -10,11 +10,13 @@ import numpy as np
 from vacc_opt.ir import DType, Graph, Node, TensorType, Value
 from vacc_opt.ir.errors import CheckError, UserError, did_you_mean
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.types import Dim, SymbolicDim
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, FixedBuffers, continued
 from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.infra.model.masks import Meaning, recognize_mask
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.infra.scopes import CAPACITY
 
 POS, VALID, MASK = "pos", "valid", "mask"
 OTHER_MASKS = ("refuse", "input")
@@ -65,6 +67,7 @@ class KvCache(Pass):
     runs_after: ClassVar[tuple[str, ...]] = ("fuse-gqa",)
 
     context: int = option(2048, "capacity of the buffers, in tokens")
+    several: bool = option(False, "leave the capacity open up to `context`: each phase says its own")
     other_masks: str = option(
         "refuse", "what to do with a mask of another meaning: refuse, or input (the caller masks)"
     )
@@ -90,7 +93,12 @@ class KvCache(Pass):
         with rw.applying([layers[0].attention]):
             self._rewrite(graph, rw, layers)
         remarks = [Remark("passed", self.name, _sees(n), where(n)) for n in attentions(graph)]
-        return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {self.context} tokens", remarks)
+        size = f"up to {self.context}" if self.several else str(self.context)
+        return Outcome(f"{len(layers)} of {len(layers)} layers on KV buffers of {size} tokens", remarks)
+
+    @property
+    def _capacity(self) -> Dim:
+        return SymbolicDim.parse(CAPACITY) if self.several else self.context
 
     def _layers(self, graph: Graph) -> list[_Layer]:
         known: dict[Value | None, Meaning] = {None: Meaning()}
@@ -173,7 +181,7 @@ class KvCache(Pass):
         assert mask is not None
         assert mask.shape is not None
         name = f"{MASK}.{mask.name}"
-        shape = (*(mask.shape[:-1]), self.context)
+        shape = (*(mask.shape[:-1]), self._capacity)
         return rw.graph.input_named(name) or rw.add_input(name, TensorType(mask.type.dtype, shape))
 
     def _append(self, rw: Rewriter, concat: Node, pos: Value) -> Value:
@@ -182,7 +190,7 @@ class KvCache(Pass):
         assert new is not None
         assert past.shape is not None
         batch, heads, _, depth = past.shape
-        rw.set_type(past, TensorType(past.type.dtype, (batch, heads, self.context, depth)))
+        rw.set_type(past, TensorType(past.type.dtype, (batch, heads, self._capacity, depth)))
         with rw.on_behalf_of(concat):
             written = rw.op.TensorScatter(past, new, pos, axis=2, mode="linear")
         for name in rw.graph.output_names(concat.output):

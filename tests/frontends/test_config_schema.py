@@ -99,6 +99,16 @@ def test_every_key_of_the_reference_is_in_the_schema_and_each_note_belongs_to_on
     assert {key for key in known if meaning(key) is not None} >= set(NOTED)
 
 
+def test_several_lengths_have_a_note_that_says_how_they_are_read(tmp_path: Path) -> None:
+    config = config_with(tmp_path, "frontend.shape.input_ids", [[256, 1024], [2048]])
+    assert notes(config) == [
+        (
+            "input_ids: [[256, 1024], [2048]]",
+            "prefill lengths, then contexts: a schedule for each pair, over one file of weights a rank",
+        )
+    ]
+
+
 def test_a_file_without_such_keys_has_no_notes(tmp_path: Path) -> None:
     assert notes(config_with(tmp_path, "frontend.model_kwargs.tp", 4)) == []
 

@@ -87,7 +87,7 @@ def load(tmp_path: Path) -> Any:
 
 def test_small_file_gets_defaults(load: Any) -> None:
     config = load(GOOD)
-    assert (config.frontend.shape.prefill, config.frontend.shape.context) == (1024, 2048)
+    assert (config.frontend.shape.prefills, config.frontend.shape.contexts) == ((1024,), (2048,))
     assert config.frontend.model_kwargs.tp == 4
     assert config.frontend.quantize is None
     assert config.backend.target == "vacc-reference"
@@ -104,7 +104,46 @@ def test_every_upstream_key_is_accepted(load: Any) -> None:
 
 
 def test_model_without_a_decode_phase_has_no_context(load: Any) -> None:
-    assert load(GOOD, "frontend.shape.input_ids=[[512], []]").frontend.shape.context is None
+    assert load(GOOD, "frontend.shape.input_ids=[[512], []]").frontend.shape.contexts == ()
+
+
+def test_the_first_list_has_prefill_lengths_and_the_second_contexts_in_any_order(load: Any) -> None:
+    shape = load(GOOD, "frontend.shape.input_ids=[[1024, 256], [4096, 2048]]").frontend.shape
+    assert (shape.prefills, shape.contexts) == ((256, 1024), (2048, 4096))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "hint"),
+    [
+        ("[[256, 250], [512]]", "input_ids[0][1]: 250 is not a positive multiple of 16", "the nearest is 240 or 256"),
+        ("[[256, 16, 256], [512]]", "the prefill length 256 is given twice", "the nearest is [16, 256]"),
+        ("[[256], [512, 512]]", "the decode context 512 is given twice", "the nearest is [512]"),
+        (
+            "[[256], [1024], [2048]]",
+            "3 lists, and there are two: prefill lengths and contexts",
+            "the nearest is [[256, 1024], [2048]]",
+        ),
+        (
+            "[[256, 4096], [512, 2048]]",
+            "the decode context 2048 is shorter than the prefill length 4096",
+            "the nearest are a context of 4096 and a prefill length of 2048",
+        ),
+        (
+            "[[256, 512], [128, 2048]]",
+            "the decode context 128 is shorter than the prefill length 256",
+            "the nearest are a context of 256 and a prefill length of 128",
+        ),
+        ("[[], [512]]", "input_ids needs a prefill length", "as in [[1024], [2048]]"),
+    ],
+)
+def test_lengths_that_do_not_go_together_are_refused_with_the_nearest(
+    load: Any, rows: str, message: str, hint: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load(GOOD, f"frontend.shape.input_ids={rows}")
+    assert caught.value.message.startswith(f"-D frontend.shape.input_ids={rows}: frontend.shape.input_ids")
+    assert message in caught.value.message
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize(
@@ -125,14 +164,14 @@ def test_quantize_type_says_what_becomes_int8(load: Any, kind: str, weights: boo
 def test_overrides_take_yaml_values_and_make_sections(load: Any) -> None:
     config = load(GOOD, "frontend.model_kwargs.tp=3", "frontend.shape.input_ids=[[64],[256]]", "dataset.path=a.json")
     assert config.frontend.model_kwargs.tp == 3
-    assert config.frontend.shape.context == 256
+    assert config.frontend.shape.contexts == (256,)
     assert config.dataset.path == "a.json"
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m_w8kv8_tp3.yaml", "smollm2-135m_fp32_tp1.yaml"])
 def test_example_is_valid_and_its_checkpoint_is_installed(name: str) -> None:
     config = load_config(EXAMPLES / name)
-    assert (config.frontend.shape.prefill, config.frontend.shape.context) == (64, 256)
+    assert (config.frontend.shape.prefills, config.frontend.shape.contexts) == ((64,), (256,))
     assert open_checkpoint(config.frontend.checkpoint).config["model_type"] == "llama"
     if config.dataset:
         assert (EXAMPLES.parent / config.dataset.path).is_file()
@@ -150,8 +189,8 @@ def test_example_is_valid_and_its_checkpoint_is_installed(name: str) -> None:
         (
             "2048",
             "512",
-            "c.yaml:5: frontend.shape: the decode context 512 is shorter than the prefill length 1024",
-            None,
+            "c.yaml:6: frontend.shape.input_ids: the decode context 512 is shorter than the prefill length 1024",
+            "the nearest are a context of 1024 and a prefill length of 512",
         ),
         ("fp16\n", "fp17\n", "c.yaml:12: backend.dtype = 'fp17' is not a choice", "did you mean `fp16`?"),
         (

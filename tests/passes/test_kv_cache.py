@@ -7,6 +7,7 @@ import pytest
 
 from vacc_opt.ir import CheckError, UserError
 from vacc_opt.ir.text import to_text
+from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.testing import REASSOCIATED, assert_close, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.tests.passes.decoder import cached_logits, decoder, reference_logits
@@ -35,6 +36,28 @@ def test_the_interface_is_buffers_and_a_position() -> None:
     assert attention.attributes == {"is_causal": 1, "scale": 0.25}
     assert attention.input(3) is None
     assert record.summary == "1 of 1 layers on KV buffers of 32 tokens"
+
+
+def test_the_capacity_stays_open_until_a_phase_says_it() -> None:
+    graph = decoder()
+    record = run_pass(KvCache(context=32, several=True), graph)
+    assert record.summary == "1 of 1 layers on KV buffers of up to 32 tokens"
+    assert str(graph.outputs["present.0.key"].type) == "float[batch,2,context,8]"
+    run_pipeline(graph, "decode{context=16,label=decode-16}(simplify),decode{context=32,label=decode-32}(simplify)")
+    for context in (16, 32):
+        phase = graph.phases[f"decode-{context}"]
+        assert str(phase.outputs["present.0.key"].type) == f"float[1,2,{context},8]"
+        fixed = decoder()
+        run_pass(KvCache(context=context), fixed)
+        assert_close(cached_logits(phase, IDS[:1], 1, context), cached_logits(fixed, IDS[:1], 1, context), REASSOCIATED)
+
+
+def test_a_phase_without_the_capacity_that_is_open_is_refused() -> None:
+    graph = decoder()
+    run_pass(KvCache(context=32, several=True), graph)
+    with pytest.raises(CheckError, match="decode: the size context of the interface is not bound") as caught:
+        run_pipeline(graph, "decode(simplify)")
+    assert caught.value.hint == "as in `decode{context=2048}(...)`"
 
 
 NOT_CAUSAL = [

@@ -144,7 +144,7 @@ def test_a_long_list_ends_in_a_count(artifact: Artifact) -> None:
         ("call 99", {"phase": "decode"}, "decode: has no call 99", "calls are 0 to"),
         ("call 1", {"rank": 2}, "has no rank 2", "ranks are 0 to 1"),
         ("call 1", {"rank": -1}, "has no rank -1", "ranks are 0 to 1"),
-        ("call 1", {"phase": "warmup"}, "has no phase 'warmup'", "it has prefill, decode"),
+        ("call 1", {"phase": "warmup"}, "has no phase 'warmup'", "choices: decode, prefill"),
     ],
 )
 def test_what_is_not_there_is_answered_with_what_is(

@@ -81,7 +81,9 @@ def test_the_last_slots_of_a_context_are_filled_token_by_token(plain: Artifact) 
 
     engine = Narrow(plain)
     prompt = [1] * 34
-    engine.artifact = Artifact(plain.path, {**plain.manifest, "context": 34})
+    sizes = {name: {**one, "context": 34} for name, one in plain.manifest["entry_points"].items()}
+    engine.artifact = Artifact(plain.path, {**plain.manifest, "entry_points": sizes})
+    engine.context = 34
     prefill(engine, prompt)
     assert engine.calls == [("prefill", 0), ("prefill", 16), ("decode", 32), ("decode", 33)]
 
