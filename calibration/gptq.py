@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.ir.errors import CheckError
-from vacc_opt.ir.tensor import row_scales
+from vacc_opt.ir.row_codes import row_scales
 
 Array = npt.NDArray[Any]
 LIMIT = 127

@@ -1,47 +1,21 @@
 """Weights to disk: constants streamed into safetensors files, and ONNX files whose external data points into them.
 
-The ``safetensors`` package writes only tensors that are all in memory; this writes one tile of rows at a time and so
-needs memory for a tile. The format is its published one: 8 bytes of header length, JSON, data.
+The ``safetensors`` package writes only tensors that are all in memory; :mod:`vacc_opt.ir.weight_files` writes tiles.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
-from onnx import numpy_helper
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Value
 from vacc_opt.ir.onnx_proto import is_inline, to_onnx
 from vacc_opt.ir.tensor import Source, TensorExpr
-from vacc_opt.ir.types import DType
+from vacc_opt.ir.weight_files import METADATA, NAMES, WeightFile, write_weight_files
 
-TILE_BYTES = 16 << 20
-_NAMES = {
-    DType.FLOAT: "F32",
-    DType.FLOAT16: "F16",
-    DType.BFLOAT16: "BF16",
-    DType.DOUBLE: "F64",
-    DType.INT8: "I8",
-    DType.UINT8: "U8",
-    DType.INT16: "I16",
-    DType.UINT16: "U16",
-    DType.INT32: "I32",
-    DType.UINT32: "U32",
-    DType.INT64: "I64",
-    DType.UINT64: "U64",
-    DType.BOOL: "BOOL",
-    DType.FLOAT8E4M3FN: "F8_E4M3",
-    DType.FLOAT8E5M2: "F8_E5M2",
-}
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
-Progress = Callable[[str, int], None]
+_TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def is_stored(value: Value) -> bool:
@@ -49,60 +23,12 @@ def is_stored(value: Value) -> bool:
     return value.const is not None and not is_inline(value)
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, TensorExpr], progress: Progress | None = None
-) -> dict[str, int]:
+def write_safetensors(path: Path, tensors: Mapping[str, TensorExpr]) -> dict[str, int]:
     """Write ``tensors`` in name order, reading each tile once; gives the absolute byte offset of each.
 
-    ``progress`` hears (tensor name, bytes written) after every tile. Equal inputs give equal bytes.
+    Equal inputs give equal bytes.
     """
-    header: dict[str, object] = {}
-    at = 0
-    for name in sorted(tensors):
-        expr = tensors[name]
-        # what the format has no name for is stored as bytes; ONNX files say what they mean
-        named = expr.dtype in _NAMES
-        header[name] = {
-            "dtype": _NAMES.get(expr.dtype, "U8"),
-            "shape": list(expr.shape) if named else [expr.nbytes],
-            "data_offsets": [at, at + expr.nbytes],
-        }
-        at += expr.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    offsets: dict[str, int] = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in sorted(tensors):
-            offsets[name] = file.tell()
-            try:
-                for tile in _tiles(tensors[name]):
-                    file.write(_bytes(tensors[name].read(tile), tensors[name].dtype))
-                    if progress is not None:
-                        progress(name, file.tell() - offsets[name])
-            except UserError as error:
-                raise UserError(f"weight {name}: {error.message}", error.hint) from error
-        file.flush()
-        os.fsync(file.fileno())
-    assert not offsets or min(offsets.values()) == start
-    return offsets
-
-
-def _bytes(array: npt.NDArray[Any], dtype: DType) -> bytes:
-    packed: bytes = array.tobytes() if dtype.bits >= 8 else numpy_helper.from_array(array).raw_data
-    return packed
-
-
-def _tiles(expr: TensorExpr) -> Iterable[tuple[slice, ...]]:
-    row = math.prod(expr.shape[1:]) * expr.dtype.bits
-    if not expr.shape or expr.nbytes <= TILE_BYTES or row % 8:
-        yield ()
-        return
-    step = max(1, TILE_BYTES // max(1, row // 8))
-    for low in range(0, expr.shape[0], step):
-        yield (slice(low, min(low + step, expr.shape[0])),)
+    return write_weight_files([WeightFile(path, tensors)])[0]
 
 
 def read_safetensors_header(path: Path) -> dict[str, Source]:
@@ -124,7 +50,7 @@ def read_safetensors_header(path: Path) -> dict[str, Source]:
         raise UserError(f"{path}: not a safetensors file, or truncated: {error}") from error
     sources: dict[str, Source] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         low, high = entry["data_offsets"]
         if 8 + length + high > size:

@@ -10,9 +10,8 @@ import ast
 import base64
 import hashlib
 import math
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -23,11 +22,14 @@ import onnx
 from onnx import numpy_helper
 
 from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.file_reads import is_sharing, once, read_box
+from vacc_opt.ir.half import to_float32
+from vacc_opt.ir.row_codes import quantized_rows, scales_of_rows
 from vacc_opt.ir.types import DType, TensorType
 
 Array = npt.NDArray[Any]
 Index = tuple[slice, ...]
-ROWS_PER_TILE = 1024  # rows of a weight held at once while its scales are computed
+ROWS_PER_TILE = 1024  # rows of a weight held at once while each is summed over
 
 
 _CLASSES: dict[str, type[TensorExpr]] = {}
@@ -112,25 +114,12 @@ class Source(TensorExpr):
         """Shape as stored."""
         return self.dims
 
-    @cached_property
-    def _array(self) -> Array:
-        needed = self.offset + self.nbytes
-        try:
-            size = os.path.getsize(self.file)
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot read the weight file: {error.strerror}") from error
-        if size < needed:
-            raise UserError(f"{self.file}: truncated: a weight ends at byte {needed}, the file has {size}")
-        if self.nbytes == 0:
-            return np.zeros(self.dims, self.dtype.numpy)
-        raw: Array = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
-        if self.dtype.bits < 8:
-            packed = onnx.TensorProto(data_type=self.dtype.onnx, dims=self.dims, raw_data=raw.tobytes())
-            return np.asarray(numpy_helper.to_array(packed))
-        return raw.view(self.dtype.numpy).reshape(self.dims)
-
     def _read(self, index: Index) -> Array:
-        return np.array(self._array[index])
+        if self.dtype.bits >= 8:
+            return read_box(self.file, self.offset, self.dtype.numpy, self.dims, index)
+        data = read_box(self.file, self.offset, np.dtype(np.uint8), (self.nbytes,), (slice(0, self.nbytes),))
+        packed = onnx.TensorProto(data_type=self.dtype.onnx, dims=self.dims, raw_data=data.tobytes())
+        return np.asarray(numpy_helper.to_array(packed))[index]
 
 
 @dataclass(frozen=True)
@@ -361,8 +350,11 @@ class Casted(TensorExpr):
         return self.base.shape
 
     def _read(self, index: Index) -> Array:
+        values = self.base.read(index)
+        if values.dtype == np.float16 and self.dtype is DType.FLOAT:
+            return to_float32(values)
         with np.errstate(over="ignore"):  # a mask's -3.4e38 becomes -infinity in fp16, and means the same
-            return self.base.read(index).astype(self.dtype.numpy)
+            return values.astype(self.dtype.numpy)
 
 
 @dataclass(frozen=True)
@@ -382,12 +374,9 @@ class Scales(TensorExpr):
         return self.base.shape[:1]
 
     def _read(self, index: Index) -> Array:
-        rows = index[0]
-        out = np.empty(rows.stop - rows.start, np.float32)
-        for low in range(rows.start, rows.stop, ROWS_PER_TILE):
-            high = min(low + ROWS_PER_TILE, rows.stop)
-            out[low - rows.start : high - rows.start] = row_scales(self.base.read((slice(low, high),)), low)
-        return out
+        if is_sharing():  # the codes are wanted too, or were made already
+            return _quantized(self.base, index[0])[1]
+        return scales_of_rows(_rows_of(self.base), index[0].start, index[0].stop, self.base.shape[1])
 
 
 @dataclass(frozen=True)
@@ -407,15 +396,18 @@ class Codes(TensorExpr):
         return self.base.shape
 
     def _read(self, index: Index) -> Array:
-        rows = index[0]
-        out = np.empty([s.stop - s.start for s in index], np.int8)
-        for low in range(rows.start, rows.stop, ROWS_PER_TILE):
-            high = min(low + ROWS_PER_TILE, rows.stop)
-            weight = self.base.read((slice(low, high),)).astype(np.float32)
-            scale = row_scales(weight, low)
-            codes = np.clip(np.rint(weight[:, index[1]] / scale[:, None]), -127, 127)
-            out[low - rows.start : high - rows.start] = codes.astype(np.int8)
-        return out
+        return _quantized(self.base, index[0])[0][:, index[1]]
+
+
+def _quantized(base: TensorExpr, rows: slice) -> tuple[Array, Array]:
+    """(codes, scales) of rows of a weight; where both are asked for inside ``shared_reads``, computed once."""
+
+    low, high = rows.start, rows.stop
+    return once(("codes", base.key, low, high), lambda: quantized_rows(_rows_of(base), low, high, base.shape[1]))
+
+
+def _rows_of(base: TensorExpr) -> Callable[[int, int], Array]:
+    return lambda low, high: base.read((slice(low, high),))
 
 
 @dataclass(frozen=True)
@@ -445,17 +437,6 @@ class PerRank(TensorExpr):
 
     def _read(self, index: Index) -> Array:
         raise ValueError("a PerRank constant is read through rank(i)")
-
-
-def row_scales(weight: Array, first_row: int = 0) -> npt.NDArray[np.float32]:
-    """``max|row| / 127`` in fp32, 1 for a zero row; raises UserError on NaN or infinity."""
-    largest = np.abs(weight.astype(np.float32)).max(axis=1, initial=0.0)
-    bad = ~np.isfinite(largest)
-    if bad.any():
-        raise UserError(f"the weight has NaN or infinity in row {first_row + int(np.argmax(bad))}")
-    scale = (largest / np.float32(127)).astype(np.float32)
-    # a subnormal row can round to scale 0: it is a zero row to fp32
-    return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
 
 
 def transposed(expr: TensorExpr, perm: Sequence[int]) -> TensorExpr:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import PurePath
 
 from vacc_opt.ir.infer import shape_text
@@ -20,6 +20,7 @@ from vacc_opt.ir.tensor import (
     TensorExpr,
     Transposed,
 )
+from vacc_opt.ir.types import DType
 
 _RUNS_SHOWN = 4  # runs of rows in a formula; a rotary un-permutation has thousands
 
@@ -32,14 +33,59 @@ def stored_parts(expr: TensorExpr) -> tuple[Source | Gguf, ...]:
 def _stored(expr: TensorExpr) -> Iterator[Source | Gguf]:
     if isinstance(expr, Source | Gguf):
         yield expr
-    for part in _operands(expr):
+    for part in operands(expr):
         yield from _stored(part)
 
 
-def _operands(expr: TensorExpr) -> Iterator[TensorExpr]:
+def operands(expr: TensorExpr) -> Iterator[TensorExpr]:
+    """The expressions that ``expr`` is made from."""
     for one in fields(expr):  # type: ignore[arg-type]
         value = getattr(expr, one.name)
         yield from (part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, TensorExpr))
+
+
+_WIDER = {
+    DType.FLOAT16: (DType.FLOAT, DType.DOUBLE),
+    DType.BFLOAT16: (DType.FLOAT, DType.DOUBLE),
+    DType.FLOAT: (DType.DOUBLE,),
+}
+
+
+def without_round_trips(expr: TensorExpr) -> TensorExpr:
+    """The same values without casts to a wider type and back, however rows were picked between them.
+
+    The bits are the same too, but for those by which one NaN differs from another.
+
+    >>> half = Source("m.safetensors", 0, "float16", (8, 4), "w")
+    >>> formula(without_round_trips(Casted(Sliced(Casted(half, "float"), (0, 0), (2, 4)), "float16")))
+    'w[0:2]'
+    """
+    if isinstance(expr, Casted):
+        inner = _narrow(expr.base, expr.dtype)
+        if inner is not None:
+            return without_round_trips(inner)
+    changed: dict[str, TensorExpr | tuple[TensorExpr, ...]] = {}
+    for one in fields(expr):  # type: ignore[arg-type]
+        value = getattr(expr, one.name)
+        if isinstance(value, TensorExpr):
+            changed[one.name] = without_round_trips(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], TensorExpr):
+            changed[one.name] = tuple(map(without_round_trips, value))
+    return replace(expr, **changed) if changed else expr  # type: ignore[type-var]
+
+
+def _narrow(expr: TensorExpr, to: DType) -> TensorExpr | None:
+    """The values of ``expr`` as they were before a cast made them wider than ``to``; None if nothing did."""
+    match expr:
+        case Casted(base, _):
+            return base if base.dtype is to and expr.dtype in _WIDER.get(to, ()) else None
+        case Sliced(base) | Taken(base) | Transposed(base) | Padded(base):
+            inner = _narrow(base, to)
+            return None if inner is None else replace(expr, base=inner)
+        case Concatenated(parts):
+            found = [one for one in (_narrow(part, to) for part in parts) if one is not None]
+            return replace(expr, parts=tuple(found)) if len(found) == len(parts) else None
+    return None
 
 
 def weight_origins(name: str, expr: TensorExpr) -> tuple[Origin, ...]:
@@ -80,7 +126,7 @@ def formula(expr: TensorExpr) -> str:
             return f"pad({formula(expr.base)}, {list(expr.dims)})"
         case Casted():
             return f"{expr.to}({formula(expr.base)})"
-    return f"{type(expr).__name__.lower()}({', '.join(map(formula, _operands(expr)))})"
+    return f"{type(expr).__name__.lower()}({', '.join(map(formula, operands(expr)))})"
 
 
 def _box(expr: Sliced) -> str:

@@ -21,13 +21,15 @@ import numpy.typing as npt
 from vacc_opt._version import __version__
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors, write_safetensors
+from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors
 from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
+from vacc_opt.ir.weight_files import WeightFile, write_weight_files
 from vacc_opt.runtime import tokenizer as tokenizers
 from vacc_opt.runtime.entry_points import EntryPoint
-from vacc_opt.runtime.files import replaced_directory, sha256
+from vacc_opt.runtime.files import replaced_directory
+from vacc_opt.runtime.integrity import check_file, check_weights, file_entry
 from vacc_opt.runtime.report import ModelFacts
-from vacc_opt.runtime.workers import each
+from vacc_opt.runtime.workers import cores
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
@@ -54,7 +56,6 @@ def write_artifact(
     tokenizer: tokenizers.Tokenizer | None,
     files: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
 ) -> Artifact:
     """Write the directory ``path`` in one step; an artifact that stands there is replaced only when all is complete.
 
@@ -66,14 +67,13 @@ def write_artifact(
         tokenizer: its files are stored too.
         files: further files, copied.
         progress: hears (bytes written, bytes in all) of the weights.
-        workers: processes that write ranks at the same time.
 
     Raises:
         UserError: a directory that is not an artifact is in the way.
     """
     ranks = phases[0].graph.ranks
     with replaced_directory(path, is_artifact) as directory:
-        aliases = write_phases(directory, phases, ranks, progress, workers)
+        aliases = write_phases(directory, phases, ranks, progress)
         for phase in phases:
             (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
         for name, text in texts.items():
@@ -90,7 +90,7 @@ def write_artifact(
             "ranks": ranks,
             "phases": {p.name: {**_interface(p.graph), "weight_names": aliases[p.name]} for p in phases},
             **facts,
-            "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(directory.iterdir())},
+            "files": {p.name: file_entry(p) for p in sorted(directory.iterdir())},
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -102,53 +102,25 @@ def write_phases(
     phases: Sequence[PhaseModel],
     ranks: int,
     progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
 ) -> dict[str, dict[str, str]]:
     """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs.
 
-    ``workers`` processes write ranks at the same time; progress is heard by tiles of one, by ranks of several.
+    All ranks are written in one pass over the checkpoint, by a thread for each core.
     """
-    apart = workers > 1 and ranks > 1
-
-    def write(rank: int) -> tuple[int, dict[str, dict[str, str]]]:
-        return _write_rank(directory, phases, rank, ranks, None if apart else progress)
-
+    files: list[WeightFile] = []
     aliases: dict[str, dict[str, str]] = {}
-    for rank, (size, named) in enumerate(each(write, range(ranks), workers)):
-        aliases = named
-        if apart and progress is not None:
-            progress(size * (rank + 1), size * ranks)
+    for rank in range(ranks):
+        stored: dict[str, TensorExpr] = {}
+        aliases = {phase.name: merge_weights(stored, phase, rank) for phase in phases}  # the same for every rank
+        files.append(WeightFile(directory / f"rank{rank}.safetensors", stored))
+    written = write_weight_files(files, workers=cores(), progress=progress)
+    for rank, (file, offsets) in enumerate(zip(files, written, strict=True)):
+        for phase in phases:
+            renamed = aliases[phase.name]
+            places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
+            path = directory / f"{phase.name}.rank{rank}.onnx"
+            save_onnx(phase.graph, path, rank=rank, offsets=places, weights=file.path.name)
     return aliases
-
-
-def _write_rank(
-    directory: Path, phases: Sequence[PhaseModel], rank: int, ranks: int, progress: Callable[[int, int], None] | None
-) -> tuple[int, dict[str, dict[str, str]]]:
-    """Bytes of weights of a rank, and by phase the names that are stored as others; these are those of every rank."""
-    stored: dict[str, TensorExpr] = {}
-    aliases = {phase.name: merge_weights(stored, phase, rank) for phase in phases}
-    name, size = f"rank{rank}.safetensors", sum(e.nbytes for e in stored.values())
-    heard = _Progress(size, rank, ranks, progress) if progress else None
-    offsets = write_safetensors(directory / name, stored, heard)
-    for phase in phases:
-        renamed = aliases[phase.name]
-        places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
-        save_onnx(phase.graph, directory / f"{phase.name}.rank{rank}.onnx", rank=rank, offsets=places, weights=name)
-    return size, aliases
-
-
-class _Progress:
-    """Adds up what the writer says of single tensors; ranks have equal sizes."""
-
-    def __init__(self, size: int, rank: int, ranks: int, progress: Callable[[int, int], None]) -> None:
-        self._done, self._all, self._progress = size * rank, size * ranks, progress
-        self._current: tuple[str, int] = ("", 0)
-
-    def __call__(self, name: str, written: int) -> None:
-        if name != self._current[0]:
-            self._done += self._current[1]
-        self._current = (name, written)
-        self._progress(self._done + written, self._all)
 
 
 def merge_weights(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
@@ -187,7 +159,7 @@ def is_artifact(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk whose files are all there and undamaged."""
+    """An artifact on disk whose files are all there and undamaged; data of weights is checked when it is asked for."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -262,9 +234,10 @@ class Artifact:
         return {}
 
     def _stored(self, rank: int) -> dict[str, Array]:
-        """Every stored tensor of a rank, mapped and not read; one that is not aligned is copied."""
+        """Every stored tensor of a rank, checked and mapped; one that is not aligned is copied."""
         if rank not in self._mapped:
             file = self.path / f"rank{rank}.safetensors"
+            check_weights(file)
             sources = read_safetensors_header(file)
             data = np.memmap(file, np.uint8, "r")
             self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}
@@ -314,6 +287,8 @@ def _view(data: npt.NDArray[np.uint8], source: Source) -> Array:
 def open_artifact(path: Path, rank: int | None = None) -> Artifact:
     """Open an artifact and check every file against its digest; with ``rank``, files of other ranks may be elsewhere.
 
+    Of weight files, which may be large, the size and the header, which holds the digest of each tensor, are checked.
+
     Raises:
         UserError: not an artifact, one of a newer version, or a file that is missing or damaged, which is named.
     """
@@ -328,12 +303,7 @@ def open_artifact(path: Path, rank: int | None = None) -> Artifact:
             "compile it again",
         )
     for name, entry in manifest["files"].items():
-        file = path / name
         owner = _OF_RANK.search(name)
-        if rank is not None and owner is not None and int(owner[1]) != rank:
-            continue
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"{path}: the file {name} is missing", "compile it again")
-        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-            raise UserError(f"{path}: the file {name} is damaged: it is not what `compile` wrote", "compile it again")
+        if rank is None or owner is None or int(owner[1]) == rank:
+            check_file(path, name, entry)
     return Artifact(path, manifest)

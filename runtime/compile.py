@@ -287,7 +287,6 @@ def _write(
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=ByteProgress(run.listener.running, "write"),
-            workers=plan.config.workspace.workers,
         )
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
     return artifact

@@ -7,7 +7,6 @@ rests on no other, so one damaged file is reported by what it breaks and hides n
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,13 +24,13 @@ from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.passes.infra.pipeline import parse_pipeline
 from vacc_opt.runtime.artifact import MANIFEST, REMARKS, TARGET, is_artifact
-from vacc_opt.runtime.digests import damages
+from vacc_opt.runtime.integrity import problems as damages
 from vacc_opt.runtime.manifest import Manifest
 from vacc_opt.runtime.models import format_bytes
 from vacc_opt.runtime.progress import ByteProgress
 from vacc_opt.runtime.report import REPORT, ModelFacts
 from vacc_opt.runtime.tokenizer import load_tokenizer
-from vacc_opt.runtime.workers import each
+from vacc_opt.runtime.workers import cores, each
 
 Model = TypeVar("Model", bound=BaseModel)
 _SHOWN = 8  # problems of one check that are said; the rest are counted
@@ -136,8 +135,7 @@ def verify_artifact(path: Path, listener: Listener, names: Collection[str] = CHE
 @_check
 def _files(subject: Subject, problems: Problems) -> str:
     entries, started = subject.manifest["files"], time.perf_counter()
-    found = damages(subject.path, entries, ByteProgress(subject.listener.running, "verify: files"))
-    problems += [f"{name} {why}" for name, why in found.items()]
+    problems += damages(subject.path, entries, ByteProgress(subject.listener.running, "verify: files"))
     more = sorted({p.name for p in subject.path.iterdir()} - set(entries) - {MANIFEST})
     total = sum(int(entry["bytes"]) for entry in entries.values())
     speed = total / max(time.perf_counter() - started, 1e-9)
@@ -205,7 +203,7 @@ def _graphs(subject: Subject, problems: Problems) -> str:
         return _graph(subject, phase, rank, headers[rank])
 
     constants = 0
-    for index, (found, count) in enumerate(each(one, range(len(graphs)), os.cpu_count() or 1)):
+    for index, (found, count) in enumerate(each(one, range(len(graphs)), cores())):
         subject.listener.running("verify: graphs", index + 1, len(graphs))
         problems += found
         constants += count
@@ -253,7 +251,7 @@ def _schedules(subject: Subject, problems: Problems) -> str:
         return _schedule(subject, phases[index], facts[phases[index]].cycles)
 
     said = []
-    for found, sentence in each(one, range(len(phases)), os.cpu_count() or 1):
+    for found, sentence in each(one, range(len(phases)), cores()):
         problems += found
         said.append(sentence)
     return "\n".join(said)

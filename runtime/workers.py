@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,11 @@ from vacc_opt.ir.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _inherited: list[tuple[Callable[[Any], Any], Sequence[Any]]] = []  # what a forked process finds in its memory
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:

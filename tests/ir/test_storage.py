@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from vacc_opt.ir import Graph, Literal, Source, UserError
-from vacc_opt.ir import storage as module
 from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors, write_safetensors
 from vacc_opt.ir.tensor import Codes, PerRank, Scales, TensorExpr, Transposed
 from vacc_opt.ir.text import from_text
@@ -80,14 +79,6 @@ def test_the_order_of_the_mapping_does_not_change_the_bytes(tmp_path: Path) -> N
     write_safetensors(tmp_path / "1", tensors)
     write_safetensors(tmp_path / "2", dict(reversed(tensors.items())))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-
-
-def test_large_tensors_are_written_tile_by_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE_BYTES", 64)  # three rows of five floats
-    heard: list[tuple[str, int]] = []
-    write_safetensors(tmp_path / "w", {"w": Literal(weight(7))}, lambda name, size: heard.append((name, size)))
-    assert heard == [("w", 60), ("w", 120), ("w", 140)]
-    np.testing.assert_array_equal(read_safetensors_header(tmp_path / "w")["w"].read(), weight(7))
 
 
 @pytest.mark.parametrize("size", [0, 4, 30, 200])

@@ -10,8 +10,12 @@ import onnx
 import pytest
 
 from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.runtime.artifact import Artifact, open_artifact
+from vacc_opt.runtime.engines import make_engine
 from vacc_opt.runtime.files import replaced_directory
+from vacc_opt.runtime.generate import prefill
+from vacc_opt.runtime.integrity import problems
 
 
 def test_it_holds_the_files_of_the_design(artifact: Artifact) -> None:
@@ -56,15 +60,54 @@ def test_a_directory_that_is_no_artifact_is_refused(tmp_path: Path) -> None:
         open_artifact(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("name", ["rank1.safetensors", "decode.schedule", "prefill.rank0.onnx"])
-def test_a_damaged_file_is_named(name: str, artifact: Artifact, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+def damaged(artifact: Artifact, directory: Path, name: str, at: int) -> Path:
+    """A copy of an artifact with one bit of a file flipped."""
+    copy = directory / "copy"
     shutil.copytree(artifact.path, copy)
     content = bytearray((copy / name).read_bytes())
-    content[len(content) // 2] ^= 1
+    content[at] ^= 1
     (copy / name).write_bytes(bytes(content))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["kv_scales.safetensors", "decode.schedule", "prefill.rank0.onnx"])
+def test_a_damaged_file_is_named(name: str, artifact: Artifact, tmp_path: Path) -> None:
+    copy = damaged(artifact, tmp_path, name, (artifact.path / name).stat().st_size // 2)
     with pytest.raises(UserError, match=f"the file {name} is damaged"):
         open_artifact(copy)
+
+
+def test_a_damaged_header_of_weights_is_named(artifact: Artifact, tmp_path: Path) -> None:
+    for at in (3, 100):  # its length, a digest
+        copy = damaged(artifact, tmp_path / str(at), "rank1.safetensors", at)
+        with pytest.raises(UserError, match=r"the file rank1\.safetensors is damaged"):
+            open_artifact(copy)
+
+
+@pytest.mark.parametrize("engine", ["schedule", "onnxruntime"])
+def test_a_flipped_bit_of_a_weight_is_named_by_whatever_runs_it(
+    engine: str, artifact: Artifact, tmp_path: Path
+) -> None:
+    source = read_safetensors_header(artifact.path / "rank1.safetensors")["model.embed_tokens.weight"]
+    copy = damaged(artifact, tmp_path, "rank1.safetensors", source.offset + 5)
+    opened = open_artifact(copy)  # reads no weights
+    assert len(opened.schedule("decode")) > 0
+    with pytest.raises(UserError, match=r"rank1\.safetensors is damaged: model\.embed_tokens\.weight is not what"):
+        prefill(make_engine(engine, opened), [1, 2, 3])
+
+
+def test_every_problem_of_an_artifact_is_listed(artifact: Artifact, tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    files = artifact.manifest["files"]
+    assert list(problems(artifact.path, files, lambda done, of: heard.append((done, of)))) == []
+    assert heard == sorted(heard)
+    assert heard[-1][0] == heard[-1][1] == sum(entry["bytes"] for entry in files.values())
+    copy = damaged(artifact, tmp_path, "rank1.safetensors", -1)
+    (copy / "decode.schedule").unlink()
+    found = list(problems(copy, files))
+    assert found[0] == "the file decode.schedule is missing"
+    assert found[1].startswith("the file rank1.safetensors is damaged: ")
+    assert len(found) == 2
 
 
 def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:

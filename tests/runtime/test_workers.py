@@ -36,7 +36,8 @@ def test_an_artifact_does_not_depend_on_the_number_of_workers(
     made = contents(Path(report.path))
     assert list(made) == list(one_worker)
     assert [name for name in made if made[name] != one_worker[name]] == []
-    assert [done / of for done, of in listener.written] == [1 / 3, 2 / 3, 1]
+    assert listener.written == sorted(listener.written)
+    assert listener.written[-1][0] == listener.written[-1][1] > 0
 
 
 class Heard(Silent):
@@ -83,7 +84,7 @@ def test_a_weight_that_cannot_be_read_leaves_no_artifact(
     def fail(*args: object, **kwargs: object) -> None:
         raise UserError("weight w: it is truncated")
 
-    monkeypatch.setattr("vacc_opt.runtime.artifact.write_safetensors", fail)
+    monkeypatch.setattr("vacc_opt.runtime.artifact.write_weight_files", fail)
     assert main(["compile", str(config(tmp_path)), "-D", "workspace.workers=2"]) == 2
     assert "error: weight w: it is truncated" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml"]
