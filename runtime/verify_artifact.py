@@ -23,7 +23,7 @@ from vacc_opt.ir.errors import UserError, VaccError
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.runtime.artifact import MANIFEST, REMARKS, TARGET, is_artifact
+from vacc_opt.runtime.artifact import FORMAT_VERSION, MANIFEST, REMARKS, TARGET, is_artifact
 from vacc_opt.runtime.integrity import problems as damages
 from vacc_opt.runtime.manifest import Manifest
 from vacc_opt.runtime.models import format_bytes
@@ -155,6 +155,8 @@ def _manifest(subject: Subject, problems: Problems) -> str:
     problems += [f"{MANIFEST}: does not list {name}" for name in sorted(needed - set(manifest.files))]
     if list(manifest.phases) != list(manifest.entry_points):
         problems.append(f"{MANIFEST}: phases are {list(manifest.phases)}, entry points {list(manifest.entry_points)}")
+    if manifest.format_version != FORMAT_VERSION:
+        problems.append(f"{MANIFEST}: format {manifest.format_version}, this vacc-opt reads {FORMAT_VERSION}")
     facts = ModelFacts.from_json(manifest.made)
     if [one.phase for one in facts.phases] != list(manifest.phases) or facts.ranks != manifest.ranks:
         problems.append(f"{MANIFEST}: what was made has other phases or ranks")
