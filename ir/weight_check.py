@@ -1,21 +1,50 @@
-"""Weight files against the digests that they hold: the header for the whole, or tensor by tensor on several threads."""
+"""The digests that a weight file holds of itself: of the header for the whole, and of the bytes of each tensor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.ir.weight_files import DIGEST, METADATA, Progress
+from vacc_opt.ir.weight_files import DIGEST, METADATA
 
-_BLOCK = 1 << 20  # bytes read at once
+
+@dataclass(frozen=True)
+class Extent:
+    """The bytes of a tensor in a file, ``start`` to ``stop``, and the SHA-256 that they had when they were written."""
+
+    name: str
+    start: int
+    stop: int
+    sha256: str
 
 
 def header_digest(path: Path) -> str:
     """SHA-256 of the header, which vouches for the file; raises UserError when there is none."""
     return hashlib.sha256(_header(path)).hexdigest()
+
+
+def header_bytes(path: Path) -> int:
+    """Bytes of the header with its length; raises UserError when there is none."""
+    return len(_header(path))
+
+
+def extents(path: Path) -> list[Extent]:
+    """The tensors of a file that :func:`~vacc_opt.ir.weight_files.write_weight_files` wrote, in file order.
+
+    Raises:
+        UserError: the file cannot be read, or holds no digests.
+    """
+    header = _header(path)
+    try:
+        entries = json.loads(header[8:])
+        digests = entries.pop(METADATA, {})
+        places = [(name, *entry["data_offsets"], digests[DIGEST + name]) for name, entry in entries.items()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its header is damaged, or holds no digests") from error
+    return [Extent(name, len(header) + low, len(header) + high, digest) for name, low, high, digest in places]
 
 
 def _header(path: Path) -> bytes:
@@ -28,49 +57,3 @@ def _header(path: Path) -> bytes:
             return prefix + file.read(length)
     except OSError as error:
         raise UserError(f"{path}: cannot read the weight file: {error.strerror}") from error
-
-
-def damaged_tensors(path: Path, *, workers: int = 1, progress: Progress | None = None) -> list[str]:
-    """Names of the tensors whose bytes are not those that were written, by the digests in the header.
-
-    Args:
-        path: of a file that :func:`write_weight_files` wrote.
-        workers: threads.
-        progress: hears (bytes checked, bytes in all), in the calling thread.
-
-    Raises:
-        UserError: the file cannot be read, or holds no digests.
-    """
-    header = _header(path)
-    try:
-        entries = json.loads(header[8:])
-        digests = entries.pop(METADATA, {})
-        places = {name: (entry["data_offsets"], digests[DIGEST + name]) for name, entry in entries.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: its header is damaged, or holds no digests") from error
-    total = sum(high - low for (low, high), _ in places.values())
-
-    def is_damaged(name: str) -> bool:
-        (low, high), expected = places[name]
-        return _digest(path, len(header) + low, len(header) + high) != str(expected)
-
-    found: list[str] = []
-    done = 0
-    with ThreadPoolExecutor(max(1, workers), "check") as pool:
-        for name, damaged in zip(places, pool.map(is_damaged, places), strict=True):
-            done += places[name][0][1] - places[name][0][0]
-            if damaged:
-                found.append(name)
-            if progress is not None:
-                progress(done, total)
-    return found
-
-
-def _digest(path: Path, start: int, stop: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while start < stop and (block := file.read(min(_BLOCK, stop - start))):
-            digest.update(block)
-            start += len(block)
-    return digest.hexdigest()

@@ -132,12 +132,15 @@ def write_weight_files(
     ``progress`` hears (bytes written, bytes in all) in the calling thread.
 
     Raises:
-        UserError: a weight cannot be read or has no code, or a file cannot be written; what was written stays.
+        UserError: a weight cannot be read or has no code, or there is no space for it all.
+        OSError: a file cannot be written. What was written stays.
     """
     offsets = [file.offsets() for file in files]
     total = sum(file.nbytes for file in files)
-    _check_space(files, total)
-    with contextlib.ExitStack() as opened:
+    if not files:
+        return []
+    _check_space(files[0].path.absolute().parent, total)
+    with contextlib.ExitStack() as opened, _written(files[0].path.parent):
         handles = [opened.enter_context(_created(file)) for file in files]
         targets: dict[str, _Target] = {}
         named: list[dict[str, _Target]] = []
@@ -151,42 +154,38 @@ def write_weight_files(
         _run(_groups(list(targets.values())), workers, lambda done: progress(done, total) if progress else None)
         for file, handle, found in zip(files, handles, named, strict=True):
             digests = {name: target.digest.hexdigest() for name, target in found.items()}
-            with _written(file.path):
-                _pwrite(handle, file.header(digests), 0)
-                os.fsync(handle)
+            _pwrite(handle, file.header(digests), 0)
+            os.fsync(handle)
     return offsets
 
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[None]:
+    """Let an error of writing, which knows a file by number only, name ``path``."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot write the weights: {error.strerror}") from error
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 @contextlib.contextmanager
 def _created(file: WeightFile) -> Iterator[int]:
-    with _written(file.path):
-        handle = os.open(file.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    handle = os.open(file.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
-        with _written(file.path):
-            os.ftruncate(handle, len(file.header({})) + file.nbytes)
-            yield handle
+        os.ftruncate(handle, len(file.header({})) + file.nbytes)
+        yield handle
     finally:
         os.close(handle)
 
 
-def _check_space(files: Sequence[WeightFile], total: int) -> None:
-    if files:
-        directory = files[0].path.absolute().parent
-        room = os.statvfs(directory)
-        free = room.f_bavail * room.f_frsize
-        if free < total:
-            raise UserError(
-                f"{directory}: no space for the weights: they need {total:,} bytes, {free:,} are free",
-                "free some, or choose another `workspace.path`",
-            )
+def _check_space(directory: Path, total: int) -> None:
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    if free < total:
+        raise UserError(
+            f"{directory}: no space for the weights: they need {total:,} bytes, {free:,} are free",
+            "free some, or choose another `workspace.path`",
+        )
 
 
 def _groups(targets: Sequence[_Target]) -> list[list[_Target]]:

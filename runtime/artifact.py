@@ -242,7 +242,7 @@ class Artifact:
         """Every stored tensor of a rank, checked and mapped; one that is not aligned is copied."""
         if rank not in self._mapped:
             file = self.path / f"rank{rank}.safetensors"
-            check_weights(file)
+            check_weights(self.path, file.name, self.manifest["files"][file.name])
             sources = read_safetensors_header(file)
             data = np.memmap(file, np.uint8, "r")
             self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}

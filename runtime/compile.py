@@ -23,8 +23,9 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, PhaseModel, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, PhaseModel, is_artifact, write_artifact
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
+from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
@@ -37,6 +38,7 @@ from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
 COUNTED = {"fuse-gqa": "attention", "fuse-rotary": "rotary", "fuse-rms-norm": "norm", "fuse-swiglu": "swiglu"}
+_SCRATCH = "vacc-opt-compile-"
 
 
 class Listener(Protocol):
@@ -107,6 +109,8 @@ def compile_model(
     started = time.perf_counter()
     with PeakMemory() as peak:
         plan = plan_compilation(file, overrides)
+        if not plan_only:
+            check_place(plan.output, is_artifact)
         target = load_target(plan.config.backend.target)
         run = _Run(plan, listener)
         listener.line(plan.config.name)
@@ -115,11 +119,13 @@ def compile_model(
         with run.step("recognize", "fuse") as said:
             run.passes(graph, plan.recognize)
             said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
-        with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-            calibrated = Calibrated() if plan_only else _calibrate(run, graph, tokenizer, Path(scratch))
+        temporary = Path(tempfile.gettempdir())
+        remove_abandoned(temporary, _SCRATCH)
+        with scratch_directory(temporary, _SCRATCH) as scratch:
+            calibrated = Calibrated() if plan_only else _calibrate(run, graph, tokenizer, scratch)
             run.passes(graph, plan.interface)
             if plan_only and plan.cache_int8:
-                calibrated = Calibrated(scales=made_up_scales(graph, Path(scratch)))
+                calibrated = Calibrated(scales=made_up_scales(graph, scratch))
             _quantize(run, graph, calibrated)
             _split(run, graph)
             lowered = _schedule(run, graph, target)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-_DIGEST = r"^[0-9a-f]{64}$"
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Part(BaseModel):
@@ -14,17 +12,11 @@ class _Part(BaseModel):
 
 
 class FileEntry(_Part):
-    """A file beside the manifest; a weight file, which holds a digest a tensor, has that of its header."""
+    """A file beside the manifest, with the digest of its bytes, or of the header that has those of the tensors."""
 
     bytes: int = Field(ge=0)
-    sha256: str | None = Field(None, pattern=_DIGEST)
-    header_sha256: str | None = Field(None, pattern=_DIGEST)
-
-    @model_validator(mode="after")
-    def _has_one_digest(self) -> FileEntry:
-        if (self.sha256 is None) == (self.header_sha256 is None):
-            raise ValueError("has not one digest")
-        return self
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    header_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
 
 class PhaseEntry(_Part):

@@ -24,7 +24,7 @@ from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.passes.infra.pipeline import parse_pipeline
 from vacc_opt.runtime.artifact import FORMAT_VERSION, MANIFEST, REMARKS, TARGET, is_artifact
-from vacc_opt.runtime.integrity import problems as damages
+from vacc_opt.runtime.integrity import damages
 from vacc_opt.runtime.manifest import Manifest
 from vacc_opt.runtime.models import format_bytes
 from vacc_opt.runtime.progress import ByteProgress
@@ -135,7 +135,8 @@ def verify_artifact(path: Path, listener: Listener, names: Collection[str] = CHE
 @_check
 def _files(subject: Subject, problems: Problems) -> str:
     entries, started = subject.manifest["files"], time.perf_counter()
-    problems += damages(subject.path, entries, ByteProgress(subject.listener.running, "verify: files"))
+    found = damages(subject.path, entries, ByteProgress(subject.listener.running, "verify: files"))
+    problems += [f"{name} {why}" for name, why in found.items()]
     more = sorted({p.name for p in subject.path.iterdir()} - set(entries) - {MANIFEST})
     total = sum(int(entry["bytes"]) for entry in entries.values())
     speed = total / max(time.perf_counter() - started, 1e-9)

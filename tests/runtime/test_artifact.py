@@ -15,7 +15,6 @@ from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.engines import make_engine
 from vacc_opt.runtime.files import replaced_directory
 from vacc_opt.runtime.generate import prefill
-from vacc_opt.runtime.integrity import problems
 
 
 def test_it_holds_the_files_of_the_design(artifact: Artifact) -> None:
@@ -92,22 +91,8 @@ def test_a_flipped_bit_of_a_weight_is_named_by_whatever_runs_it(
     copy = damaged(artifact, tmp_path, "rank1.safetensors", source.offset + 5)
     opened = open_artifact(copy)  # reads no weights
     assert len(opened.schedule("decode")) > 0
-    with pytest.raises(UserError, match=r"rank1\.safetensors is damaged: model\.embed_tokens\.weight is not what"):
+    with pytest.raises(UserError, match=r"rank1\.safetensors is damaged: .* \(model\.embed_tokens\.weight\)"):
         prefill(make_engine(engine, opened), [1, 2, 3])
-
-
-def test_every_problem_of_an_artifact_is_listed(artifact: Artifact, tmp_path: Path) -> None:
-    heard: list[tuple[int, int]] = []
-    files = artifact.manifest["files"]
-    assert list(problems(artifact.path, files, lambda done, of: heard.append((done, of)))) == []
-    assert heard == sorted(heard)
-    assert heard[-1][0] == heard[-1][1] == sum(entry["bytes"] for entry in files.values())
-    copy = damaged(artifact, tmp_path, "rank1.safetensors", -1)
-    (copy / "decode.schedule").unlink()
-    found = list(problems(copy, files))
-    assert found[0] == "the file decode.schedule is missing"
-    assert found[1].startswith("the file rank1.safetensors is damaged: ")
-    assert len(found) == 2
 
 
 def test_a_missing_file_is_named(artifact: Artifact, tmp_path: Path) -> None:

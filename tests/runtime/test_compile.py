@@ -156,7 +156,7 @@ def test_a_failure_while_writing_leaves_the_former_artifact(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vacc_opt.runtime.artifact.save_onnx", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="tiny: cannot be written: No space left on device"):
         compile_model(config(tmp_path, dtype="fp32"), (), compiled[1].__class__())
     assert sorted(p for p in tmp_path.rglob("*") if p.name != "config.yaml") == before
 

@@ -75,9 +75,7 @@ def test_a_flipped_byte_in_a_weight_file_is_named(other: Path) -> None:
     data[tensor.offset + 5] ^= 1
     file.write_bytes(data)
     assert failed(other, "files", "weights", "graphs") == {
-        "files": (
-            "the file rank1.safetensors is damaged: model.layers.1.mlp.up_proj.qweight is not what `compile` wrote",
-        )
+        "files": (f"rank1.safetensors is damaged: it has not the digest of what was written ({tensor.name})",)
     }
 
 
@@ -85,8 +83,8 @@ def test_a_file_that_is_missing_or_too_short_is_named(other: Path) -> None:
     (other / "remarks.yaml").unlink()
     file = other / "report.html"
     file.write_bytes(file.read_bytes()[:-1])
-    damaged = "the file report.html is damaged: it is not what `compile` wrote"
-    problems = ("the file remarks.yaml is missing", damaged)
+    size = file.stat().st_size
+    problems = ("remarks.yaml is missing", f"report.html has {size} bytes, {size + 1} were written")
     assert failed(other, "files") == {"files": problems}
 
 
@@ -133,10 +131,10 @@ def test_weights_that_are_stored_in_another_order_are_found(other: Path) -> None
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     first, second = "model.layers.0.self_attn.k_proj.qweight", "model.layers.0.self_attn.v_proj.qweight"
-    header[first], header[second] = header[second], header[first]
     digests = header["__metadata__"]
-    one, two = f"sha256 {first}", f"sha256 {second}"
-    digests[one], digests[two] = digests[two], digests[one]
+    for entries, prefix in ((header, ""), (digests, "sha256 ")):
+        names = f"{prefix}{first}", f"{prefix}{second}"
+        entries[names[0]], entries[names[1]] = entries[names[1]], entries[names[0]]
     text = json.dumps(header, separators=(",", ":")).encode()
     file.write_bytes(data[:8] + text + b" " * (length - len(text)) + data[8 + length :])
     with_digest_of_now(other, "rank0.safetensors")
@@ -178,7 +176,7 @@ def test_the_command_prints_a_line_a_check_and_ends_with_one(
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert (found["passed"], [one["name"] for one in found["checks"] if not one["passed"]]) == (False, ["files"])
-    assert err == f"error: {other}: 1 of {len(CHECKS)} checks failed: files\n  the file remarks.yaml is missing\n"
+    assert err == f"error: {other}: 1 of {len(CHECKS)} checks failed: files\n  remarks.yaml is missing\n"
 
 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Heard(Silent):
         self.written: list[tuple[int, int]] = []
 
     def running(self, text: str, done: int = 0, of: int | None = None) -> None:
-        if text == "write: weights" and of is not None:
+        if text.startswith("write: ") and of is not None:
             self.written.append((done, of))
 
 
