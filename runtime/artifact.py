@@ -137,9 +137,14 @@ def merge_weights(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -
     for name, expr in sorted(needed.items()):
         known = stored.get(name)
         if known is not None and known.key != expr.key:
-            renamed[name] = f"{phase.name}.{name}"
+            renamed[name] = _other_name(stored, name, expr) or f"{phase.name}.{name}"
         stored[renamed.get(name, name)] = expr
     return renamed
+
+
+def _other_name(stored: Mapping[str, TensorExpr], name: str, expr: TensorExpr) -> str | None:
+    """Under which name an earlier phase stored the same data, for a name that means several things."""
+    return next((n for n, e in stored.items() if n.endswith(f".{name}") and e.key == expr.key), None)
 
 
 def _interface(graph: Graph) -> dict[str, dict[str, str]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.tensor import TensorExpr
+from vacc_opt.ir.weight_files import WeightFile
 from vacc_opt.runtime.artifact import PhaseModel, merge_weights
 from vacc_opt.runtime.plan import SCALES_FILE
 
@@ -35,5 +36,6 @@ def planned_files(phases: Sequence[PhaseModel]) -> dict[str, int]:
         stored: dict[str, TensorExpr] = {}
         for phase in phases:
             merge_weights(stored, phase, rank)
-        found[f"rank{rank}.safetensors"] = sum(expr.nbytes for expr in stored.values())
+        file = WeightFile(Path(f"rank{rank}.safetensors"), stored)
+        found[file.path.name] = len(file.header({})) + file.nbytes
     return found | {f"{phase.name}.schedule": len(phase.schedule.encode()) for phase in phases}
