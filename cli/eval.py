@@ -28,6 +28,11 @@ from vacc_opt.cli.console import Steps
 )
 @click.option("--tokens", type=click.IntRange(min=2), help="Use the first so many tokens. Default: all of the text.")
 @click.option(
+    "--kl-tokens",
+    type=click.IntRange(min=2),
+    help="Compare distributions and layers in the first so many tokens only; perplexity takes all. Default: all.",
+)
+@click.option(
     "--chunk", type=click.IntRange(min=1), help="Tokens of a call; 1 decodes token by token. Default: those of prefill."
 )
 @click.option(
@@ -47,6 +52,7 @@ def command(
     passes: tuple[str, ...],
     window: int | None,
     tokens: int | None,
+    kl_tokens: int | None,
     chunk: int | None,
     engine: str,
     threads: int | None,
@@ -71,6 +77,7 @@ def command(
         passes=passes,
         window=window,
         tokens=tokens,
+        kl_tokens=kl_tokens,
         chunk=chunk or 0,
         engine=engine,
         threads=threads or 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class EvalOptions:
     passes: tuple[str, ...] = ()
     window: int | None = None
     tokens: int | None = None
+    kl_tokens: int | None = None
     chunk: int = 0
     engine: str = "onnxruntime"
     threads: int = 0
@@ -40,13 +42,17 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Figures of all models on one text; ``reference_perplexity`` is None without a reference."""
+    """Figures of all models on one text; ``reference_perplexity`` is None without a reference.
+
+    Perplexities are of all ``tokens``; KL, changed tokens and layers of the first ``compared`` of them.
+    """
 
     text: str
     text_sha256: str
     tokens: int
     window: int
     windows: int
+    compared: int
     engine: str
     reference: str | None
     reference_perplexity: float | None
@@ -61,7 +67,8 @@ class EvalReport:
         head = f"{self.tokens} tokens of {self.text} in {self.windows} windows of {self.window}, engine {self.engine}"
         lines = [head]
         if self.reference is not None:
-            lines.append(f"reference {self.reference}: perplexity {self.reference_perplexity:.4f}")
+            part = f"; KL, top-1 and SNR of the first {self.compared} tokens" if self.compared < self.tokens else ""
+            lines.append(f"reference {self.reference}: perplexity {self.reference_perplexity:.4f}{part}")
         width = max(len(one.name) for one in self.models)
         lines.append(
             f"  {'':<{width}}  perplexity  change (95 % interval)          KL nats (95 % interval)        top-1"
@@ -186,13 +193,15 @@ def evaluate_models(
             raise UserError(f"{options.reference}: the reference is a checkpoint", "give its directory or file")
         graph = models.graph(options.reference, window)
         reference = GrowingSubject(options.reference, graph, threads=models.threads, weights=models.weights(graph))
-    found, perplexity = measure(models.subjects(window), ids, reference, progress)
+    compared = _windows_within(ids, options.kl_tokens)
+    found, perplexity = measure(models.subjects(window), ids, reference, progress, compared)
     return EvalReport(
         text=options.text.name,
         text_sha256=sha256(options.text),
         tokens=sum(map(len, ids)),
         window=window,
         windows=len(ids),
+        compared=sum(map(len, ids[:compared])),
         engine=options.engine,
         reference=_short(options.reference) if options.reference else None,
         reference_perplexity=perplexity,
@@ -222,6 +231,14 @@ def windows_of(text: Path, tokenizer: Tokenizer, window: int, tokens: int | None
     if not found:
         raise UserError(f"{text}: {len(ids)} tokens are too few to predict one")
     return found
+
+
+def _windows_within(windows: Sequence[Ids], tokens: int | None) -> int:
+    """How many windows hold the first ``tokens``."""
+    if tokens is None:
+        return len(windows)
+    ends = accumulate(map(len, windows))
+    return next((i for i, end in enumerate(ends, 1) if end >= tokens), len(windows))
 
 
 def _capacities(models: Sequence[str]) -> list[int]:
