@@ -24,6 +24,13 @@ from vacc_opt.cli.console import Steps
     help="Of a checkpoint: passes to run first; each is a model of its own.",
 )
 @click.option(
+    "-d",
+    "--decode",
+    multiple=True,
+    metavar="PIPELINE",
+    help="As --passes, and this model takes the text token by token, through its KV cache.",
+)
+@click.option(
     "--window", type=click.IntRange(min=2), help="Tokens of a window. Default: 512, or an artifact's context."
 )
 @click.option("--tokens", type=click.IntRange(min=2), help="Use the first so many tokens. Default: all of the text.")
@@ -50,6 +57,7 @@ def command(
     text: str,
     reference: str | None,
     passes: tuple[str, ...],
+    decode: tuple[str, ...],
     window: int | None,
     tokens: int | None,
     kl_tokens: int | None,
@@ -75,6 +83,7 @@ def command(
         text=Path(text),
         reference=reference,
         passes=passes,
+        decoded=decode,
         window=window,
         tokens=tokens,
         kl_tokens=kl_tokens,

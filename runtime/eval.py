@@ -32,6 +32,7 @@ class EvalOptions:
     text: Path
     reference: str | None = None
     passes: tuple[str, ...] = ()
+    decoded: tuple[str, ...] = ()
     window: int | None = None
     tokens: int | None = None
     kl_tokens: int | None = None
@@ -118,28 +119,32 @@ class _Models:
 
     def _of(self, model: str, window: int) -> list[Subject]:
         if is_artifact(Path(model)):
-            if self.options.passes:
+            if self.options.passes or self.options.decoded:
                 raise UserError(f"{model}: is compiled already", "give --passes with a checkpoint")
             return [self._artifact(model)]
         if self.options.engine != "onnxruntime":
             raise UserError(f"{model}: only an artifact has a schedule", "compile it, or use --engine onnxruntime")
-        if not self.options.passes:
-            return [self._subject(model, self.graph(model, window))]
-        return [self._passed(model, pipeline, window) for pipeline in self.options.passes]
+        chunk, decoded = self.options.chunk, self.options.decoded
+        if not self.options.passes and not decoded:
+            return [self._subject(model, self.graph(model, window), chunk)]
+        return [
+            *(self._passed(model, pipeline, pipeline, window, chunk) for pipeline in self.options.passes),
+            *(self._passed(model, f"{pipeline} token by token", pipeline, window, 1) for pipeline in decoded),
+        ]
 
-    def _passed(self, model: str, pipeline: str, window: int) -> Subject:
+    def _passed(self, model: str, name: str, pipeline: str, window: int, chunk: int) -> Subject:
         from vacc_opt.passes.infra.manager import run_pipeline
 
         graph = self.graph(model, window)
         self.say(f"run {pipeline}")
         run_pipeline(graph, pipeline)
-        return self._subject(pipeline, graph)
+        return self._subject(name, graph, chunk)
 
-    def _subject(self, name: str, graph: Graph) -> Subject:
+    def _subject(self, name: str, graph: Graph, chunk: int) -> Subject:
         weights = self.weights(graph)
         if graph.input_named("pos") is not None:
-            return BufferedSubject(name, graph, chunk=self.options.chunk, threads=self.threads, weights=weights)
-        if self.options.chunk:
+            return BufferedSubject(name, graph, chunk=chunk, threads=self.threads, weights=weights)
+        if chunk:
             raise UserError(f"{name}: a graph without KV buffers takes the window at once", "add kv-cache{context=...}")
         return GrowingSubject(name, graph, threads=self.threads, weights=weights)
 

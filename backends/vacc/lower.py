@@ -175,9 +175,9 @@ def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref
 
 
 def _cast(low: Lowering, node: Node) -> Ref:
-    """Kernels read any float type and compute in f32: only a cast to fewer bits moves anything."""
-    source = low.ref(node.inputs[0])
-    return source if low.dtype(node) == "f32" else _elementwise(low, node)
+    """Kernels read any float type and compute in f32: only a cast to fewer bits, or of an output, moves anything."""
+    free = low.dtype(node) == "f32" and not low.graph.is_output(node.output)
+    return low.ref(node.inputs[0]) if free else _elementwise(low, node)
 
 
 _ELEMENTWISE = {
