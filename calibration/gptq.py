@@ -123,10 +123,10 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
     h = seen.mean_square()
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if solver.act_order else torch.arange(len(h))
     largest = torch.from_numpy(row_scales(weight)).to(h.device)
-    given = torch.from_numpy(np.array(weight, np.float32, order="C")).to(h.device)
-    w = given + _correction(given, seen, solver) if solver.correction else given
+    given = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(h.device)
+    w = _corrected(given, seen, solver) if solver.correction else given
     upper = _inverse_factor(h, order, solver.damping)
-    rows = max(1, _WORKING_BYTES // (4 * w.shape[1] * len(solver.shrink)))
+    rows = _rows_at_once(w.shape[1], len(solver.shrink))
     codes = torch.empty(w.shape, dtype=torch.int8)
     scales = torch.empty(len(w))
     whole, lost, rounding = 0.0, 0.0, 0.0
@@ -150,22 +150,29 @@ def _energy(w: Any, h: Any) -> float:
     return float(((w @ h) * w).sum(dtype=torch.float64))
 
 
-def _correction(w: Any, seen: Inputs, solver: Solver) -> Any:
-    """What makes the weight give, on inputs of the quantized model, more of what it gives on those of the float one.
+def _rows_at_once(width: int, copies: int) -> int:
+    return max(1, _WORKING_BYTES // (4 * width * copies))
+
+
+def _corrected(w: Any, seen: Inputs, solver: Solver) -> Any:
+    """The weight that gives, on inputs of the quantized model, more of what ``w`` gives on those of the float one.
 
     A share of the least squares solution ``w drift (h + damping)^-1`` (the asymmetric calibration of Li et al. 2025,
-    "GPTAQ").
+    "GPTAQ") is added.
     """
     import torch
 
-    damped = seen.mean_square().clone()
-    damped.diagonal().add_(max(solver.correction_damping * float(damped.diagonal().mean()), 1e-12))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if int(failed):
-        return torch.zeros_like(w)
-    wanted = (w @ seen.drift).div_(max(seen.tokens, 1))
-    return solver.correction * torch.cholesky_solve(wanted.T, lower).T
+    lower = seen.mean_square().clone().T
+    lower.diagonal().add_(max(solver.correction_damping * float(lower.diagonal().mean()), 1e-12))
+    if not _factorize(lower):
+        return w
+    corrected = torch.empty_like(w)
+    rows = _rows_at_once(w.shape[1], 4)
+    for low in range(0, len(w), rows):
+        part = slice(low, low + rows)
+        wanted = (w[part] @ seen.drift).div_(max(seen.tokens, 1))
+        torch.add(w[part], torch.cholesky_solve(wanted.T, lower).T, alpha=solver.correction, out=corrected[part])
+    return corrected
 
 
 def _rounded(w: Any, scale: Any) -> Any:
@@ -173,25 +180,40 @@ def _rounded(w: Any, scale: Any) -> Any:
 
 
 def _inverse_factor(h: Any, order: Any, damping: float) -> Any:
-    """The upper Cholesky factor of the inverse of the damped Hessian, columns in that order; two are held at most."""
+    """The upper Cholesky factor of the inverse of the damped Hessian, columns in that order; one matrix is made."""
     import torch
 
     mean = float(h.diagonal().mean())
     for attempt in range(4):
-        damped = h.index_select(0, order).index_select(1, order)
-        dead = damped.diagonal() <= 0
-        damped.diagonal().add_(max(damping * mean * 10**attempt, 1e-12))
-        damped.diagonal()[dead] = max(mean, 1.0)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if int(failed):
-            continue
-        inverse = torch.cholesky_inverse(lower)
-        del lower
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not int(failed):
-            return upper
+        work = _permuted(h, order).T
+        dead = work.diagonal() <= 0
+        work.diagonal().add_(max(damping * mean * 10**attempt, 1e-12))
+        work.diagonal()[dead] = max(mean, 1.0)
+        if _factorize(work):
+            torch.cholesky_inverse(work, out=work)
+            if _factorize(work, upper=True):
+                return work
     raise CheckError("GPTQ: the Hessian of a layer cannot be inverted", "give more calibration text, or more damping")
+
+
+def _permuted(h: Any, order: Any) -> Any:
+    """``h[order][:, order]``, a block of rows at a time."""
+    import torch
+
+    found = torch.empty_like(h)
+    for low in range(0, len(h), BLOCK):
+        part = slice(low, low + BLOCK)
+        torch.index_select(h.index_select(0, order[part]), 1, order, out=found[part])
+    return found
+
+
+def _factorize(matrix: Any, *, upper: bool = False) -> bool:
+    """Put the Cholesky factor of a matrix, whose columns are contiguous, in its place; False: it has none."""
+    import torch
+
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return not int(failed)
 
 
 def _best(w: Any, largest: Any, upper: Any, shrink: Sequence[float]) -> tuple[Any, Any]:

@@ -24,9 +24,21 @@ from vacc_opt.cli.console import Steps
     help="Of a checkpoint: passes to run first; each is a model of its own.",
 )
 @click.option(
+    "-d",
+    "--decode",
+    multiple=True,
+    metavar="PIPELINE",
+    help="As --passes, and this model takes the text token by token, through its KV cache.",
+)
+@click.option(
     "--window", type=click.IntRange(min=2), help="Tokens of a window. Default: 512, or an artifact's context."
 )
 @click.option("--tokens", type=click.IntRange(min=2), help="Use the first so many tokens. Default: all of the text.")
+@click.option(
+    "--kl-tokens",
+    type=click.IntRange(min=2),
+    help="Compare distributions and layers in the first so many tokens only; perplexity takes all. Default: all.",
+)
 @click.option(
     "--chunk", type=click.IntRange(min=1), help="Tokens of a call; 1 decodes token by token. Default: those of prefill."
 )
@@ -45,8 +57,10 @@ def command(
     text: str,
     reference: str | None,
     passes: tuple[str, ...],
+    decode: tuple[str, ...],
     window: int | None,
     tokens: int | None,
+    kl_tokens: int | None,
     chunk: int | None,
     engine: str,
     threads: int | None,
@@ -69,8 +83,10 @@ def command(
         text=Path(text),
         reference=reference,
         passes=passes,
+        decoded=decode,
         window=window,
         tokens=tokens,
+        kl_tokens=kl_tokens,
         chunk=chunk or 0,
         engine=engine,
         threads=threads or 0,

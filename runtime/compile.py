@@ -9,7 +9,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -270,11 +270,13 @@ def _write(
     calibrated: Calibrated,
 ) -> Artifact:
     from vacc_opt.backends.vacc.memory import memory_plan
-    from vacc_opt.backends.vacc.report.html import PhaseReport, render_report
+    from vacc_opt.backends.vacc.report.html import LinearLoss, PhaseReport, render_report
 
     plan = run.plan
     with run.step("write", str(plan.output)) as said:
-        report = render_report(plan.config.name, [PhaseReport(one.timing, memory_plan(one.program)) for one in lowered])
+        phases = [PhaseReport(one.timing, memory_plan(one.program)) for one in lowered]
+        linears = [LinearLoss(**asdict(one)) for one in calibrated.layers]
+        report = render_report(plan.config.name, phases, linears)
         artifact = write_artifact(
             plan.output,
             phases=[_phase_model(one) for one in lowered],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ class EvalOptions:
     text: Path
     reference: str | None = None
     passes: tuple[str, ...] = ()
+    decoded: tuple[str, ...] = ()
     window: int | None = None
     tokens: int | None = None
+    kl_tokens: int | None = None
     chunk: int = 0
     engine: str = "onnxruntime"
     threads: int = 0
@@ -41,13 +44,17 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Figures of all models on one text; ``reference_perplexity`` is None without a reference."""
+    """Figures of all models on one text; ``reference_perplexity`` is None without a reference.
+
+    Perplexities are of all ``tokens``; KL, changed tokens and layers of the first ``compared`` of them.
+    """
 
     text: str
     text_sha256: str
     tokens: int
     window: int
     windows: int
+    compared: int
     engine: str
     reference: str | None
     reference_perplexity: float | None
@@ -62,7 +69,8 @@ class EvalReport:
         head = f"{self.tokens} tokens of {self.text} in {self.windows} windows of {self.window}, engine {self.engine}"
         lines = [head]
         if self.reference is not None:
-            lines.append(f"reference {self.reference}: perplexity {self.reference_perplexity:.4f}")
+            part = f"; KL, top-1 and SNR of the first {self.compared} tokens" if self.compared < self.tokens else ""
+            lines.append(f"reference {self.reference}: perplexity {self.reference_perplexity:.4f}{part}")
         width = max(len(one.name) for one in self.models)
         lines.append(
             f"  {'':<{width}}  perplexity  change (95 % interval)          KL nats (95 % interval)        top-1"
@@ -112,28 +120,32 @@ class _Models:
 
     def _of(self, model: str, window: int) -> list[Subject]:
         if is_artifact(Path(model)):
-            if self.options.passes:
+            if self.options.passes or self.options.decoded:
                 raise UserError(f"{model}: is compiled already", "give --passes with a checkpoint")
             return [self._artifact(model)]
         if self.options.engine != "onnxruntime":
             raise UserError(f"{model}: only an artifact has a schedule", "compile it, or use --engine onnxruntime")
-        if not self.options.passes:
-            return [self._subject(model, self.graph(model, window))]
-        return [self._passed(model, pipeline, window) for pipeline in self.options.passes]
+        chunk, decoded = self.options.chunk, self.options.decoded
+        if not self.options.passes and not decoded:
+            return [self._subject(model, self.graph(model, window), chunk)]
+        return [
+            *(self._passed(model, pipeline, pipeline, window, chunk) for pipeline in self.options.passes),
+            *(self._passed(model, f"{pipeline} token by token", pipeline, window, 1) for pipeline in decoded),
+        ]
 
-    def _passed(self, model: str, pipeline: str, window: int) -> Subject:
+    def _passed(self, model: str, name: str, pipeline: str, window: int, chunk: int) -> Subject:
         from vacc_opt.passes.infra.manager import run_pipeline
 
         graph = self.graph(model, window)
         self.say(f"run {pipeline}")
         run_pipeline(graph, pipeline)
-        return self._subject(pipeline, graph)
+        return self._subject(name, graph, chunk)
 
-    def _subject(self, name: str, graph: Graph) -> Subject:
+    def _subject(self, name: str, graph: Graph, chunk: int) -> Subject:
         weights = self.weights(graph)
         if graph.input_named("pos") is not None:
-            return BufferedSubject(name, graph, chunk=self.options.chunk, threads=self.threads, weights=weights)
-        if self.options.chunk:
+            return BufferedSubject(name, graph, chunk=chunk, threads=self.threads, weights=weights)
+        if chunk:
             raise UserError(f"{name}: a graph without KV buffers takes the window at once", "add kv-cache{context=...}")
         return GrowingSubject(name, graph, threads=self.threads, weights=weights)
 
@@ -187,13 +199,15 @@ def evaluate_models(
             raise UserError(f"{options.reference}: the reference is a checkpoint", "give its directory or file")
         graph = models.graph(options.reference, window)
         reference = GrowingSubject(options.reference, graph, threads=models.threads, weights=models.weights(graph))
-    found, perplexity = measure(models.subjects(window), ids, reference, progress)
+    compared = _windows_within(ids, options.kl_tokens)
+    found, perplexity = measure(models.subjects(window), ids, reference, progress, compared)
     return EvalReport(
         text=options.text.name,
         text_sha256=sha256(options.text),
         tokens=sum(map(len, ids)),
         window=window,
         windows=len(ids),
+        compared=sum(map(len, ids[:compared])),
         engine=options.engine,
         reference=_short(options.reference) if options.reference else None,
         reference_perplexity=perplexity,
@@ -230,6 +244,14 @@ def _entry(artifact: Artifact, chunk: int) -> EntryPoint:
     entries = artifact.entries(artifact.context)
     decode = next((one for one in entries if one.kind == DECODE), None)
     return decode if chunk == 1 and decode is not None else max(entries, key=lambda one: one.tokens)
+
+
+def _windows_within(windows: Sequence[Ids], tokens: int | None) -> int:
+    """How many windows hold the first ``tokens``."""
+    if tokens is None:
+        return len(windows)
+    ends = accumulate(map(len, windows))
+    return next((i for i, end in enumerate(ends, 1) if end >= tokens), len(windows))
 
 
 def _capacities(models: Sequence[str]) -> list[int]:

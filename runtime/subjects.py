@@ -7,7 +7,7 @@ signals become outputs. What it computes of a token is what it computes in use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ Ids = npt.NDArray[np.int64]
 Weights = Sequence[Mapping[str, Array]]
 RESIDUAL, ATTENTION = "residual", "attention"
 _SIGNAL = "signal"
+_DECODED_TOGETHER = 8  # windows, one a row: every step then reads the weights once for all of them
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,18 @@ class Observed:
 class Subject(ABC):
     """A model that can be shown windows of tokens; every window starts without a past.
 
-    ``name`` says what it is, ``chunk`` how many tokens a call takes (0: the whole window), ``capacity`` how many tokens
-    a window may have (None: any number).
+    ``name`` says what it is, ``chunk`` how many tokens a call takes (0: the whole window), ``rows`` how many windows it
+    likes to see at once, ``capacity`` how many tokens a window may have (None: any number).
     """
 
     name: str
     chunk: int = 0
+    rows: int = 1
     capacity: int | None = None
 
     @abstractmethod
-    def observe(self, ids: Ids) -> Observed:
-        """Logits and signals of a window [n] of token ids, n at most ``capacity``."""
+    def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
+        """Logits, and if asked for signals, of windows [n] of token ids, all of one n, at most ``capacity``."""
 
 
 class GrowingSubject(Subject):
@@ -63,14 +65,15 @@ class GrowingSubject(Subject):
         self.name = name
         self._executable = Executable(_exposed(graph), threads=threads, weights=weights)
 
-    def observe(self, ids: Ids) -> Observed:
-        """All of it in one call."""
-        outputs = self._executable.run(fresh_feeds(self._executable.graph, ids[None]))[0]
-        return Observed(outputs["logits"][0], _signals([outputs], [len(ids)]))
+    def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
+        """A call a window."""
+        for ids in windows:
+            outputs = self._executable.run(fresh_feeds(self._executable.graph, ids[None]))[0]
+            yield Observed(outputs["logits"][0], _signals([outputs], [len(ids)]) if signals else {})
 
 
 class BufferedSubject(Subject):
-    """A graph after ``kv-cache``, of all its ranks: the window goes through its buffers call by call.
+    """A graph after ``kv-cache``, of all its ranks: windows go through its buffers call by call, a row each.
 
     Args:
         name: what it is called.
@@ -91,53 +94,61 @@ class BufferedSubject(Subject):
     ) -> None:
         self.name, self.chunk = name, chunk
         ids = graph.input_named("input_ids")
-        fixed = ids.shape[1] if ids is not None and ids.shape is not None else None
+        batch, fixed = ids.shape if ids is not None and ids.shape is not None else (None, None)
         self._fixed = isinstance(fixed, int)
         if isinstance(fixed, int):
             if chunk not in (0, fixed):
                 raise UserError(f"{name}: a call takes {fixed} tokens, not {chunk}")
             self.chunk = fixed
+        self.rows = _DECODED_TOGETHER if self.chunk == 1 and not isinstance(batch, int) else 1
         self._buffers: dict[str, tuple[list[int], npt.DTypeLike]] = {}
         for value in (v for v in graph.inputs if v.name.startswith("past_key_values.")):
-            shape = [1, *(d for d in (value.shape or ())[1:] if isinstance(d, int))]
-            if len(shape) != value.rank:
+            shape = [d for d in (value.shape or ())[1:] if isinstance(d, int)]
+            if 1 + len(shape) != value.rank:
                 raise UserError(f"{name}: the buffers have no fixed size", "evaluate a graph before or after kv-cache")
             self._buffers[value.name] = shape, value.type.dtype.numpy
-        self.capacity = min((shape[2] for shape, _ in self._buffers.values()), default=None)
+        self.capacity = min((shape[1] for shape, _ in self._buffers.values()), default=None)
         presents = {name: name.replace("present.", "past_key_values.", 1) for name in graph.outputs}
         self._presents = {name: past for name, past in presents.items() if past in self._buffers}
         in_place = {graph.outputs[name].name: past for name, past in self._presents.items()}
         self._executable = Executable(_exposed(graph), threads=threads, in_place=in_place, weights=weights)
 
-    def observe(self, ids: Ids) -> Observed:
+    def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
         """Call by call; a last call that is not full is padded on the right."""
-        caches = [self._empty() for _ in range(self._executable.graph.ranks)]
-        chunk = self.chunk if self._fixed else min(self.chunk or len(ids), len(ids))
+        ids = np.stack(windows)
+        rows, length = ids.shape
+        caches = [self._empty(rows) for _ in range(self._executable.graph.ranks)]
+        chunk = self.chunk if self._fixed else min(self.chunk or length, length)
         calls: list[dict[str, Array]] = []
         counts: list[int] = []
-        starts = [*range(0, len(ids) - chunk + 1, chunk)]
+        starts = [*range(0, length - chunk + 1, chunk)]
         rest = len(starts) * chunk
-        if rest < len(ids):
+        if rest < length:
             # the last call may not write past the buffers: it starts earlier, and computes some tokens again
-            starts.append(min(rest, (self.capacity or len(ids)) - chunk) if self.capacity else rest)
+            starts.append(min(rest, (self.capacity or length) - chunk) if self.capacity else rest)
         done = 0
         for start in starts:
-            part = ids[start : start + chunk]
-            padded = np.zeros((1, chunk), np.int64)
-            padded[0, : len(part)] = part
-            one = np.ones(1, np.int64)
-            feeds = {"input_ids": padded, "pos": one * start, "valid": one * len(part)}
+            part = ids[:, start : start + chunk]
+            count = part.shape[1]
+            padded = np.zeros((rows, chunk), np.int64)
+            padded[:, :count] = part
+            each = np.ones(rows, np.int64)
+            feeds = {"input_ids": padded, "pos": each * start, "valid": each * count}
             used = {v.name for v in self._executable.graph.inputs}
             results = self._executable.run({n: v for n, v in feeds.items() if n in used}, caches)
             self._keep(results, caches)
-            fresh = slice(done - start, len(part))
-            calls.append({n: v[:, ..., fresh, :] for n, v in results[0].items() if n == "logits" or _is_signal(n)})
-            counts.append(len(part) - (done - start))
-            done = start + len(part)
-        return Observed(np.concatenate([c["logits"][0] for c in calls]), _signals(calls, counts))
+            fresh, wanted = slice(done - start, count), results[0].items()
+            calls.append(
+                {n: v[..., fresh, :] for n, v in wanted if n == "logits" or (signals and n.startswith(f"{_SIGNAL}."))}
+            )
+            counts.append(count - (done - start))
+            done = start + count
+        for row in range(rows):
+            logits = np.concatenate([call["logits"][row] for call in calls])
+            yield Observed(logits, _signals(calls, counts, row))
 
-    def _empty(self) -> dict[str, Array]:
-        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._buffers.items()}
+    def _empty(self, rows: int) -> dict[str, Array]:
+        return {name: np.zeros([rows, *shape], dtype) for name, (shape, dtype) in self._buffers.items()}
 
     def _keep(self, results: list[dict[str, Array]], caches: list[dict[str, Array]]) -> None:
         for outputs, cache in zip(results, caches, strict=True):
@@ -159,14 +170,16 @@ class EngineSubject(Subject):
         self.name, self.capacity = name, engine.context
         self._engine, self._decode = engine, decode
 
-    def observe(self, ids: Ids) -> Observed:
+    def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
         """One decode call a token."""
-        self._engine.reset()
         one = np.ones(1, np.int64)
-        rows = [
-            self._engine.run(self._decode, one[None] * token, one * pos, one)[0, -1] for pos, token in enumerate(ids)
-        ]
-        return Observed(np.stack(rows))
+        for ids in windows:
+            self._engine.reset()
+            rows = [
+                self._engine.run(self._decode, one[None] * token, one * pos, one)[0, -1]
+                for pos, token in enumerate(ids)
+            ]
+            yield Observed(np.stack(rows))
 
 
 def _exposed(graph: Graph) -> Graph:
@@ -220,20 +233,16 @@ def layer_signals(graph: Graph) -> dict[tuple[int, str], Value]:
     return found
 
 
-def _is_signal(name: str) -> bool:
-    return name.startswith(f"{_SIGNAL}.")
-
-
-def _signals(calls: list[dict[str, Array]], counts: list[int]) -> dict[tuple[int, str], Array]:
-    """The signals of all calls, tokens first: [n, numbers]."""
+def _signals(calls: list[dict[str, Array]], counts: list[int], row: int = 0) -> dict[tuple[int, str], Array]:
+    """The signals of a row of all calls, tokens first: [n, numbers]."""
     found: dict[tuple[int, str], Array] = {}
     for name in calls[0]:
-        if not _is_signal(name):
+        if not name.startswith(f"{_SIGNAL}."):
             continue
         _, layer, kind = name.split(".")
         parts = []
         for outputs, count in zip(calls, counts, strict=True):
-            array = outputs[name][0]
+            array = outputs[name][row]
             if array.shape[-2] != count:
                 raise CheckError(f"{name} is {list(array.shape)}: its tokens are not where they are expected")
             moved = np.moveaxis(array, -2, 0)  # [heads, tokens, channels] or [tokens, channels]

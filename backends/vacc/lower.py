@@ -121,7 +121,7 @@ def _norm(low: Lowering, node: Node) -> Ref:
     eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(source)
     moved = source.transposed(order)
     x = low.rows(moved)
-    y = low.out.temp(x.dtype, x.shape)
+    y = low.out.temp(low.dtype(node), x.shape)
     tables = [Operand(name, "in", low.ref(v)) for name, v in zip("WC", node.inputs[1:], strict=False) if v is not None]
 
     def build(a: Param, w: Param, *rest: Param) -> Kernel:
@@ -139,7 +139,7 @@ def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
     eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(first)
     moved = first.transposed(order)
     x, r = low.rows(moved), low.rows(second.transposed(order))
-    y, s = low.out.temp(x.dtype, x.shape), low.out.temp(x.dtype, x.shape)
+    y, s = (low.out.temp(low.dtype(node), x.shape) for _ in range(2))
     given = [Operand(name, "in", ref) for name, ref in zip("XRW", (x, r, weight), strict=True)]
 
     def build(a: Param, b: Param, w: Param, c: Param, d: Param) -> Kernel:
@@ -164,7 +164,7 @@ def _quantized_linear(low: Lowering, node: Node) -> Ref:
 def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref:
     source = low.ref(node.inputs[0])
     x = low.rows(source)
-    y = low.out.temp(x.dtype, (x.shape[0], weight.shape[0]))
+    y = low.out.temp(low.dtype(node), (x.shape[0], weight.shape[0]))
     operands = [Operand("X", "in", x), Operand("W", "in", weight), *scale, Operand("Y", "out", y)]
 
     def build(a: Param, w: Param, *rest: Param) -> Kernel:
@@ -174,8 +174,15 @@ def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref
     return low.view(y, (*source.shape[:-1], weight.shape[0]))
 
 
+def _cast(low: Lowering, node: Node) -> Ref:
+    """Kernels read any float type and compute in f32: only a cast to fewer bits, or of an output, moves anything."""
+    free = low.dtype(node) == "f32" and not low.graph.is_output(node.output)
+    return low.ref(node.inputs[0]) if free else _elementwise(low, node)
+
+
 _ELEMENTWISE = {
     "Add": "add",
+    "Cast": "cast",
     "Div": "div",
     "Gelu": "gelu",
     "Mul": "mul",
@@ -204,7 +211,7 @@ def _elementwise(low: Lowering, node: Node) -> Ref:
     for one in others:
         right = low.rows(one) if alike else low.view(_first(one, repeated), left.shape[1:])
         operands.append(Operand("B", "in", right))
-    y = low.out.temp(left.dtype, left.shape)
+    y = low.out.temp(low.dtype(node), left.shape)
     attributes = {"tanh": int(node.attributes.get("approximate") == "tanh")} if kind.startswith("gelu") else {}
 
     def build(a: Param, *rest: Param) -> Kernel:
@@ -300,6 +307,7 @@ def _split(low: Lowering, node: Node) -> tuple[Ref, ...]:
 RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
     "Add": _elementwise,
     "Attention": lower_attention,
+    "Cast": _cast,
     "Div": _elementwise,
     "Flatten": _reshape,
     "Gather": _gather,

@@ -84,6 +84,10 @@ class Lowering:
             raise UserError(f"`{value.name}` has type {value.type}", "bind all sizes; types are float, float16, int8")
         return dtype, shape
 
+    def dtype(self, node: Node) -> str:
+        """Tile dtype of what a node gives; what it reads may lie in memory in another one."""
+        return self.type(node.outputs[0])[0]
+
     def ref(self, value: Value | None) -> Ref:
         """The stored tensor of a value."""
         if value is None:

@@ -21,6 +21,7 @@ SUPPORTED = frozenset(
     [
         "Add",
         "Attention",
+        "Cast",
         "Concat",
         "Div",
         "Gather",

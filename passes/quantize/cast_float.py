@@ -17,6 +17,7 @@ from vacc_opt.ir.tensor import Casted
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, option, where
 from vacc_opt.passes.infra.check.adapters import Adapter, Casts
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.quantize.fp32_islands import drawn_islands, own_constants
 
 TYPES = {"float16": DType.FLOAT16, "bfloat16": DType.BFLOAT16, "float": DType.FLOAT}
 # operands that the operators define as fp32: W8A16 scales, KV scales and zeros
@@ -33,7 +34,7 @@ class CastFloat(Pass):
     """Run the model in another float type: weights, activations, float KV buffers and logits.
 
     Weights are cast as they are written, by rounding to nearest even. Put it after w8a16, whose codes come from the
-    unrounded weights.
+    unrounded weights. What `guard-fp16-range` put between casts of float to float stays float, with its weights.
 
     Before:
         g (float[B,3] x) => (float[B,3] y) {
@@ -62,8 +63,9 @@ class CastFloat(Pass):
             return Outcome("float is what the model runs in")
         for name in called_functions(graph):
             raise CheckError(f"the body of {name} stays in float", "run inline-functions before cast-float")
-        kept = self._fp32(graph)
+        drawn = drawn_islands(graph)
         with rw.applying():
+            kept = self._fp32(graph) | set(own_constants(graph, rw, drawn))
             weights = 0
             for value in graph.constants():
                 if value.const is not None and value.type.dtype is DType.FLOAT and value not in kept:
@@ -79,8 +81,11 @@ class CastFloat(Pass):
                 fill = np.asarray(node.attributes.get("value", np.zeros(1, np.float32)))
                 if fill.dtype == np.float32:
                     rw.set_attribute(node, "value", fill.astype(to.numpy))
-            if any(n.attributes.get("to") == DType.FLOAT.onnx for n in graph.by_op("Cast")):
+            inside = set(graph.by_op("Cast")) - {*drawn.entries, *drawn.exits}
+            if any(n.attributes.get("to") == DType.FLOAT.onnx for n in inside):
                 raise CheckError("the graph casts to float inside; put cast-float after the recognizers")
+            for node in drawn.exits:
+                rw.set_attribute(node, "to", to.onnx)
             try:
                 rw.infer_again()
             except InferenceError as error:
@@ -89,7 +94,8 @@ class CastFloat(Pass):
                 problem = schema_problem(node, len(node.outputs), graph.opset)
                 if problem is not None:
                     raise CheckError(f"an operator refuses {self.to}: {where(node)}: {problem[0]}", problem[1])
-        return Outcome(f"{weights} weights and all activations {self.to}")
+        kind = f"activations but those of {len(drawn.nodes)} nodes" if drawn.nodes else "all activations"
+        return Outcome(f"{weights} weights and {kind} {self.to}")
 
     def adapter(self, before: Graph) -> Adapter:
         """Inputs are rounded as weights are."""

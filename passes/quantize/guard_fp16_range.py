@@ -1,4 +1,4 @@
-"""Values beyond the range of fp16  ->  powers of two moved into the weights before and behind them."""
+"""Values beyond the range of fp16  ->  powers of two moved into the weights around them, or islands of fp32."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vacc_opt.passes.infra.model.factors import (
 )
 from vacc_opt.passes.infra.model.layers import layer_ends
 from vacc_opt.passes.infra.registry import register
+from vacc_opt.passes.quantize.fp32_islands import SELECTIONS, draw, islands_of
 
 NORMS = ("RMSNormalization",)
 QUANTIZED = "_QuantizedLinearPerChannel"
@@ -32,12 +33,13 @@ GATES = ("Vastai::SwiGLU", "Vastai::GeGLU")
 @register
 @dataclass(frozen=True)
 class GuardFp16Range(Pass):
-    """Keep gated products and the residual stream inside the range of fp16, by scales folded into the weights.
+    """Keep values inside the range of fp16 by scales folded into the weights, or in fp32 where that cannot be.
 
     ``ranges`` is a file of the largest magnitude of each value on calibration text. A gated product is made smaller in
     the linear before it and larger in the one behind; the residual stream in everything that is added to it, and its
     norms, which do not see a factor, take its square into their epsilon. Factors are powers of two, so that nothing is
-    rounded anew. Other values beyond the limit are reported.
+    rounded anew. Other values stay in fp32, with the nodes that make and read them: casts of float to float, which
+    `cast-float` understands, say where. A value that attention, a rotary embedding or the KV cache reads is reported.
 
     Before:
         g (float[B,4] gate, float[B,8] x) => (float[B,6] y) {
@@ -80,6 +82,10 @@ class GuardFp16Range(Pass):
         # w8a16 names its result after what it replaces
         names = {name: name if name in stored else name.removesuffix(QUANTIZED) for name in graph.values}
         seen = {name: float(stored[old].read()[0]) for name, old in names.items() if old in stored}
+        for node in graph.nodes():  # later passes take parts of values that were profiled
+            if node.op in SELECTIONS and node.inputs[0] is not None and node.inputs[0].name in seen:
+                for part in node.outputs:
+                    seen.setdefault(part.name, seen[node.inputs[0].name])
         beyond = {name for name, largest in seen.items() if largest > self.limit}
         scaled: dict[Value, float] = {}
         with rw.applying():
@@ -89,12 +95,30 @@ class GuardFp16Range(Pass):
             scaled |= self._residual(graph, rw, seen)
         remarks = [Remark("passed", self.name, f"times {factor:g}", _where(value)) for value, factor in scaled.items()]
         now = {name: seen[name] * scaled.get(graph.values[name], 1.0) for name in sorted(beyond)}
-        left = {name: largest for name, largest in now.items() if largest > self.limit}
-        for name, largest in left.items():
-            message = f"reaches {largest:.3g}, beyond {self.limit:g}"
-            remarks.append(Remark("missed", self.name, message, _where(graph.values[name])))
-        text = f"{len(beyond)} values beyond {self.limit:g}, {len(left)} of them still" if beyond else "all in range"
-        return Outcome(text, remarks, fused=len(beyond) - len(left), candidates=len(beyond))
+        left = {graph.values[name]: largest for name, largest in now.items() if largest > self.limit}
+        kept, missed = self._islands(graph, rw, left)
+        remarks += [*kept, *missed]
+        if not beyond:
+            return Outcome("all in range", remarks, fused=0, candidates=0)
+        wide = f"{len(kept)} stay in fp32, " if kept else ""
+        text = f"{len(beyond)} values beyond {self.limit:g}, {wide}{len(missed)} of them still"
+        return Outcome(text, remarks, fused=len(beyond) - len(missed), candidates=len(beyond))
+
+    def _islands(self, graph: Graph, rw: Rewriter, left: dict[Value, float]) -> tuple[list[Remark], list[Remark]]:
+        """Keep what is left in fp32 with its makers and readers; gives remarks on that, and on what cannot be."""
+        kept: list[Remark] = []
+        missed: list[Remark] = []
+        with rw.applying():
+            for island in list(islands_of(graph, left)):
+                if not island.obstacle:
+                    draw(graph, rw, island)
+                for value in island.values:
+                    message = f"reaches {left[value]:.3g}, beyond {self.limit:g}: {island.obstacle or 'stays in fp32'}"
+                    place = _where(value)
+                    (missed if island.obstacle else kept).append(
+                        Remark("missed" if island.obstacle else "passed", self.name, message, place)
+                    )
+        return kept, missed
 
     def _factor(self, largest: float) -> float:
         return 2.0 ** -math.ceil(math.log2(largest / self.limit))

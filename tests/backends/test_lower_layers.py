@@ -153,3 +153,21 @@ def test_norms_that_give_their_statistics_are_refused() -> None:
 
     with pytest.raises(UserError, match="no kernel for a norm"):
         lower(graph_of((2, 3, 8), build), TARGET, phase="prefill")
+
+
+def test_a_cast_to_float_reads_what_is_there_and_one_to_float16_rounds() -> None:
+    def build(rw: Rewriter, x: Value) -> Value:
+        half = rw.op.Cast(x, to=DType.FLOAT16.onnx)
+        wide = rw.op.Cast(half, to=DType.FLOAT.onnx)
+        turned = rw.op.Transpose(weight(rw, 48, 64), perm=(1, 0))
+        loud = rw.op.Mul(rw.op.MatMul(wide, turned), weight(rw, 48, seed=2))
+        return rw.op.RMSNormalization(loud, weight(rw, 48))
+
+    assert check((2, 5, 64), build) == ["cast", "linear", "mul", "rms_norm"]
+
+
+def test_an_output_has_the_type_that_the_graph_says() -> None:
+    def build(rw: Rewriter, x: Value) -> Value:
+        return rw.op.Cast(rw.op.Cast(x, to=DType.FLOAT16.onnx), to=DType.FLOAT.onnx)
+
+    assert check((2, 5, 64), build) == ["cast", "cast"]

@@ -10,6 +10,7 @@ import pytest
 
 from vacc_opt.backends.vacc.memory import memory_plan
 from vacc_opt.backends.vacc.report import PhaseReport, write_report
+from vacc_opt.backends.vacc.report.html import LinearLoss, render_report
 from vacc_opt.backends.vacc.schedule import Kernel, Program
 from vacc_opt.backends.vacc.simulate_time import simulate_time
 from vacc_opt.backends.vacc.single import single
@@ -65,6 +66,27 @@ def test_every_tag_is_closed(page: Page) -> None:
 def test_nothing_is_fetched_from_outside(page: Page) -> None:
     assert not [tag for tag, attributes in page.tags if {"src", "href"} & attributes.keys()]
     assert "script" not in {tag for tag, _ in page.tags}
+
+
+def test_the_loss_of_every_int8_weight_is_on_the_page(program: Program) -> None:
+    timing = simulate_time(program, load_target("vacc-reference"))
+    phases = [PhaseReport(timing, memory_plan(program))]
+    losses = [
+        LinearLoss("layers.0.up", (96, 64), 3e-5, 9e-5, False),
+        LinearLoss("layers.0.down", (64, 96), 0.02, 0.04, True),
+    ]
+    page = Page()
+    page.feed(render_report("model", phases, losses))
+    assert page.balanced
+    cells = [text for text in page.text if text]
+    for row in (
+        ["layers.0.up", "96 x 64", "3.00e-05", "9.00e-05", "int8"],
+        ["layers.0.down", "64 x 96", "2.00e-02", "4.00e-02", "float"],
+    ):
+        start = cells.index(row[0])
+        assert cells[start : start + 5] == row
+    assert any(text.endswith("1 stay float.") for text in cells)
+    assert "int8 weights" not in render_report("model", phases)
 
 
 def test_titles_are_escaped(page: Page) -> None:

@@ -1,4 +1,7 @@
-"""The quality of every quantization of SmolLM2 on text that calibration has not seen, in one run."""
+"""The quality of every quantization of SmolLM2 on text that calibration has not seen, in one run.
+
+Perplexity is measured on 100,352 tokens, KL divergence on the first 12,288 of them.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from vacc_opt.runtime.quality import ModelQuality
 from vacc_opt.tests.e2e.conftest import CHECKPOINT, EXAMPLES
 
 pytestmark = pytest.mark.full
+TOKENS, KL_TOKENS = 196 * 512, 24 * 512
 CALIBRATION, EVALUATION = (EXAMPLES / f"data/jargon_{name}.txt" for name in ("calibration", "evaluation"))
 
 
@@ -67,11 +71,14 @@ def measured(calibrated: Calibrated, *passes: str, **options: Any) -> list[Model
 def test_every_quantization_keeps_to_its_share_of_the_divergence_of_rounding(calibrated: Calibrated) -> None:
     gptq = f'w8a16{{codes="{calibrated.codes}"}}'
     asymmetric, symmetric = (kv8(calibrated.scales[name]) for name in ("asymmetric", "symmetric"))
-    found = measured(calibrated, "w8a16", gptq, asymmetric, symmetric, f"{gptq},{asymmetric}", tokens=12288)
+    passes = ("w8a16", gptq, asymmetric, symmetric, f"{gptq},{asymmetric}")
+    decoded = (kv8(calibrated.scales["asymmetric"], "float"),)
+    found = measured(calibrated, *passes, decoded=decoded, tokens=TOKENS, kl_tokens=KL_TOKENS)
     rounded, *others = [one.kl or 0.0 for one in found]
     assert 0.003 < rounded < 0.0045
-    for kl, most in zip(others, (0.50, 0.33, 0.36, 0.85), strict=True):
+    for kl, most in zip(others, (0.50, 0.33, 0.33, 0.85, 0.33), strict=True):
         assert kl < most * rounded
+    assert others[-1] <= others[1]  # with new tokens in float no worse than with every key quantized
     for one in found[1:]:
         assert one.perplexity_interval is not None
         assert one.perplexity_interval[0] <= 0 or (one.perplexity_change or 0) <= 0.0015
@@ -88,10 +95,3 @@ def test_keys_far_beyond_the_calibration_text_are_in_range_with_the_envelope_onl
 
     assert growth(inside) < 1.5
     assert (outside.kl or 0) > 2 * (inside.kl or 0)
-
-
-def test_new_tokens_in_float_decoded_one_by_one_are_no_worse(calibrated: Calibrated) -> None:
-    scales = calibrated.scales["asymmetric"]
-    (rounded,) = measured(calibrated, "w8a16", tokens=1024)
-    (decoded,) = measured(calibrated, kv8(scales, "float"), tokens=1024, chunk=1)
-    assert (decoded.kl or 0) < 0.33 * (rounded.kl or 0)

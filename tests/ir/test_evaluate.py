@@ -148,6 +148,15 @@ def test_every_session_of_the_package_is_opened_where_that_is_prevented() -> Non
     assert [path.relative_to(root).as_posix() for path in opening] == ["ir/evaluate.py"]
 
 
+def test_every_example_of_the_documentation_that_opens_a_session_prevents_it_too() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    blocks = [block for page in pages for block in page.read_text(encoding="utf-8").split("```python")[1:]]
+    opening = [code for block in blocks if "InferenceSession(" in (code := block.partition("```")[0])]
+    assert len(opening) >= 2
+    assert all('"session.disable_quant_qdq", "1"' in code for code in opening)
+
+
 def test_outputs_that_are_inputs_or_constants_come_back() -> None:
     graph = from_text(
         "g (float[2] x) => (float[2] y, float[2] z, float[2] n) { y = Identity (x) z = Identity (x) n = Neg (x) }"

@@ -67,6 +67,8 @@ def test_gptq_codes_reach_the_artifact_and_their_losses_its_report(solved: tuple
     layers = json.loads((path / "gptq_layers.json").read_text())
     assert len(layers) == 14
     assert all(one["loss"] < one["rounding_loss"] for one in layers)
+    page = (path / "report.html").read_text()
+    assert all(f"<td>{one['name']}</td>" in page for one in layers)
     (cache,) = (path.parent / ".calibration").iterdir()
     assert {p.name for p in cache.iterdir()} == {"gptq_codes.safetensors", "gptq_layers.json"}
     made, stored = (read_safetensors_header(p) for p in (cache / "gptq_codes.safetensors", path / "rank0.safetensors"))

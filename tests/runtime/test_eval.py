@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ class Fixed(Subject):
     def __init__(self, name: str, logits: np.ndarray) -> None:
         self.name, self.logits = name, logits
 
-    def observe(self, ids: Ids) -> Observed:
-        return Observed(self.logits[: len(ids)], {(0, "residual"): self.logits[: len(ids)]})
+    def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
+        for ids in windows:
+            yield Observed(self.logits[: len(ids)], {(0, "residual"): self.logits[: len(ids)]})
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,31 @@ def test_a_last_call_that_is_not_full_counts_its_tokens_once(exported: Path, tex
     assert chunked.chunk == 16
     assert chunked.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
     assert max(whole.kl or 0, chunked.kl or 0) < 1e-9
+
+
+def test_windows_that_are_decoded_together_are_those_decoded_alone(exported: Path, text: Path) -> None:
+    int8 = f"{KV},w8a16"
+    options = {"reference": str(exported), "tokens": 80, "window": 24}
+    whole, decoded = evaluated(text, exported, passes=(int8,), decoded=(int8,), **options).models
+    assert (decoded.name, decoded.chunk, whole.chunk) == (f"{int8} token by token", 1, 0)
+    assert decoded.kl == pytest.approx(whole.kl, rel=1e-3)  # a KL of 1e-3 from logits in fp32
+    assert decoded.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
+    for one, other in zip(decoded.layers, whole.layers, strict=True):
+        assert one.decibels == pytest.approx(other.decibels, abs=0.01)
+
+
+def test_distributions_are_compared_in_the_first_windows_only(exported: Path, text: Path) -> None:
+    options = {"reference": str(exported), "passes": ("w8a16",), "window": 24}
+    whole, part, short = (
+        evaluated(text, exported, **options, **more)
+        for more in ({"tokens": 80}, {"tokens": 80, "kl_tokens": 30}, {"tokens": 48})
+    )
+    assert (whole.compared, part.compared, part.tokens) == (80, 48, 80)
+    found, expected = part.models[0], short.models[0]
+    assert (found.kl, found.kl_interval, found.flips) == (expected.kl, expected.kl_interval, expected.flips)
+    assert (found.by_position, found.layers) == (expected.by_position, expected.layers)
+    assert found.perplexity_interval == whole.models[0].perplexity_interval
+    assert "KL, top-1 and SNR of the first 48 tokens" in part.lines()[1]
 
 
 def test_int8_on_two_ranks_is_measured_on_the_stream_that_all_ranks_hold(

@@ -24,21 +24,24 @@ PROMPT = list(range(40, 56))
 GUARD = "backend.guard_fp16_range=true"
 
 
-@pytest.fixture(scope="module")
-def loud(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with a gated product and a residual stream far beyond 65504, as some real models have."""
-    root = tmp_path_factory.mktemp("loud")
+def louder(checkpoint: Path, root: Path, factors: dict[str, float]) -> Path:
+    """The small model with these weights made larger in all layers."""
     shutil.copytree(checkpoint, root / "model")
     file = root / "model/model.safetensors"
     tensors = load_file(file)
-    for name, factor in (("up_proj", 3e4), ("gate_proj", 8), ("o_proj", 3e4)):
-        for layer in (0, 1):
-            part = "self_attn" if name == "o_proj" else "mlp"
-            tensors[f"model.layers.{layer}.{part}.{name}.weight"] *= np.float32(factor)
+    for name, factor in factors.items():
+        for found in [one for one in tensors if f"{name}.weight" in one]:
+            tensors[found] *= np.float32(factor)
     save_file(tensors, file)
     write_model(export_checkpoint(root / "model"), root / "model.onnx")
     write_tokenizer(root)
     return root / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def loud(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a gated product and a residual stream far beyond 65504, as some real models have."""
+    return louder(checkpoint, tmp_path_factory.mktemp("loud"), {"up_proj": 3e4, "gate_proj": 8, "o_proj": 3e4})
 
 
 def logits(
@@ -65,6 +68,25 @@ def test_a_model_that_overflows_in_fp16_is_right_with_the_guard(
     # int8 weights of a random model of two layers; an overflow is off by more than the scale
     assert np.abs(guarded - exact).max() < 0.05 * np.abs(exact).max()
     assert guarded.argmax() == exact.argmax()
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value)")
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_what_no_factor_passes_is_right_in_islands_of_fp32(
+    config: Callable[..., Path], checkpoint: Path, tmp_path: Path, tp: int
+) -> None:
+    """A gate is behind a nonlinearity, and logits are an output."""
+    model = louder(checkpoint, tmp_path, {"gate_proj": 3e6, "model.norm": 1e5})
+    options = ["frontend.quantize.type=w8a16", f"frontend.model_kwargs.tp={tp}"]
+    exact = logits(config, tmp_path / "fp32", model, "backend.dtype=fp32", engine="onnxruntime")
+    broken = logits(config, tmp_path / "off", model, *options)
+    guarded = logits(config, tmp_path / "on", model, *options, GUARD)
+    assert np.abs(exact).max() > 65504
+    assert not np.isfinite(broken).all()
+    assert np.abs(guarded - exact).max() < 0.05 * np.abs(exact).max()
+    assert guarded.argmax() == exact.argmax()
+    (artifact,) = (path for path in (tmp_path / "on").rglob("remarks.yaml"))
+    assert "stays in fp32" in artifact.read_text()
 
 
 @pytest.mark.full

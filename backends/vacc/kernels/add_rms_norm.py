@@ -14,7 +14,7 @@ def add_rms_norm(x: Param, r: Param, w: Param, y: Param, s: Param, eps: float, t
     S is rounded to its type before it is normalized, as if it had been stored and loaded.
     """
     rows, width = x.shape
-    row_bytes = width * (8 * itemsize(x.dtype) + 4) + 4
+    row_bytes = width * (2 * sum(itemsize(one.dtype) for one in (x, r, y, s)) + 4) + 4
     tile = row_tile(rows, row_bytes, 2 * width * itemsize(w.dtype) + 1024, target)
     b = KernelBuilder("add_rms_norm")
     px, pr, pw, py, ps = (b.param(one) for one in (x, r, w, y, s))

@@ -23,6 +23,20 @@ class PhaseReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearLoss:
+    """What int8 costs a linear [N, K]: the share of its output's energy that is lost, by GPTQ and by rounding.
+
+    ``kept``: it stays float.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    loss: float
+    rounding_loss: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
     kernel: KernelTiming
     total: int
@@ -35,8 +49,8 @@ def write_report(path: Path, title: str, phases: Sequence[PhaseReport]) -> None:
     path.write_text(render_report(title, phases), encoding="utf-8")
 
 
-def render_report(title: str, phases: Sequence[PhaseReport]) -> str:
-    """The report as one HTML page without external assets."""
+def render_report(title: str, phases: Sequence[PhaseReport], linears: Sequence[LinearLoss] = ()) -> str:
+    """The report as one HTML page without external assets; with `linears` it says what GPTQ measured."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -51,6 +65,7 @@ def render_report(title: str, phases: Sequence[PhaseReport]) -> str:
         target=target,
         phases=[_phase(phase) for phase in phases],
         colors=charts.COLORS,
+        linears=linears,
     )
 
 
