@@ -1,4 +1,4 @@
-"""``vacc-opt generate ARTIFACT --prompt TEXT``: an answer, computed by the tile schedule or by onnxruntime."""
+"""``vacc-opt generate ARTIFACT --prompt TEXT``: an answer, by the tile schedule, its native code, or onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vacc_opt.cli.console import Steps, table
 )
 @click.option(
     "--engine",
-    type=click.Choice(["schedule", "onnxruntime"]),
+    type=click.Choice(["schedule", "native", "onnxruntime"]),
     default="schedule",
     show_default=True,
-    help="Execute the tiles of the schedule, or the ONNX graphs of the ranks.",
+    help="Execute the tiles of the schedule, on numpy or as native code (needs gcc), or the ONNX graphs of the ranks.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, engine, tiles_executed.")
 @click.option("--summary", is_flag=True, help="After the answer, say what the artifact is made of.")
@@ -34,9 +34,12 @@ def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_jso
     with Steps(to_stderr=True, quiet=as_json) as steps:
         steps.running("opening the artifact")
         opened = open_artifact(Path(artifact))
+        ready = make_engine(engine, opened)
+        steps.running(f"preparing engine {engine}")
+        ready.prepare()
         found = generate(
             opened,
-            make_engine(engine, opened),
+            ready,
             prompt,
             max_new_tokens=max_new_tokens,
             on_text=lambda text: steps.running(text.replace("\n", " ")[-100:] or "..."),
