@@ -19,6 +19,7 @@ from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.native import NativeProgram, find_compiler
+from vacc_opt.backends.vacc.native.build import build
 from vacc_opt.backends.vacc.native.emit import emit
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import Kernel, Loop, Scope
@@ -350,6 +351,17 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot keep a compiled program in"):
         NativeProgram(broken("fine"), [{}])
+
+
+def test_a_damaged_library_is_named(
+    broken: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build(emit(broken("row")))
+    library.unlink()
+    library.write_bytes(b"half of a library")
+    with pytest.raises(UserError, match=f"{library.name} cannot be loaded"):
+        NativeProgram(broken("row"), [{}])
 
 
 def statements(kernel: Kernel) -> int:

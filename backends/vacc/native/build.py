@@ -25,7 +25,7 @@ FLAGS = (
     "-std=gnu11", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC",
     "-fvisibility=hidden", "-w",
 )  # fmt: skip
-# all time is spent in the library; the kernels, which only call it, take three times as long to compile with -O3
+# the time of a run is spent in the library; the kernels call it, and gain nothing from a longer compilation
 OPTIMIZE_LIBRARY, OPTIMIZE_KERNELS = "-O3", "-O1"
 
 

@@ -32,14 +32,21 @@ static inline __attribute__((always_inline)) void dots(
 {
     v8 lanes[8] = {{0}};
     long whole = depth - depth % 8, bytes = BYTES[type];
-    if (count == 8)
+    if (count == 8) {
+        v8 sums[8] = {{0}}; /* registers: never indexed by a variable */
+        const char *at[8];
+        for (int n = 0; n < 8; n++) at[n] = w + n * step * bytes;
         for (long l = 0; l < whole; l += 8) {
             v8 factor = eight_f32(x + l);
-            for (int n = 0; n < 8; n++) lanes[n] += factor * eight(w + (n * step + l) * bytes, type);
+#pragma GCC unroll 8
+            for (int n = 0; n < 8; n++) sums[n] += factor * eight(at[n] + l * bytes, type);
         }
-    else
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) lanes[n] = sums[n];
+    } else {
         for (long l = 0; l < whole; l += 8)
             for (int n = 0; n < count; n++) lanes[n] += eight_f32(x + l) * eight(w + (n * step + l) * bytes, type);
+    }
     for (int n = 0; n < count; n++) {
         if (whole < depth) {
             float rest[8] = {0};

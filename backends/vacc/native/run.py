@@ -16,6 +16,7 @@ from vacc_opt.backends.vacc.native.build import build
 from vacc_opt.backends.vacc.native.emit import Source, emit
 from vacc_opt.backends.vacc.schedule import ALIGN, Call, Program, ScheduleError, Violation
 from vacc_opt.backends.vacc.text import print_op
+from vacc_opt.ir.errors import UserError
 
 Array = npt.NDArray[Any]
 _FAULTS = {  # as `enum fault` of engines.h counts
@@ -60,9 +61,8 @@ class NativeProgram:
         self.source: Source = emit(program)
         self.library: Path = build(self.source, poison=poison)
         self._dies = Dies(program, weights)
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self._run: Any = ctypes.CDLL(str(self.library)).vacc_run
-        self._run.restype = ctypes.c_int64
+        self._threads = threads or _usable_cpus()
+        self._run: Any = _load(self.library)
         sram = max((-(-kernel.sram_bytes // ALIGN) * ALIGN for kernel in program.kernels), default=0)
         self._sram, self._sram_bytes = _aligned(sram * self._threads, np.uint8), sram
         self._work_floats = -(-self.source.work_floats // ALIGN) * ALIGN
@@ -131,6 +131,23 @@ class NativeProgram:
         kernel = next(index for index, one in enumerate(self.program.kernels) if one.name == call.kernel)
         op = print_op(self.source.operations[kernel][fault.where]) if fault.where >= 0 else ""
         return ScheduleError([Violation(kind, call.kernel, call.index, text.format(op=op))])
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load(library: Path) -> Any:
+    """The function of a library that runs its program; UserError for a file that cannot be loaded."""
+    try:
+        run = ctypes.CDLL(str(library)).vacc_run
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"engine native: {library} cannot be loaded: {error}",
+            "remove it, or let XDG_CACHE_HOME name a directory from which programs may run",
+        ) from None
+    run.restype = ctypes.c_int64
+    return run
 
 
 def _aligned(size: int, dtype: type[np.generic]) -> Array:
