@@ -34,12 +34,10 @@ def command(artifact: str, prompt: str, max_new_tokens: int, engine: str, as_jso
     with Steps(to_stderr=True, quiet=as_json) as steps:
         steps.running("opening the artifact")
         opened = open_artifact(Path(artifact))
-        ready = make_engine(engine, opened)
         steps.running(f"preparing engine {engine}")
-        ready.prepare()
         found = generate(
             opened,
-            ready,
+            make_engine(engine, opened),
             prompt,
             max_new_tokens=max_new_tokens,
             on_text=lambda text: steps.running(text.replace("\n", " ")[-100:] or "..."),

@@ -21,6 +21,8 @@ from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.native import NativeProgram, find_compiler
 from vacc_opt.backends.vacc.native.build import build
 from vacc_opt.backends.vacc.native.emit import emit
+from vacc_opt.backends.vacc.native.operations import OPERATIONS
+from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import Kernel, Loop, Scope
 from vacc_opt.backends.vacc.text import parse_kernel, print_kernel
@@ -115,6 +117,10 @@ def test_every_kernel_computes_what_the_simulator_computes(name: str) -> None:
             for tensor, array in expected[rank].items():
                 compare(tensor.partition(".")[0], found[rank][tensor], array, f"{scalars}, rank {rank}, {tensor}")
     assert native.tiles_executed == simulator.tiles_executed > 1000
+
+
+def test_every_primitive_has_native_code() -> None:
+    assert OPERATIONS.keys() == PRIMITIVES.keys()
 
 
 def lanes(x: Array, w: Array) -> Array:
