@@ -44,10 +44,10 @@ from vacc_opt.cli.console import Steps
 )
 @click.option(
     "--engine",
-    type=click.Choice(["onnxruntime", "schedule"]),
+    type=click.Choice(["onnxruntime", "schedule", "native"]),
     default="onnxruntime",
     show_default=True,
-    help="Run the graphs, or the tiles of an artifact token by token (logits only; for small models).",
+    help="Run the graphs, or the tiles of an artifact token by token (logits only): on numpy, or as native code.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime. Default: one a core.")
 @click.option("--html", metavar="FILE", help="Write a page with a plot of every layer.")

@@ -1,4 +1,4 @@
-"""``vacc-opt generate ARTIFACT --prompt TEXT``: an answer, computed by the tile schedule or by onnxruntime."""
+"""``vacc-opt generate ARTIFACT --prompt TEXT``: an answer, by the tile schedule, its native code, or onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vacc_opt.cli.console import Steps, table
 @click.option("--context", type=int, help="Size of the KV buffers. Default: the smallest that holds prompt and answer.")
 @click.option(
     "--engine",
-    type=click.Choice(["schedule", "onnxruntime"]),
+    type=click.Choice(["schedule", "native", "onnxruntime"]),
     default="schedule",
     show_default=True,
-    help="Execute the tiles of the schedule, or the ONNX graphs of the ranks.",
+    help="Execute the tiles of the schedule, on numpy or as native code (needs gcc), or the ONNX graphs of the ranks.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, engine, tiles_executed.")
 @click.option("--summary", is_flag=True, help="After the answer, say what the artifact is made of.")
@@ -37,6 +37,7 @@ def command(
     with Steps(to_stderr=True, quiet=as_json) as steps:
         steps.running("opening the artifact")
         opened = open_artifact(Path(artifact))
+        steps.running(f"preparing engine {engine}")
         found = generate(
             opened,
             make_engine(engine, opened),

@@ -1,7 +1,7 @@
-"""Engines: two ways to execute a phase for all ranks, behind one interface that holds the KV buffers.
+"""Engines: ways to execute a phase for all ranks, behind one interface that holds the KV buffers.
 
-``schedule`` executes the tiles of the schedule text on numpy; ``onnxruntime`` runs the exported rank graphs, cut at
-their collectives.
+``schedule`` executes the tiles of the schedule text on numpy, ``native`` the same tiles compiled for this machine;
+``onnxruntime`` runs the exported rank graphs, cut at their collectives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.entry_points import EntryPoint
 
 if TYPE_CHECKING:
+    from vacc_opt.backends.vacc import Program
     from vacc_opt.ir.graph import Node
 
 Array = npt.NDArray[Any]
@@ -54,6 +55,9 @@ class Engine(ABC):
     def tiles_executed(self) -> int:
         """Tile operations of all ranks since the engine was made."""
         return 0
+
+    def prepare(self) -> None:  # noqa: B027 - most engines have nothing to do beforehand
+        """Make now what the first call of a phase would make, where that takes seconds."""
 
     def choose(self, logits: Array) -> int:
         """The best token of logits [V]."""
@@ -118,18 +122,40 @@ class ScheduleEngine(Engine):
 
     def _simulator(self, phase: str) -> Any:
         if phase not in self._simulators:
-            from vacc_opt.backends.vacc import Program, ValueSimulator
+            from vacc_opt.backends.vacc import Program
 
             program = Program.from_text(self._texts.get(phase) or self.artifact.schedule(phase))
             weights = [self.artifact.weights(phase, rank) for rank in range(program.ranks)]
-            self._simulators[phase] = ValueSimulator(program, weights)
+            self._simulators[phase] = self._executable(program, weights)
         return self._simulators[phase]
+
+    def _executable(self, program: Program, weights: Sequence[Mapping[str, Array]]) -> Any:
+        """What runs a program."""
+        from vacc_opt.backends.vacc import ValueSimulator
+
+        return ValueSimulator(program, weights)
 
     def _run(self, phase: str, inputs: Mapping[str, Array]) -> Array:
         simulator = self._simulator(phase)
         used = {tensor.name for tensor in simulator.program.of_role("input")}
         outputs = simulator.run({n: v for n, v in inputs.items() if n in used}, self.caches)
         return np.asarray(outputs["logits"])
+
+
+class NativeEngine(ScheduleEngine):
+    """Executes the schedule text of the artifact tile by tile as C that is compiled for this machine's CPU."""
+
+    name = "native"
+
+    def prepare(self) -> None:
+        """Compile the phases, unless the cache has them; raises UserError without a C compiler."""
+        for phase in self.artifact.phases:
+            self._simulator(phase)
+
+    def _executable(self, program: Program, weights: Sequence[Mapping[str, Array]]) -> Any:
+        from vacc_opt.backends.vacc.native import NativeProgram
+
+        return NativeProgram(program, weights)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -174,7 +200,11 @@ class OnnxRuntimeEngine(Engine):
         return np.asarray(results[0]["logits"])
 
 
-ENGINES: dict[str, Callable[[Artifact], Engine]] = {"schedule": ScheduleEngine, "onnxruntime": OnnxRuntimeEngine}
+ENGINES: dict[str, Callable[[Artifact], Engine]] = {
+    "schedule": ScheduleEngine,
+    "native": NativeEngine,
+    "onnxruntime": OnnxRuntimeEngine,
+}
 
 
 def make_engine(name: str, artifact: Artifact) -> Engine:

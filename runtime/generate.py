@@ -80,6 +80,7 @@ def greedy(
     on_token: Callable[[int], None] | None = None,
 ) -> tuple[list[int], str, tuple[float, float]]:
     """New token ids (a stop token is not among them), why it stopped, and the seconds of prefill and decode."""
+    engine.prepare()
     started = time.perf_counter()
     engine.reset()
     logits = prefill(engine, prompt_ids)

@@ -8,14 +8,13 @@ when it is acquired, is filled with NaN (floats) or 0x80 (integers), so nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from vacc_opt.backends.vacc.binding import lanes
+from vacc_opt.backends.vacc.dies import POISON, Array, Dies
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
 from vacc_opt.backends.vacc.schedule import (
     DTYPES,
@@ -24,24 +23,20 @@ from vacc_opt.backends.vacc.schedule import (
     Kernel,
     Program,
     ScheduleError,
-    Tensor,
     Violation,
 )
 from vacc_opt.backends.vacc.text import print_op
-from vacc_opt.ir.errors import UserError
 
-Array = npt.NDArray[Any]
 Arguments = Sequence[Array]
 Action = Callable[[Sequence[Arguments]], None]  # takes the arguments of every rank that it runs for
 
 
 PLANS = 16  # unrolled lists kept a kernel: one for each value of `pos` among the rows of a batch
-_POISON = {d: np.nan if d.kind == "f" else np.frombuffer(b"\x80" * d.itemsize, d)[0] for d in DTYPES.values()}
 
 
 def _poisoning(view: Array) -> Action:
     """Fill `view` with NaN, or with bytes 0x80 for integers."""
-    fill, value = view.fill, _POISON[view.dtype]
+    fill, value = view.fill, POISON[view.dtype]
     return lambda ranks: fill(value)
 
 
@@ -190,23 +185,12 @@ class ValueSimulator:
 
     def __init__(self, program: Program, weights: Sequence[Mapping[str, Array]], *, order: int = 0) -> None:
         """`weights[rank]` maps weight tensors to arrays; `order` picks a legal interleaving of the engines."""
-        if len(weights) != program.ranks:
-            raise UserError(f"{len(weights)} sets of weights for {program.ranks} ranks")
         self.program = program
         self.tiles_executed: int = 0
         self._order = order
         self._sram = np.zeros(max((k.sram_bytes for k in program.kernels), default=0), np.uint8)
         self._plans: dict[str, dict[tuple[int, ...], Plan]] = {one.name: {} for one in program.kernels}
-        self._memory: list[dict[str, Array]] = []
-        for rank in range(program.ranks):
-            given = weights[rank]
-            memory = {
-                one.name: np.ascontiguousarray(_given(one, given, f"rank {rank}")) for one in program.of_role("weight")
-            }
-            memory |= {one.name: np.zeros(one.shape, DTYPES[one.dtype]).reshape(-1) for one in program.of_role("input")}
-            self._memory.append(memory | _arena(program.of_role("temp")))
-        self._caches: list[int] | None = None  # addresses of the arrays that `_arguments` points into and keeps alive
-        self._arguments: list[list[list[Array]]] = []  # call, rank, parameter
+        self._dies = Dies(program, weights)
 
     def run(
         self, inputs: Mapping[str, Array] | Sequence[Mapping[str, Array]], caches: Sequence[Mapping[str, Array]] = ()
@@ -215,61 +199,21 @@ class ValueSimulator:
 
         Returns the outputs of rank 0; UserError for a missing array or one of another shape or type.
         """
-        self._bind(caches)
-        for rank, memory in enumerate(self._memory):
-            given = inputs if isinstance(inputs, Mapping) else inputs[rank]
-            for tensor in self.program.of_role("input"):
-                memory[tensor.name][...] = _given(tensor, given, "inputs")
-            for tensor in self.program.of_role("temp"):
-                memory[tensor.name].fill(_POISON[memory[tensor.name].dtype])
+        self._dies.bind(caches)
+        self._dies.give(inputs)
+        self._dies.poison()
         # tiles are small: two threads of BLAS that wait for a busy core take ten times as long as one
         with np.errstate(invalid="ignore", over="ignore"), threadpool_limits(1, "blas"):
-            for call, ranks in zip(self.program.calls, self._arguments, strict=True):
+            for call, ranks in zip(self.program.calls, self._dies.arguments, strict=True):
                 self._call(call, ranks)
         return self.read(0)
 
     def read(self, rank: int) -> dict[str, Array]:
         """Copies of the outputs of a rank after a run, without the caches."""
-        found = {}
-        for one in self.program.outputs:
-            tensor = self.program.tensor[one.tensor]
-            if tensor.role != "cache":
-                found[one.name] = _window(self._memory[rank][tensor.name], one.offset, one.shape, one.strides).copy()
-        return found
-
-    def _bind(self, caches: Sequence[Mapping[str, Array]]) -> None:
-        """Point the calls at these cache arrays."""
-        wanted = self.program.of_role("cache")
-        if wanted and len(caches) != self.program.ranks:
-            raise UserError(f"{len(caches)} sets of caches for {self.program.ranks} ranks")
-        for rank, memory in enumerate(self._memory):
-            for tensor in wanted:
-                array = _given(tensor, caches[rank], f"caches of rank {rank}")
-                if (
-                    not array.flags.writeable
-                    or not array.flags.c_contiguous
-                    or not np.shares_memory(array, caches[rank][tensor.name])
-                ):
-                    raise UserError(f"cache `{tensor.name}` of rank {rank} must be a writable, contiguous array")
-                memory[tensor.name] = array
-        identity = [memory[one.name].ctypes.data for memory in self._memory for one in wanted]
-        if identity != self._caches:
-            self._caches = identity
-            self._arguments = [[self._resolve(call, memory) for memory in self._memory] for call in self.program.calls]
-
-    def _resolve(self, call: Call, memory: Mapping[str, Array]) -> list[Array]:
-        found = []
-        for param in self.program.kernel[call.kernel].params:
-            argument = call.argument(param.name)
-            flat = memory[argument.tensor]
-            if flat.dtype != DTYPES[param.dtype] or argument.offset + param.extent > flat.size:
-                text = f"`{argument.tensor}` [{argument.offset}] does not hold parameter `{param.name}`"
-                raise ScheduleError([Violation("bounds", call.kernel, call.index, text)])
-            found.append(_window(flat, argument.offset, param.shape, param.strides))
-        return found
+        return self._dies.read(rank)
 
     def _call(self, call: Call, ranks: Sequence[Arguments]) -> None:
-        scalars = tuple(int(self._memory[0][one.tensor][one.offset]) for one in call.scalars)
+        scalars = tuple(int(self._dies.memory[0][one.tensor][one.offset]) for one in call.scalars)
         plan = self._plan(call, scalars)
         groups = [ranks] if plan.collective else [[one] for one in ranks]
         for group in groups:
@@ -291,34 +235,3 @@ class ValueSimulator:
             kernel = self.program.kernel[call.kernel]
             plans[scalars] = Plan(kernel, self.program.cores, names, self._sram, self._order)
         return plans[scalars]
-
-
-def _given(tensor: Tensor, arrays: Mapping[str, Array], where: str) -> Array:
-    """The array for a tensor, flat; UserError when it is missing or of another shape or type."""
-    array = arrays.get(tensor.name)
-    if array is None:
-        raise UserError(f"{where}: tensor `{tensor.name}` is missing")
-    if array.dtype != DTYPES[tensor.dtype] or array.shape != tensor.shape:
-        raise UserError(
-            f"{where}: `{tensor.name}` is {array.dtype} {list(array.shape)}, not {tensor.dtype} {list(tensor.shape)}"
-        )
-    return array.reshape(-1)
-
-
-def _arena(tensors: Sequence[Tensor]) -> dict[str, Array]:
-    """Intermediate tensors at their planned addresses in one block of memory."""
-    if not tensors:
-        return {}
-    base = min(one.offset for one in tensors)
-    block = np.zeros(max(one.offset + one.bytes for one in tensors) - base, np.uint8)
-    return {
-        one.name: np.ndarray((prod(one.shape),), DTYPES[one.dtype], block.data, one.offset - base) for one in tensors
-    }
-
-
-def _window(flat: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    size = flat.dtype.itemsize
-    if 0 in shape:
-        return np.zeros(shape, flat.dtype)
-    window: Array = np.lib.stride_tricks.as_strided(flat[offset:], shape, tuple(one * size for one in strides))
-    return window

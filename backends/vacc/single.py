@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,15 +45,32 @@ def single(kernel: Kernel, target: Target, ranks: int = 1) -> Program:
     return Program(kernel.name, "single", ranks, *where, tensors, (kernel,), (call,), outputs, plan.bytes, plan.bound)
 
 
-def execute(program: Program, inputs: Sequence[Mapping[str, Array]], order: int = 0) -> list[dict[str, Array]]:
+class Runner(Protocol):
+    """What can run a program: the value simulator, or its native code."""
+
+    def run(self, inputs: Sequence[Mapping[str, Array]], caches: Sequence[Mapping[str, Array]] = ()) -> object:
+        """One pass."""
+
+    def read(self, rank: int) -> dict[str, Array]:
+        """The outputs of a rank."""
+
+
+def execute(
+    program: Program,
+    inputs: Sequence[Mapping[str, Array]],
+    order: int = 0,
+    runner: Callable[[Program, Sequence[Mapping[str, Array]]], Runner] | None = None,
+) -> list[dict[str, Array]]:
     """Run a program of :func:`single` on the values of its parameters for each rank.
 
+    `runner` makes what runs it of the program and its (empty) weights: by default the value simulator in this `order`.
     Returns the `out` and `inout` parameters of each rank; the inputs stay as they are.
     """
     kernel = program.kernels[0]
     flat = [{p.name: _flatten(p, one[p.name]) for p in kernel.params if p.mode != "out"} for one in inputs]
     scalars = {name: np.array([inputs[0][name]], np.int64) for name in kernel.scalars}
-    simulator = ValueSimulator(program, [{}] * program.ranks, order=order)
+    weights: list[Mapping[str, Array]] = [{}] * program.ranks
+    simulator: Runner = runner(program, weights) if runner else ValueSimulator(program, weights, order=order)
     simulator.run([one | scalars for one in flat], flat)
     results = []
     for rank in range(program.ranks):

@@ -1,19 +1,20 @@
-"""Engines and generation: both engines compute the same model, chunked or not, and tiles are really executed."""
+"""Engines and generation: all engines compute the same model, chunked or not, and tiles are really executed."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vacc_opt.backends.vacc.native import find_compiler
 from vacc_opt.cli.main import main
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import Artifact
-from vacc_opt.runtime.engines import Engine, OnnxRuntimeEngine, ScheduleEngine, make_engine
+from vacc_opt.runtime.engines import Engine, NativeEngine, OnnxRuntimeEngine, ScheduleEngine, make_engine
 from vacc_opt.runtime.generate import decode, generate, greedy, prefill
 from vacc_opt.runtime.simulate import simulate
 
@@ -24,6 +25,28 @@ TOLERANCE = 1e-5
 
 # fp16 rounds to 11 bits (4.9e-4 of a value) after each operation; two layers of sums in another order stay within four
 HALF_TOLERANCE = 4 * 2.0**-11
+
+
+def compiler_is_missing() -> str:
+    try:
+        find_compiler()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(bool(compiler_is_missing()), reason=compiler_is_missing() or "there is a C compiler"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Native code is compiled into a cache of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def assert_close(first: np.ndarray, second: np.ndarray) -> None:
@@ -61,7 +84,19 @@ def test_schedule_and_onnxruntime_agree_on_two_ranks_with_int8(artifact: Artifac
             assert np.count_nonzero(codes) > 0
 
 
-@pytest.mark.parametrize("engine", ["schedule", "onnxruntime"])
+@pytest.mark.skipif(bool(compiler_is_missing()), reason=compiler_is_missing() or "there is a C compiler")
+def test_native_code_gives_the_logits_codes_and_tiles_of_the_schedule_engine(artifact: Artifact) -> None:
+    schedule, native = ScheduleEngine(artifact), NativeEngine(artifact)
+    then = [7, 9, 200, 31]
+    for tiles, code in zip(logits_of(schedule, PROMPT, then), logits_of(native, PROMPT, then), strict=True):
+        assert_close(code, tiles)
+    for rank in range(2):
+        for name, codes in schedule.caches[rank].items():
+            assert np.abs(codes.astype(int) - native.caches[rank][name]).max() <= 1
+    assert native.tiles_executed == schedule.tiles_executed > 0
+
+
+@pytest.mark.parametrize("engine", ["schedule", NATIVE, "onnxruntime"])
 def test_a_prompt_longer_than_the_prefill_runs_in_chunks(engine: str, plain: Artifact) -> None:
     prompt = [(5 * i) % 250 for i in range(37)]  # chunks of 16, 16 and 5 tokens
     chunked = logits_of(make_engine(engine, plain), prompt, [])[0]
@@ -149,15 +184,16 @@ def test_a_changed_operand_of_one_tile_changes_the_logits(plain: Artifact) -> No
 
 def test_the_command_answers_with_the_documented_keys(artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     answers = []
-    for engine in ("schedule", "onnxruntime"):
+    engines = ["schedule", "onnxruntime"] + ([] if compiler_is_missing() else ["native"])
+    for engine in engines:
         arguments = [str(artifact.path), "--prompt", "hello", "--max-new-tokens", "3", "--engine", engine, "--json"]
         assert main(["generate", *arguments]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         answers.append(json.loads(captured.out))
     assert {"text", "token_ids", "engine", "tiles_executed"} <= set(answers[0])
-    assert answers[0]["token_ids"] == answers[1]["token_ids"]
-    assert [a["engine"] for a in answers] == ["schedule", "onnxruntime"]
+    assert all(answer["token_ids"] == answers[0]["token_ids"] for answer in answers)
+    assert [a["engine"] for a in answers] == engines
     assert answers[0]["tiles_executed"] > 0 == answers[1]["tiles_executed"]
 
 
@@ -194,7 +230,7 @@ def test_a_trace_into_a_missing_directory_is_refused_before_any_work(artifact: A
         simulate(artifact.path, "decode", trace=tmp_path / "nowhere" / "trace.json")
 
 
-@pytest.mark.parametrize("engine", ["schedule", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["schedule", "native", "onnxruntime"])
 @pytest.mark.parametrize(
     ("shape", "pos", "valid", "message"),
     [
