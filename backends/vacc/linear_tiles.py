@@ -236,7 +236,9 @@ class _Combinations:
         fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, self.m)
         elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
         small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
-        return np.ceil(self.m / np.ceil(self.m / np.where(self.results == 1, fit, small)))
+        return np.ceil(
+            self.m / np.ceil(self.m / np.where((self.results == 1) & (self.busy * self.rows > 1), fit, small))
+        )
 
     @cached_property
     def sram(self) -> Numbers:
@@ -249,11 +251,23 @@ class _Combinations:
 
     @cached_property
     def fits(self) -> npt.NDArray[np.bool_]:
-        """Whether SRAM and the accumulators have room."""
-        room = self.sram <= self.target.core.sram.bytes
+        """Whether SRAM and the accumulators have room, and every slot has a use."""
+        room = (self.sram <= self.target.core.sram.bytes) & self._useful
         if self.target.core.matrix.acc.sram_bytes_per_cycle is None:
             room &= self.sums <= self.target.core.matrix.acc.bytes
         return room
+
+    @cached_property
+    def _useful(self) -> npt.NDArray[np.bool_]:
+        """Whether no ring has more slots than a core fills: a second panel needs a swap, second sums a second tile."""
+        passing = self.busy * self.rows * self.chunks
+        needed = (self.results <= self.busy * self.rows) & (self.streams <= np.maximum(passing, 2))
+        return np.asarray(needed & ((self.panels == 1) | (self._swaps > 0)))
+
+    @cached_property
+    def _swaps(self) -> Numbers:
+        """How often a core takes a new panel after its first."""
+        return np.select([self.resident == 1, self.resident == 2], [self.rows - 1, self.busy - 1], 0.0)
 
     @cached_property
     def ddr(self) -> Numbers:
@@ -344,18 +358,18 @@ class _Combinations:
         x, w = self._first
         chunk = self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
         panel = np.select([self.resident == 1, self.resident == 2], [x, w]) / rate
-        swaps = np.select([self.resident == 1, self.resident == 2], [self.rows - 1, self.busy - 1])
         woven = (self.resident == 1) & (self.panels == 2) & (self.columns >= 4 * self.target.die.cores)
         ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
-        held_up = swaps * np.maximum(ddr.latency + panel - ahead, 0)
+        held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
         tiles = self.busy * self.rows
         compute = np.maximum(self._array + self._waiting(self._finish) + held_up, tiles * self._vector)
         passing = np.where(self.resident == 1, 0, np.ceil(x / rate)) + np.where(
             self.resident == 2, 0, np.ceil(w / rate)
         )
-        loads = np.maximum(tiles * self.chunks * passing, self.ddr / ddr.effective_bytes_per_cycle)
+        loads = tiles * self.chunks * passing
         # as many chunks are in flight as there are slots, each for a latency and its own transfer (Little's law)
-        flight = tiles * self.chunks * (ddr.latency + issue + passing) / self.streams
+        transfers = np.where(self.resident == 0, 2, 1)
+        flight = tiles * self.chunks * (ddr.latency + transfers * issue + passing) / self.streams
         stored = self.m * self.n * itemsize(one.y) / rate
         strip = self.strip * self.n * itemsize(one.y) / rate if one.epilogue else 0
         first, last = ddr.latency + issue + (x + w) / rate, matrix.fill + np.maximum(self._vector, stored) + strip
@@ -364,7 +378,10 @@ class _Combinations:
         lacks = (passing / np.maximum(chunk, 1) - 0.5) * 2 * stored - (self.streams - 1.8) * passing
         late = np.where((self.results == 2) & (self.resident == 0), tiles * 2 * np.maximum(lacks, 0), 0)
         compute = np.minimum(compute + late, np.maximum(compute, loads * 2))
-        return np.asarray(np.maximum(np.maximum(first + compute, ddr.latency + loads + chunk), flight) + last)
+        # the port is idle for the latency of the first load, and while the last chunk becomes the first strip
+        idle = ddr.latency + chunk + matrix.fill + self._vector / np.ceil(self.m / self.strip)
+        port = np.maximum(loads + stored, self.ddr / ddr.effective_bytes_per_cycle)
+        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle))
 
 
 def _axis(values: Iterable[int]) -> Numbers:

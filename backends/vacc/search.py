@@ -11,8 +11,8 @@ from vacc_opt.backends.vacc.schedule import Kernel, Param
 from vacc_opt.backends.vacc.target import Target
 
 TIED = 1.002  # latencies within 0.2 % count as equal: fewer DDR bytes then win, then less SRAM
-RANKED = 64  # candidates of the closed form that are looked at
-TRIED = 24  # of which so many are simulated at most
+RANKED = 256  # candidates of the closed form that are looked at
+TRIED = 48  # of which so many are simulated at most
 PRODUCTS = 6000  # tile products that are simulated at most (but for one candidate): they take the time of a search
 
 
