@@ -9,7 +9,7 @@ from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step, work
 from vacc_opt.backends.vacc.ops import Work
-from vacc_opt.backends.vacc.regions import Region, contains
+from vacc_opt.backends.vacc.regions import Region, contains, covers
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.text import print_op
 
@@ -87,10 +87,18 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
     found: dict[str, list[Macs]] = {}
     params: dict[str, set[tuple[str, int, str, int]]] = {}
     costs: dict[str, Work] = {}
+    known: dict[tuple[int, int, Box], tuple[Box, tuple[int, ...]] | None] = {}
+
+    def source(core: int, box: Box, entered: Mapping[str, int]) -> tuple[Box, tuple[int, ...]] | None:
+        key = (core, entered.get(box.ref, -1), box)
+        if key not in known:
+            known[key] = source_of(kernel, core, box, written, entered)
+        return known[key]
+
     for core, engine, step, entered in uses(lanes):
         if engine != "matrix":
             continue
-        places = [source_of(kernel, core, box, written, entered) for box in step.ins]
+        places = [source(core, box, entered) for box in step.ins]
         if places[0] is None or places[1] is None:
             raise Untraceable(print_op(step.op))
         (a, a_axes), (b, b_axes) = places[0], places[1]
@@ -126,12 +134,18 @@ def source_of(
     number = entered.get(box.ref, -1)
     if not 0 <= number < len(slots):
         return None
+    parts: list[Region] = []
+    shifts: set[tuple[str, tuple[int, ...]]] = set()
     for step in slots[number]:
         target, source = step.outs[0], step.ins[0]
         if step.op.kind != "load" or source.ref not in kernel.param:
             return None
         if contains((target.start, target.stop), (box.start, box.stop)):
             return _shift(target, source, box)
+        parts.append((target.start, target.stop))
+        shifts.add((source.ref, tuple(s - t for s, t in zip(source.start, target.start, strict=False))))
+    if len(shifts) == 1 and len(target.start) == len(source.start) and covers(parts, (box.start, box.stop)):
+        return _shift(target, source, box)  # parts that lie to each other in the slot as in the parameter
     return None
 
 

@@ -71,9 +71,14 @@ class Die(_Section):
 
 
 class Accumulators(_Section):
-    """f32 accumulator memory of the array."""
+    """f32 accumulator memory of the array.
+
+    Sums that exceed `bytes` stay in SRAM and cross its port, in and out, at `sram_bytes_per_cycle` for each product
+    that adds to them, while the array works; `null` for an array that cannot do that.
+    """
 
     bytes: Bytes
+    sram_bytes_per_cycle: Rate | None
 
 
 class Matrix(_Section):
@@ -94,6 +99,11 @@ class Matrix(_Section):
         tile = self.rows_k * self.cols_n
         stream = m * tile / self.macs_per_cycle[dtype]
         return max(math.ceil(stream), math.ceil(tile * weight_itemsize / self.weight_load_bytes_per_cycle))
+
+    def port_cycles(self, m: int, n: int, first: bool) -> int:
+        """Cycles in which m x n sums leave for SRAM and, but for those of the `first` product, come from there."""
+        rate = self.acc.sram_bytes_per_cycle
+        return math.ceil(m * n * (4 if first else 8) / rate) if rate else 0
 
     def cycles(self, m: int, n: int, k: int, dtype: str, weight_itemsize: int) -> int:
         """Array cycles of an m x n x k product without the pipeline fill: whole passes, tails cost a full one."""
@@ -155,8 +165,8 @@ class Target(_Section):
 
     @property
     def sha(self) -> str:
-        """Content hash (16 hex digits) of every field and provenance."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Content hash (16 hex digits) of every field that is not null, and of every provenance."""
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -62,9 +62,9 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
         yield from (("name", f"`{name}` is given twice") for name, times in Counter(listed).items() if times > 1)
     if is_parallel(dict(kernel.trees).get("link", ())):
         yield "op", "a die has one link engine: its loops cannot be parallel"
-    sums = sum(one.depth * one.slot_bytes for one in kernel.buffers if one.producer == "matrix")
-    if sums > target.core.matrix.acc.bytes:
-        yield "capacity", f"accumulators need {sums} bytes of {target.core.matrix.acc.bytes}"
+    accumulators = target.core.matrix.acc
+    if kernel.accumulator_bytes > accumulators.bytes and accumulators.sram_bytes_per_cycle is None:
+        yield "capacity", f"accumulators need {kernel.accumulator_bytes} bytes of {accumulators.bytes}"
     ordered = sorted(kernel.buffers, key=lambda one: (one.offset, one.name))
     for buffer in ordered:
         if buffer.offset % ALIGN or buffer.offset < 0 or buffer.depth < 1:

@@ -13,8 +13,8 @@ from vacc_opt.backends.vacc import Program, ScheduleError, ValueSimulator, load_
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.linear import linear
+from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.single import execute, single
-from vacc_opt.backends.vacc.tiling import LinearTiles
 from vacc_opt.ir import UserError
 
 TARGET = load_target("vacc-reference")
@@ -23,7 +23,7 @@ M, N, K = 6, 40, 50
 
 def program() -> Program:
     """A linear in tiles of 4 x 16 x 32: every axis has a tail."""
-    tiles = LinearTiles(4, 16, 32, 0, 0, 0, 0)
+    tiles = LinearTiles(4, 16, 32, 4)
     px, pw, py = param("X", "in", "f32", (M, K)), param("W", "in", "f32", (N, K)), param("Y", "out", "f32", (M, N))
     return single(linear(px, pw, None, py, TARGET, tiles), TARGET)
 

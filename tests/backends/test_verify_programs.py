@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -162,21 +162,26 @@ def test_a_second_mma_that_adds_the_product_again_is_found() -> None:
     assert any(one.startswith("coverage") and "two mma cover" in one for one in found)
 
 
-def in_two_loads(text: str) -> str:
-    """A tile of X is filled by two loads, so no one load says what the product multiplies."""
+def in_two_loads(text: str, tiles: Sequence[str] = ()) -> str:
+    """A tile of X is filled by two loads, of which each goes to its own half, or to those given."""
     load = line_with(text, "load(X")
-    top, rest = (load.replace("m:m+|m|", rows).replace("0:|m|", tile) for rows, tile in HALVES)
+    places = tiles or [tile for _, tile in HALVES]
+    top, rest = (
+        load.replace("m:m+|m|", rows).replace("0:|m|", to) for (rows, _), to in zip(HALVES, places, strict=True)
+    )
     return text.replace(load, f"{top}\n{rest}")
 
 
-def test_a_tile_of_two_loads_is_followed_where_the_family_says_what_is_due() -> None:
+def test_a_tile_may_be_loaded_in_parts_that_lie_as_in_the_parameter() -> None:
     assert violations(in_two_loads(print_kernel(gemm()))) == []
     swapped = in_two_loads(print_kernel(gemm())).replace("X[m:m+1,", "X[m+1:m+2,")
     assert any(one.startswith("coverage") for one in violations(swapped))
 
 
 def test_a_loaded_operand_that_cannot_be_followed_is_refused_in_an_unknown_family() -> None:
-    found = violations(in_two_loads(print_kernel(gemm()).replace("kernel linear(", "kernel foreign(")))
+    """The halves of a tile of X lie in each other's place, so no rows of X say what the product multiplies."""
+    text = print_kernel(gemm()).replace("kernel linear(", "kernel foreign(")
+    found = violations(in_two_loads(text, [tile for _, tile in reversed(HALVES)]))
     assert any(one.startswith("coverage") and "cannot be followed" in one for one in found)
 
 
