@@ -27,7 +27,7 @@ from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
-from vacc_opt.backends.vacc.tiling import LinearTiles
+from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.tests.backends.llama import Llama, inputs
 
@@ -126,7 +126,7 @@ def _gemm(activations: str, weights: str | None, k: int = 32) -> Kernel:
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return linear(x, w, scale, y, machine(1 << 15), LinearTiles(4, 8, k, 0, 0, 0, 0, 2))
+    return linear(x, w, scale, y, machine(1 << 15), LinearTiles(4, 8, k, 4))
 
 
 def _attention(
