@@ -4,6 +4,7 @@
 #   make test       the tests of every room, without the slow ones
 #   make test-full  all tests
 #   make bench      the benchmarks
+#   make bench-full compile checkpoints of real size (60 GB of disk, an hour); the table goes to benchmarks/full_size.md
 #   make lint       ruff, mypy --strict, import contract, share of typed symbols
 #   make docs       docs/passes.md is written from the passes; every command and example of the documentation is run
 
@@ -21,7 +22,7 @@ CONFIG := examples/smollm2-135m_w8kv8_tp3.yaml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full bench lint docs install clean
+.PHONY: demo test test-full bench bench-full lint docs install clean
 
 install: $(STAMP)
 
@@ -46,6 +47,9 @@ test-full: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
+
+bench-full: $(STAMP)
+	$(BIN)/python -m vacc_opt.benchmarks.full_size
 
 # the root of the repository is the package; mypy finds it under its name through this link
 build/vacc_opt:

@@ -7,34 +7,13 @@ from typing import Any
 
 import pytest
 
+from vacc_opt.benchmarks.published import CONFIGS
 from vacc_opt.frontends.skeleton import export_skeleton
 from vacc_opt.ir import Graph, Seeded, from_onnx
 from vacc_opt.passes.infra.manager import run_pipeline
 
 SECONDS, BYTES = 60, 1.5e9
-# the entries of the published config.json that decide the graph
-MODELS: dict[str, dict[str, Any]] = {
-    "chatglm2-6b": {
-        "model_type": "chatglm", "num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096,
-        "ffn_hidden_size": 13696, "kv_channels": 128, "num_attention_heads": 32, "multi_query_group_num": 2,
-        "seq_length": 32768,
-    },
-    "Llama-3-8B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
-        "max_position_embeddings": 8192,
-    },
-    "Qwen2.5-7B": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
-        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768,
-    },
-    "Qwen3-8B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "rope_theta": 1000000.0, "max_position_embeddings": 40960,
-    },
-}  # fmt: skip
+MODELS = ("chatglm2-6b", "Llama-3-8B", "Qwen2.5-7B", "Qwen3-8B")
 
 
 def recognized(config: dict[str, Any]) -> Graph:
@@ -55,7 +34,7 @@ def recognized(config: dict[str, Any]) -> Graph:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_real_size_is_recognized_whole(benchmark: Any, name: str) -> None:
-    graph = benchmark.pedantic(recognized, (MODELS[name],), rounds=1)
+    graph = benchmark.pedantic(recognized, (CONFIGS[name],), rounds=1)
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = sum(resource.getrusage(who).ru_maxrss for who in both) * 1024
     print(f"\n{name}: {len(graph)} nodes, {benchmark.stats.stats.min:.1f} s, at most {peak / 1e9:.2f} GB")
