@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.tensor import TensorExpr
-from vacc_opt.runtime.artifact import PhaseModel, merge_weights
 from vacc_opt.runtime.plan import SCALES_FILE
+from vacc_opt.runtime.stored import PhaseModel, stored_constants
 
 
 def made_up_scales(graph: Graph, folder: Path) -> Path:
@@ -32,8 +31,5 @@ def planned_files(phases: Sequence[PhaseModel]) -> dict[str, int]:
     """Bytes by file name of what makes up nearly all of an artifact: the weights of each rank, and the schedules."""
     found: dict[str, int] = {}
     for rank in range(phases[0].graph.ranks):
-        stored: dict[str, TensorExpr] = {}
-        for phase in phases:
-            merge_weights(stored, phase, rank)
-        found[f"rank{rank}.safetensors"] = sum(expr.nbytes for expr in stored.values())
+        found |= {file.path.name: file.nbytes for file in stored_constants(phases, rank).files(Path())}
     return found | {f"{phase.name}.schedule": len(phase.schedule.encode()) for phase in phases}
