@@ -106,8 +106,8 @@ def compile_model(
 ) -> CompileReport:
     """Compile as the YAML ``file`` says, with ``dotted.key=value`` overrides, and write the artifact.
 
-    With ``plan_only`` everything is done but what reads weights: nothing is calibrated (scales and codes have made-up
-    values, which change no size and no time) and nothing is written.
+    With ``plan_only`` everything is done but what reads weights: nothing is calibrated (scales have made-up values
+    and every linear is taken for one that becomes int8, which is what sizes and times depend on), nothing is written.
 
     Raises:
         UserError: the configuration or the checkpoint cannot be used; nothing is written.

@@ -31,5 +31,6 @@ def planned_files(phases: Sequence[PhaseModel]) -> dict[str, int]:
     """Bytes by file name of what makes up nearly all of an artifact: the weights of each rank, and the schedules."""
     found: dict[str, int] = {}
     for rank in range(phases[0].graph.ranks):
-        found |= {file.path.name: file.nbytes for file in stored_constants(phases, rank).files(Path())}
+        files = stored_constants(phases, rank).files(Path())
+        found |= {file.path.name: len(file.header({})) + file.nbytes for file in files}
     return found | {f"{phase.name}.schedule": len(phase.schedule.encode()) for phase in phases}

@@ -92,9 +92,14 @@ def stored_constants(phases: Sequence[PhaseModel], rank: int) -> Stored:
                 continue
             known = stored.weights.get(name)
             if known is not None and known.key != expr.key:
-                renamed[name] = f"{phase}.{name}"
+                renamed[name] = _other_name(stored.weights, name, expr) or f"{phase}.{name}"
             stored.weights[renamed.get(name, name)] = expr
     return stored
+
+
+def _other_name(stored: Mapping[str, TensorExpr], name: str, expr: TensorExpr) -> str | None:
+    """Under which name an earlier phase stored the same data, for a name that means several things."""
+    return next((n for n, e in stored.items() if n.endswith(f".{name}") and e.key == expr.key), None)
 
 
 def _is_table(expr: TensorExpr) -> bool:

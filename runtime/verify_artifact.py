@@ -7,7 +7,6 @@ rests on no other, so one damaged file is reported by what it breaks and hides n
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from vacc_opt.ir.errors import UserError, VaccError
 from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import Source
 from vacc_opt.passes.infra.pipeline import parse_pipeline
-from vacc_opt.runtime.artifact import MANIFEST, REMARKS, TARGET, is_artifact
+from vacc_opt.runtime.artifact import FORMAT_VERSION, MANIFEST, REMARKS, TARGET, is_artifact
 from vacc_opt.runtime.integrity import damages
 from vacc_opt.runtime.manifest import Manifest
 from vacc_opt.runtime.models import format_bytes
@@ -32,7 +31,7 @@ from vacc_opt.runtime.progress import ByteProgress
 from vacc_opt.runtime.report import REPORT, ModelFacts
 from vacc_opt.runtime.stored import table_file, weight_file
 from vacc_opt.runtime.tokenizer import load_tokenizer
-from vacc_opt.runtime.workers import each
+from vacc_opt.runtime.workers import cores, each
 
 Model = TypeVar("Model", bound=BaseModel)
 _SHOWN = 8  # problems of one check that are said; the rest are counted
@@ -163,6 +162,8 @@ def _manifest(subject: Subject, problems: Problems) -> str:
     problems += [f"{MANIFEST}: does not list {name}" for name in sorted(needed - set(manifest.files))]
     if list(manifest.phases) != list(manifest.entry_points):
         problems.append(f"{MANIFEST}: phases are {list(manifest.phases)}, entry points {list(manifest.entry_points)}")
+    if manifest.format_version != FORMAT_VERSION:
+        problems.append(f"{MANIFEST}: format {manifest.format_version}, this vacc-opt reads {FORMAT_VERSION}")
     facts = ModelFacts.from_json(manifest.made)
     if [one.phase for one in facts.phases] != list(manifest.phases) or facts.ranks != manifest.ranks:
         problems.append(f"{MANIFEST}: what was made has other phases or ranks")
@@ -211,7 +212,7 @@ def _graphs(subject: Subject, problems: Problems) -> str:
         return _graph(subject, phase, rank, headers[rank])
 
     constants = 0
-    for index, (found, count) in enumerate(each(one, range(len(graphs)), os.cpu_count() or 1)):
+    for index, (found, count) in enumerate(each(one, range(len(graphs)), cores())):
         subject.listener.running("verify: graphs", index + 1, len(graphs))
         problems += found
         constants += count
@@ -261,7 +262,7 @@ def _schedules(subject: Subject, problems: Problems) -> str:
         return _schedule(subject, phases[index], facts[phases[index]].cycles)
 
     said = []
-    for found, sentence in each(one, range(len(phases)), os.cpu_count() or 1):
+    for found, sentence in each(one, range(len(phases)), cores()):
         problems += found
         said.append(sentence)
     return "\n".join(said)

@@ -149,6 +149,8 @@ def _dataflow(program: Program) -> Iterator[Violation]:
     for tensor in program.tensors:
         if tensor.role == "temp":
             written[tensor.name] = np.zeros(int(np.prod(tensor.shape)), np.bool_)
+    kept = {output.tensor for output in program.outputs}
+    last = {one.tensor: call.index for call in program.calls for one in call.arguments if one.tensor not in kept}
     for call in program.calls:
         params = program.kernel[call.kernel].param
         for one in (*call.arguments, *call.scalars):
@@ -162,6 +164,9 @@ def _dataflow(program: Program) -> Iterator[Violation]:
         for one in call.arguments:
             if one.tensor in written and params[one.name].mode != "in":
                 _window(written[one.tensor], one.offset, params[one.name])[...] = True
+        for one in call.arguments:  # a byte an element of every layer would be gigabytes
+            if last.get(one.tensor) == call.index:
+                written.pop(one.tensor, None)
     for output in program.outputs:
         if output.tensor in written:
             shape = Param(output.name, "f32", output.shape, output.strides, "in")

@@ -69,6 +69,10 @@ def test_the_report_is_valid_json(compiled: tuple[CompileReport, Any]) -> None:
     assert found["fused"]["attention"] == {"done": 2, "of": 2}
     assert found["target"]["name"] == "vacc-reference"
     assert found["phases"][0]["ratio"] >= 1
+    sizes = {p.name: p.stat().st_size for p in Path(compiled[0].path).iterdir() if p.name != "manifest.json"}
+    assert found["files"] == sizes
+    assert found["bytes"] == sum(sizes.values())
+    assert {"name", "sentence", "seconds"} == set(found["steps"][0])
 
 
 def test_equal_inputs_give_equal_bytes_in_another_process(

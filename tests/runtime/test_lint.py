@@ -142,6 +142,11 @@ def test_a_name_that_says_other_settings(found: Lint, name: str, message: str) -
     assert message in only(found(name=name), "name-of-settings", "warning").message
 
 
+def test_a_name_of_one_pair_among_several_lengths_is_right(found: Lint) -> None:
+    findings = found(name="tiny-llama-fp16-tp2-16-64", frontend__shape__input_ids=[[16, 32], [32, 64]])
+    assert [one for one in findings if one.rule == "name-of-settings"] == []
+
+
 def test_a_file_that_was_copied_from_another_model(found: Lint, tmp_path: Path) -> None:
     root = write_model(tmp_path / "Qwen2-7B-Instruct")
     findings = found(file="hf_qwen1.5_int8.yaml", name="Qwen2-7B-Instruct", frontend__checkpoint=str(root))

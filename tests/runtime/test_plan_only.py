@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from vacc_opt.cli.main import main
-from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.report import CompileReport
 from vacc_opt.tests.runtime.conftest import YAML, Silent
@@ -64,14 +63,8 @@ def test_the_plan_has_the_numbers_of_the_compilation(
     assert planned.facts == made.facts
     assert planned.path is None
     assert not (tmp_path / "out").exists()
-    for rank in range(2):
-        name = f"rank{rank}.safetensors"
-        assert made.path is not None
-        stored = read_safetensors_header(Path(made.path) / name)
-        assert planned.files[name] == sum(tensor.nbytes for tensor in stored.values())
-    assert {name: made.files[name] for name in planned.files if name.endswith(".schedule")} == {
-        name: size for name, size in planned.files.items() if name.endswith(".schedule")
-    }
+    assert planned.files == {name: made.files[name] for name in planned.files}
+    assert {name.partition(".")[2] for name in planned.files} == {"safetensors", "schedule"}
 
 
 def test_a_plan_reads_no_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
