@@ -67,20 +67,18 @@ def stored_tensors(graph: Graph, rank: int = 0) -> dict[str, TensorExpr]:
     return {v.name: v.const.rank(rank) for v in graph.constants() if v.const is not None and is_stored(v)}
 
 
-def save_onnx(
-    graph: Graph, path: Path, *, rank: int = 0, offsets: Mapping[str, int] | None = None, weights: str = ""
-) -> None:
-    """Write ``path`` and its ``.safetensors`` beside it, unless ``offsets`` into a file ``weights`` are given.
+def save_onnx(graph: Graph, path: Path, *, rank: int = 0, places: Mapping[str, tuple[str, int]] | None = None) -> None:
+    """Write ``path`` and its ``.safetensors`` beside it, unless ``places`` of the weights (file, offset) are given.
 
     Both appear under their final names only when complete.
     """
-    location = weights or path.with_suffix(".safetensors").name
+    location = path.with_suffix(".safetensors").name
     tensors = stored_tensors(graph, rank)
     weights_part, model_part = path.with_name(location + ".tmp"), path.with_name(path.name + ".tmp")
     try:
-        written = write_safetensors(weights_part, tensors) if offsets is None and tensors else None
-        places = dict(offsets or written or {})
-        model = to_onnx(graph, lambda v: (location, places[v.name], tensors[v.name].nbytes), rank=rank)
+        written = write_safetensors(weights_part, tensors) if places is None and tensors else None
+        found = places or {name: (location, offset) for name, offset in (written or {}).items()}
+        model = to_onnx(graph, lambda v: (*found[v.name], tensors[v.name].nbytes), rank=rank)
         model_part.write_bytes(model.SerializeToString(deterministic=True))
         if written is not None:
             weights_part.replace(path.with_name(location))

@@ -21,30 +21,22 @@ import numpy.typing as npt
 from vacc_opt._version import __version__
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.storage import read_safetensors_header, save_onnx, stored_tensors
-from vacc_opt.ir.tensor import PerRank, Source, TensorExpr
-from vacc_opt.ir.weight_files import WeightFile, write_weight_files
+from vacc_opt.ir.storage import read_safetensors_header, save_onnx
+from vacc_opt.ir.tensor import PerRank, Source
+from vacc_opt.ir.weight_files import write_weight_files
 from vacc_opt.runtime import tokenizer as tokenizers
 from vacc_opt.runtime.entry_points import EntryPoint
 from vacc_opt.runtime.files import replaced_directory
 from vacc_opt.runtime.integrity import check_file, check_weights, file_entry
+from vacc_opt.runtime.kept_weights import KeptWeights
 from vacc_opt.runtime.report import ModelFacts
+from vacc_opt.runtime.stored import PhaseModel, stored_constants, table_file, weight_file
 from vacc_opt.runtime.workers import cores
 
 Array = npt.NDArray[Any]
 FORMAT, FORMAT_VERSION = "vacc-artifact", 1
 _OF_RANK = re.compile(r"\brank(\d+)\.(?:safetensors|onnx)$")
 MANIFEST, REMARKS, TARGET = "manifest.json", "remarks.yaml", "target.yaml"
-
-
-@dataclass(frozen=True)
-class PhaseModel:
-    """What is stored of a phase: its static graph, its schedule as text, and the constants that the schedule reads."""
-
-    name: str
-    graph: Graph
-    schedule: str
-    schedule_weights: tuple[str, ...]
 
 
 def write_artifact(
@@ -56,6 +48,7 @@ def write_artifact(
     tokenizer: tokenizers.Tokenizer | None,
     files: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    kept: KeptWeights | None = None,
 ) -> Artifact:
     """Write the directory ``path`` in one step; an artifact that stands there is replaced only when all is complete.
 
@@ -67,13 +60,14 @@ def write_artifact(
         tokenizer: its files are stored too.
         files: further files, copied.
         progress: hears (bytes written, bytes in all) of the weights.
+        kept: where weight files of equal content may lie, which are then linked.
 
     Raises:
         UserError: a directory that is not an artifact is in the way.
     """
     ranks = phases[0].graph.ranks
     with replaced_directory(path, is_artifact) as directory:
-        aliases = write_phases(directory, phases, ranks, progress)
+        aliases = write_phases(directory, phases, ranks, progress, kept)
         for phase in phases:
             (directory / f"{phase.name}.schedule").write_text(phase.schedule, encoding="utf-8")
         for name, text in texts.items():
@@ -94,6 +88,8 @@ def write_artifact(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    if kept is not None:
+        kept.remember(path)
     return open_artifact(path)
 
 
@@ -102,49 +98,23 @@ def write_phases(
     phases: Sequence[PhaseModel],
     ranks: int,
     progress: Callable[[int, int], None] | None = None,
+    kept: KeptWeights | None = None,
 ) -> dict[str, dict[str, str]]:
     """Weights of all phases once a rank, and the ONNX files over them; gives the stored name where it differs.
 
     All ranks are written in one pass over the checkpoint, by a thread for each core.
     """
-    files: list[WeightFile] = []
-    aliases: dict[str, dict[str, str]] = {}
-    for rank in range(ranks):
-        stored: dict[str, TensorExpr] = {}
-        aliases = {phase.name: merge_weights(stored, phase, rank) for phase in phases}  # the same for every rank
-        files.append(WeightFile(directory / f"rank{rank}.safetensors", stored))
-    written = write_weight_files(files, workers=cores(), progress=progress)
-    for rank, (file, offsets) in enumerate(zip(files, written, strict=True)):
+    stored = [stored_constants(phases, rank) for rank in range(ranks)]
+    files = [one.files(directory) for one in stored]
+    weights, tables = [first for first, *_ in files], [file for _, *rest in files for file in rest]
+    left = weights if kept is None else kept.take(weights)
+    write_weight_files([*left, *tables], workers=cores(), progress=progress)
+    for one in stored:
+        offsets = {file.path.name: file.offsets() for file in one.files(directory)}
         for phase in phases:
-            renamed = aliases[phase.name]
-            places = {n: offsets[renamed.get(n, n)] for n in stored_tensors(phase.graph, rank)}
-            path = directory / f"{phase.name}.rank{rank}.onnx"
-            save_onnx(phase.graph, path, rank=rank, offsets=places, weights=file.path.name)
-    return aliases
-
-
-def merge_weights(stored: dict[str, TensorExpr], phase: PhaseModel, rank: int) -> dict[str, str]:
-    """Add the constants of a phase to what a rank's file stores; gives the stored names that differ.
-
-    A constant whose name another phase uses for other data is stored as ``PHASE.name``.
-    """
-    needed = dict(stored_tensors(phase.graph, rank))
-    for name in phase.schedule_weights:
-        const = phase.graph.values[name].const
-        assert const is not None
-        needed[name] = const.rank(rank)
-    renamed: dict[str, str] = {}
-    for name, expr in sorted(needed.items()):
-        known = stored.get(name)
-        if known is not None and known.key != expr.key:
-            renamed[name] = _other_name(stored, name, expr) or f"{phase.name}.{name}"
-        stored[renamed.get(name, name)] = expr
-    return renamed
-
-
-def _other_name(stored: Mapping[str, TensorExpr], name: str, expr: TensorExpr) -> str | None:
-    """Under which name an earlier phase stored the same data, for a name that means several things."""
-    return next((n for n, e in stored.items() if n.endswith(f".{name}") and e.key == expr.key), None)
+            path = directory / f"{phase.name}.rank{one.rank}.onnx"
+            save_onnx(phase.graph, path, rank=one.rank, places=one.places(phase, offsets))
+    return stored[0].aliases  # the same for every rank
 
 
 def _interface(graph: Graph) -> dict[str, dict[str, str]]:
@@ -235,25 +205,23 @@ class Artifact:
         return ModelFacts.from_json(self.manifest["made"])
 
     @cached_property
-    def _mapped(self) -> dict[int, dict[str, Array]]:
+    def _mapped(self) -> dict[str, dict[str, Array]]:
         return {}
 
-    def _stored(self, rank: int) -> dict[str, Array]:
-        """Every stored tensor of a rank, checked and mapped; one that is not aligned is copied."""
-        if rank not in self._mapped:
-            file = self.path / f"rank{rank}.safetensors"
-            check_weights(self.path, file.name, self.manifest["files"][file.name])
-            sources = read_safetensors_header(file)
-            data = np.memmap(file, np.uint8, "r")
-            self._mapped[rank] = {name: _view(data, source) for name, source in sources.items()}
-        return self._mapped[rank]
+    def _stored(self, name: str) -> dict[str, Array]:
+        """Every tensor of a file, checked and mapped; one that is not aligned is copied."""
+        if name not in self._mapped:
+            check_weights(self.path, name, self.manifest["files"][name])
+            sources = read_safetensors_header(self.path / name)
+            data = np.memmap(self.path / name, np.uint8, "r")
+            self._mapped[name] = {tensor: _view(data, source) for tensor, source in sources.items()}
+        return self._mapped[name]
 
     def weights(self, phase: str, rank: int) -> dict[str, Array]:
         """The constants of a phase by the names that its graph and schedule use."""
-        stored = dict(self._stored(rank))
-        for name, other in self.manifest["phases"][phase]["weight_names"].items():
-            stored[name] = self._stored(rank)[other]
-        return stored
+        weights, tables = self._stored(weight_file(rank)), table_file(phase, rank)
+        renamed = {name: weights[other] for name, other in self.manifest["phases"][phase]["weight_names"].items()}
+        return {**weights, **renamed, **(self._stored(tables) if tables in self.files else {})}
 
     def schedule(self, phase: str) -> str:
         """The schedule of a phase as text; raises UserError for a phase that the artifact has not."""

@@ -1,7 +1,7 @@
 """Calibration as a configuration asks for it: KV scales and GPTQ codes, in a cache keyed by what they depend on.
 
 ``WORKSPACE/.calibration/KEY/`` holds one result. GPTQ keeps its finished layers there while it runs, so that a run that
-was ended continues; a result that is there is used and not made again.
+was ended continues; a result that is there is used and not made again, unless it is damaged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from vacc_opt.calibration.kv_scales import calibrate_kv
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.tensor import Literal
+from vacc_opt.ir.weight_check import header_digest
 from vacc_opt.ir.weights import formula, stored_parts
-from vacc_opt.runtime.files import sha256
+from vacc_opt.runtime.cache import Cache, kept_sha256
+from vacc_opt.runtime.integrity import HEADER, damages
 from vacc_opt.runtime.plan import CODES_FILE, RANGES_FILE, SCALES_FILE, Plan
 from vacc_opt.runtime.subjects import Ids
 from vacc_opt.runtime.tokenizer import Tokenizer
@@ -47,10 +49,8 @@ class Calibrated:
     layers: tuple[LayerResult, ...] = field(default=())
 
 
-def calibrate(
-    plan: Plan, graph: Graph, tokenizer: Tokenizer | None, scratch: Path, say: Say, *, keep: bool
-) -> Calibrated:
-    """Make, or find in the cache, what the plan needs; ``keep`` puts KV scales into the cache too.
+def calibrate(plan: Plan, graph: Graph, tokenizer: Tokenizer | None, scratch: Path, say: Say) -> Calibrated:
+    """Make, or find in the cache, what the plan needs.
 
     Args:
         plan: of the configuration.
@@ -58,7 +58,6 @@ def calibrate(
         tokenizer: the model's.
         scratch: directory for files that are not kept.
         say: hears what runs, how much is done, of how much.
-        keep: whether KV scales go into the cache; codes, which take long, always do.
 
     Raises:
         UserError: the text cannot be used, there is no tokenizer, or a file of scales is of another form.
@@ -69,19 +68,23 @@ def calibrate(
     codes: Path | None = None
     layers: list[LayerResult] = []
     ids = _sequences(plan, tokenizer) if plan.calibrates else []
-    base = _fingerprint(graph, ids) if plan.calibrates else ""
+    base = _fingerprint(plan, graph, ids) if plan.calibrates else ""
     if plan.cache_int8 and plan.kv_scales is not None:
         scales = scratch / SCALES_FILE
         read_scales(plan.kv_scales).save(scales)
     elif plan.cache_int8:
-        scales = _scales(plan, graph, ids, cache if keep else None, scratch, base, say)
+        scales, known = _scales(plan, graph, ids, cache, base, say)
         tokens = sum(one.shape[1] for one in ids)
-        said.append(f"KV ranges of {_layer_count(scales)} layers over {len(ids)} texts, {tokens} tokens")
+        said.append(
+            f"{_cached(known)}KV ranges of {_layer_count(scales)} layers over {len(ids)} texts, {tokens} tokens"
+        )
     if plan.gptq:
-        codes, layers = _codes(plan, graph, ids, cache, base, say)
+        codes, layers, known = _codes(plan, graph, ids, cache, base, say)
         ratio = np.median([one.loss / one.rounding_loss for one in layers if one.rounding_loss > 0] or [1.0])
         floats = sum(one.kept for one in layers)
-        said.append(f"GPTQ of {len(layers)} linears, {ratio:.2f} of the loss of rounding, {floats} stay float")
+        said.append(
+            f"{_cached(known)}GPTQ of {len(layers)} linears, {ratio:.2f} of the loss of rounding, {floats} stay float"
+        )
     ranges = _ranges(graph, ids, scratch, say) if plan.guarded else None
     return Calibrated(scales, codes, ranges, tuple(said), tuple(layers))
 
@@ -102,16 +105,13 @@ def _sequences(plan: Plan, tokenizer: Tokenizer | None) -> list[Ids]:
     )
 
 
-def _scales(
-    plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path | None, scratch: Path, base: str, say: Say
-) -> Path:
+def _scales(plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path, base: str, say: Say) -> tuple[Path, bool]:
     assert plan.config.frontend.quantize is not None
     args = plan.config.frontend.quantize.kv_args
     key = _key("kv", base, args.symmetric, args.envelope)
-    known = Path(plan.config.workspace.path) / CACHE / key / SCALES_FILE
-    if known.is_file():
-        return known
-    target = (cache / key if cache is not None else scratch) / SCALES_FILE
+    target = cache / key / SCALES_FILE
+    if _is_whole(target):
+        return target, True
     target.parent.mkdir(parents=True, exist_ok=True)
     found = calibrate_kv(
         graph,
@@ -123,7 +123,21 @@ def _scales(
     part = target.with_name(target.name + ".tmp")
     found.save(part)
     os.replace(part, target)
-    return target
+    return target, False
+
+
+def _is_whole(file: Path) -> bool:
+    """A result is there, and its tensors are those that were written."""
+    if not file.is_file():
+        return False
+    try:
+        return not damages(file.parent, {file.name: {"bytes": file.stat().st_size, HEADER: header_digest(file)}})
+    except UserError:
+        return False
+
+
+def _cached(known: bool) -> str:
+    return "cached, " if known else ""
 
 
 def _ranges(graph: Graph, ids: Sequence[Ids], scratch: Path, say: Say) -> Path:
@@ -138,12 +152,13 @@ def _ranges(graph: Graph, ids: Sequence[Ids], scratch: Path, say: Say) -> Path:
 
 def _codes(
     plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path, base: str, say: Say
-) -> tuple[Path, list[LayerResult]]:
+) -> tuple[Path, list[LayerResult], bool]:
     options = _options(plan)
     key = _key("gptq", base, asdict(options.solver) | {"device": ""}, options.true_sequential, options.keep_share)
     directory = cache / key
     codes, layers = directory / CODES_FILE, directory / LAYERS_FILE
-    if not layers.is_file():  # written last
+    known = layers.is_file() and _is_whole(codes)  # the layers are written last
+    if not known:
         found = quantize_model(
             graph,
             [fresh_feeds(graph, one) for one in ids],
@@ -158,7 +173,7 @@ def _codes(
         os.replace(part, layers)
         shutil.rmtree(directory / "work", ignore_errors=True)
     entries: list[dict[str, Any]] = json.loads(layers.read_text(encoding="utf-8"))
-    return codes, [LayerResult(**{**one, "shape": tuple(one["shape"])}) for one in entries]
+    return codes, [LayerResult(**{**one, "shape": tuple(one["shape"])}) for one in entries], known
 
 
 def layers_text(layers: Sequence[LayerResult]) -> str:
@@ -176,19 +191,19 @@ def _options(plan: Plan) -> Options:
     return Options(solver=solver, true_sequential=args.true_sequential, threads=os.cpu_count() or 1)
 
 
-def _fingerprint(graph: Graph, ids: Sequence[Ids]) -> str:
+def _fingerprint(plan: Plan, graph: Graph, ids: Sequence[Ids]) -> str:
     """Digest of the weight files, the graph over them, and the text; no place of this machine is in it."""
     digest = hashlib.sha256()
-    for line in _content(graph):
+    for line in _content(graph, Cache.of(plan.config.workspace.path)):
         digest.update(line.encode() + b"\n")
     for one in ids:
         digest.update(np.ascontiguousarray(one, "<i8").tobytes() + b"\n")
     return digest.hexdigest()
 
 
-def _content(graph: Graph) -> Iterator[str]:
+def _content(graph: Graph, cache: Cache) -> Iterator[str]:
     files = {leaf.file for v in graph.constants() if v.const is not None for leaf in stored_parts(v.const)}
-    yield from sorted(sha256(Path(file)) for file in files)
+    yield from sorted(kept_sha256(cache, Path(file)) for file in files)
     for value in sorted(graph.constants(), key=lambda v: v.name):
         assert value.const is not None
         made = value.const.key if isinstance(value.const, Literal) else formula(value.const)

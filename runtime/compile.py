@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vacc_opt.backends.vacc import Program, Target, load_target, lower, simulate_time, target_file, verify
+from vacc_opt.backends.vacc import Program, Target, load_target, simulate_time, target_file
+from vacc_opt.frontends.checkpoint import resolve_path
 from vacc_opt.frontends.config_notes import notes
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
@@ -23,9 +24,11 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
-from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, PhaseModel, is_artifact, write_artifact
+from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, is_artifact, write_artifact
+from vacc_opt.runtime.cache import Cache, kept_graph, kept_program
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
 from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
+from vacc_opt.runtime.kept_weights import KeptWeights
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
@@ -33,7 +36,10 @@ from vacc_opt.runtime.plan import Plan, plan_compilation
 from vacc_opt.runtime.planned import made_up_scales, planned_files
 from vacc_opt.runtime.progress import ByteProgress
 from vacc_opt.runtime.report import REPORT, CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
+from vacc_opt.runtime.stamps import checkpoint_stamp
+from vacc_opt.runtime.stored import PhaseModel
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
+from vacc_opt.runtime.unchanged import Unchanged, artifact_key, remember_artifact, unchanged_artifact
 from vacc_opt.runtime.workers import each
 
 # passes whose counts people look for, by the word that the summary uses
@@ -60,6 +66,7 @@ class _Run:
 
     plan: Plan
     listener: Listener
+    cache: Cache
     steps: list[Step] = field(default_factory=list)
     remarks: list[Entry] = field(default_factory=list)
     fused: dict[str, Fused] = field(default_factory=dict)
@@ -112,9 +119,13 @@ def compile_model(
         if not plan_only:
             check_place(plan.output, is_artifact)
         target = load_target(plan.config.backend.target)
-        run = _Run(plan, listener)
+        run = _Run(plan, listener, Cache.of(plan.config.workspace.path, keeps=not plan_only))
         listener.line(plan.config.name)
         _note_keys(run)
+        key = "" if plan_only else artifact_key(plan)
+        unchanged = None if plan_only else unchanged_artifact(plan, run.cache, key)
+        if unchanged is not None:
+            return _unchanged(run, unchanged, peak, started)
         graph, tokenizer = _export(run)
         with run.step("recognize", "fuse") as said:
             run.passes(graph, plan.recognize)
@@ -134,6 +145,8 @@ def compile_model(
                 files = planned_files([_phase_model(one) for one in lowered])
             else:
                 files = _write(run, lowered, facts, tokenizer, calibrated).files
+        if not plan_only:
+            remember_artifact(plan, run.cache, key, [step.name for step in run.steps if step.name != "config"])
     seconds = time.perf_counter() - started
     return CompileReport(
         name=plan.config.name,
@@ -143,6 +156,23 @@ def compile_model(
         steps=tuple(run.steps),
         peak_memory_bytes=peak.bytes,
         seconds=seconds,
+    )
+
+
+def _unchanged(run: _Run, found: Unchanged, peak: PeakMemory, started: float) -> CompileReport:
+    """Say of each step that nothing was to be done."""
+    for name in found.steps:
+        with run.step(name, "cached") as said:
+            said.append("cached")
+    made = found.artifact
+    return CompileReport(
+        name=made.name,
+        path=str(run.plan.output),
+        facts=made.facts,
+        files=made.files,
+        steps=tuple(run.steps),
+        peak_memory_bytes=peak.bytes,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -158,19 +188,37 @@ def _note_keys(run: _Run) -> None:
 def _export(run: _Run) -> tuple[Graph, Tokenizer | None]:
     frontend = run.plan.config.frontend
     with run.step("export", frontend.checkpoint) as said:
-        graph = load_model(
+        graph, kept = _load(run)
+        layers = run.plan.model.get("num_hidden_layers")
+        kind = [frontend.attention] if frontend.type == "huggingface" else []
+        cached = ["cached"] if kept else []
+        said.append(", ".join([*cached, describe(graph), *([f"{layers} layers"] if layers else []), *kind]))
+        tokenizer = find_tokenizer(frontend.checkpoint)
+        if tokenizer is None:
+            said.append("no tokenizer beside the checkpoint: the artifact cannot `generate` from text")
+    return graph, tokenizer
+
+
+def _load(run: _Run) -> tuple[Graph, bool]:
+    """The graph of the checkpoint, and whether it was kept from an earlier export.
+
+    Code that comes with a checkpoint may depend on anything, and an .onnx file is read as fast as what would be kept.
+    """
+    frontend = run.plan.config.frontend
+
+    def load() -> Graph:
+        return load_model(
             frontend.checkpoint,
             attention=frontend.attention,
             trust_remote_code=frontend.trust_remote_code,
             progress=lambda stage: run.listener.running(f"export: {stage}"),
         )
-        layers = run.plan.model.get("num_hidden_layers")
-        kind = [frontend.attention] if frontend.type == "huggingface" else []
-        said.append(", ".join([describe(graph), *([f"{layers} layers"] if layers else []), *kind]))
-        tokenizer = find_tokenizer(frontend.checkpoint)
-        if tokenizer is None:
-            said.append("no tokenizer beside the checkpoint: the artifact cannot `generate` from text")
-    return graph, tokenizer
+
+    if frontend.trust_remote_code or frontend.type == "onnx":
+        return load(), False
+    path = resolve_path(frontend.checkpoint)
+    inputs = {"path": str(path), "stamp": checkpoint_stamp(path), "attention": frontend.attention}
+    return kept_graph(run.cache, inputs, load)
 
 
 def find_tokenizer(checkpoint: str) -> Tokenizer | None:
@@ -189,10 +237,10 @@ def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Pa
     """KV scales and codes of GPTQ, made here unless the configuration names them or the cache has them."""
     plan = run.plan
     if not plan.calibrates:
-        return calibrate(plan, graph, tokenizer, scratch, run.listener.running, keep=False)
+        return calibrate(plan, graph, tokenizer, scratch, run.listener.running)
     assert plan.config.dataset is not None  # plan_compilation refuses it
     with run.step("calibrate", plan.config.dataset.path) as said:
-        found = calibrate(plan, graph, tokenizer, scratch, run.listener.running, keep=False)
+        found = calibrate(plan, graph, tokenizer, scratch, run.listener.running)
         said += found.sentences
     return found
 
@@ -206,7 +254,7 @@ def calibrate_model(file: Path, overrides: Sequence[str], listener: Listener) ->
     plan = plan_compilation(file, overrides)
     if not plan.calibrates:
         raise UserError(f"{file}: nothing is calibrated", "w8a16_gptq and kv8 without `kv_scales` learn from text")
-    run = _Run(plan, listener)
+    run = _Run(plan, listener, Cache.of(plan.config.workspace.path))
     listener.line(plan.config.name)
     graph, tokenizer = _export(run)
     with run.step("recognize", "fuse") as said:
@@ -214,7 +262,7 @@ def calibrate_model(file: Path, overrides: Sequence[str], listener: Listener) ->
         said.append("   ".join(f"{name} {count}" for name, count in run.fused.items()))
     assert plan.config.dataset is not None
     with run.step("calibrate", plan.config.dataset.path) as said, tempfile.TemporaryDirectory() as scratch:
-        found = calibrate(plan, graph, tokenizer, Path(scratch), listener.running, keep=True)
+        found = calibrate(plan, graph, tokenizer, Path(scratch), listener.running)
         said += found.sentences
     return found
 
@@ -249,16 +297,16 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
         phases = list(graph.phases.items())
         run.listener.running(f"schedule: {', '.join(graph.phases)}")
 
-        def one(index: int) -> tuple[Program, Any]:
+        def one(index: int) -> tuple[Program, bool, Any]:
             phase, bound = phases[index]
-            program = lower(bound, target, phase=phase)
-            verify(program, target)
-            return program, simulate_time(program, target)
+            program, kept = kept_program(run.cache, bound, target, phase)
+            return program, kept, simulate_time(program, target)
 
         made = each(one, range(len(phases)), run.plan.config.workspace.workers)
-        for (phase, bound), (program, timing) in zip(phases, made, strict=True):
+        for (phase, bound), (program, kept, timing) in zip(phases, made, strict=True):
             lowered.append(_Lowered(bound, program, timing))
-            said.append(f"{phase:<{max(map(len, graph.phases))}}  {_phase_facts(run, lowered[-1])}")
+            facts = f"{'cached, ' if kept else ''}{_phase_facts(run, lowered[-1])}"
+            said.append(f"{phase:<{max(map(len, graph.phases))}}  {facts}")
     return lowered
 
 
@@ -272,7 +320,7 @@ def _write(
     from vacc_opt.backends.vacc.memory import memory_plan
     from vacc_opt.backends.vacc.report.html import LinearLoss, PhaseReport, render_report
 
-    plan = run.plan
+    plan, kept = run.plan, KeptWeights(run.cache)
     with run.step("write", str(plan.output)) as said:
         phases = [PhaseReport(one.timing, memory_plan(one.program)) for one in lowered]
         linears = [LinearLoss(**asdict(one)) for one in calibrated.layers]
@@ -295,8 +343,10 @@ def _write(
             files=[calibrated.scales] if calibrated.scales is not None else [],
             tokenizer=tokenizer,
             progress=ByteProgress(run.listener.running, "write"),
+            kept=kept,
         )
-        said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}")
+        cached = f", {len(kept.linked)} of them cached" if kept.linked else ""
+        said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}{cached}")
     return artifact
 
 

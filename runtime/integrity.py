@@ -20,8 +20,8 @@ from vacc_opt.ir.weight_check import extents, header_bytes, header_digest
 from vacc_opt.runtime.files import sha256
 from vacc_opt.runtime.workers import cores
 
-_WEIGHTS = re.compile(r"rank\d+\.safetensors")
-_HEADER = "header_sha256"
+_WEIGHTS = re.compile(r"(?:.*\.)?rank\d+\.safetensors")
+HEADER = "header_sha256"
 _BLOCK = 4 << 20
 _DAMAGED = "is damaged: it has not the digest of what was written"
 _AGAIN = "compile it again"
@@ -41,7 +41,7 @@ class _Piece:
 def file_entry(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: its size, and the digest of its bytes or, for weights, of the header."""
     weights = _WEIGHTS.fullmatch(path.name)
-    digest = {_HEADER: header_digest(path)} if weights else {"sha256": sha256(path)}
+    digest = {HEADER: header_digest(path)} if weights else {"sha256": sha256(path)}
     return {"bytes": path.stat().st_size, **digest}
 
 
@@ -55,10 +55,10 @@ def check_file(directory: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 
 def _is_as_written(path: Path, entry: Mapping[str, Any]) -> bool:
-    if _HEADER not in entry:
+    if HEADER not in entry:
         return bool(sha256(path) == entry["sha256"])
     try:
-        return bool(header_digest(path) == entry[_HEADER])
+        return bool(header_digest(path) == entry[HEADER])
     except UserError:
         return False
 
@@ -112,12 +112,12 @@ def _pieces(directory: Path, name: str, entry: Mapping[str, Any]) -> Iterator[_P
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise UserError(f"has {size} bytes, {entry['bytes']} were written")
-    if _HEADER not in entry:
+    if HEADER not in entry:
         yield _Piece(name, "", 0, size, entry["sha256"])
     elif not _is_as_written(path, entry):
         raise UserError(f"{_DAMAGED} (its header)")
     else:
-        yield _Piece(name, "its header", 0, header_bytes(path), entry[_HEADER])
+        yield _Piece(name, "its header", 0, header_bytes(path), entry[HEADER])
         yield from (_Piece(name, one.name, one.start, one.stop, one.sha256) for one in extents(path))
 
 

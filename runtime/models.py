@@ -20,7 +20,7 @@ from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph, verify
 
 TEXT_SUFFIX = ".vacc"
-_OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)[\w-]*\.rank\d+\.onnx")
+_OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)[\w-]*\.rank\d+\.(onnx|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _write_text(graph: Graph, path: Path) -> None:
 
 def _write_ranks(graph: Graph, directory: Path) -> None:
     if graph.phases:
-        from vacc_opt.runtime.artifact import PhaseModel, write_phases
+        from vacc_opt.runtime.artifact import write_phases
+        from vacc_opt.runtime.stored import PhaseModel
 
         phases = [PhaseModel(name, phase, "", ()) for name, phase in graph.phases.items()]
         write_phases(directory, phases, phases[0].graph.ranks)

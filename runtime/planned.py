@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vacc_opt.ir.graph import Graph
-from vacc_opt.ir.tensor import TensorExpr
-from vacc_opt.ir.weight_files import WeightFile
-from vacc_opt.runtime.artifact import PhaseModel, merge_weights
 from vacc_opt.runtime.plan import SCALES_FILE
+from vacc_opt.runtime.stored import PhaseModel, stored_constants
 
 
 def made_up_scales(graph: Graph, folder: Path) -> Path:
@@ -33,9 +31,6 @@ def planned_files(phases: Sequence[PhaseModel]) -> dict[str, int]:
     """Bytes by file name of what makes up nearly all of an artifact: the weights of each rank, and the schedules."""
     found: dict[str, int] = {}
     for rank in range(phases[0].graph.ranks):
-        stored: dict[str, TensorExpr] = {}
-        for phase in phases:
-            merge_weights(stored, phase, rank)
-        file = WeightFile(Path(f"rank{rank}.safetensors"), stored)
-        found[file.path.name] = len(file.header({})) + file.nbytes
+        files = stored_constants(phases, rank).files(Path())
+        found |= {file.path.name: len(file.header({})) + file.nbytes for file in files}
     return found | {f"{phase.name}.schedule": len(phase.schedule.encode()) for phase in phases}

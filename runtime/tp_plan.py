@@ -22,11 +22,11 @@ from vacc_opt.ir.tensor import TensorExpr
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.model.attention import attentions
 from vacc_opt.passes.shard.block import attention_block
-from vacc_opt.runtime.artifact import PhaseModel, merge_weights
 from vacc_opt.runtime.measure import cache_bytes, padded_elements
 from vacc_opt.runtime.models import load_model
 from vacc_opt.runtime.plan import Plan, plan_compilation
 from vacc_opt.runtime.planned import made_up_scales
+from vacc_opt.runtime.stored import PhaseModel, stored_constants
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def tp_plan(
         quantize = plan.quantize(str(made_up_scales(graph, Path(scratch))))
         if quantize:
             run_pipeline(graph, quantize)
-    whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
+    whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0))
     for tp in ranks:
         progress(f"tp {tp}")
         try:
@@ -143,7 +143,7 @@ def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Gra
 def _row(graph: Graph, phases: dict[str, Graph], whole: int, before: Graph) -> Row:
     tp = graph.ranks
     first = next(iter(phases.values()))
-    stored = [expr for rank in range(tp) for expr in _stored(phases, rank).values()]
+    stored = [expr for rank in range(tp) for expr in _stored(phases, rank)]
     weights, cache = sum(expr.nbytes for expr in stored), cache_bytes(first).stored
     heads = _heads(graph, before)
     padded = sum(padded_elements(expr) * expr.dtype.bits // 8 for expr in stored)
@@ -163,12 +163,9 @@ def _row(graph: Graph, phases: dict[str, Graph], whole: int, before: Graph) -> R
     )
 
 
-def _stored(phases: dict[str, Graph], rank: int) -> dict[str, TensorExpr]:
-    """What the file of a rank will hold, but for small constants that a schedule may take from there."""
-    stored: dict[str, TensorExpr] = {}
-    for name, phase in phases.items():
-        merge_weights(stored, PhaseModel(name, phase, "", ()), rank)
-    return stored
+def _stored(phases: dict[str, Graph], rank: int) -> list[TensorExpr]:
+    """What the files of a rank will hold, but for small constants that a schedule may take from there."""
+    return stored_constants([PhaseModel(name, phase, "", ()) for name, phase in phases.items()], rank).expressions
 
 
 def _heads(graph: Graph, before: Graph) -> tuple[Heads, ...]:

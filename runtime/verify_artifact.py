@@ -29,6 +29,7 @@ from vacc_opt.runtime.manifest import Manifest
 from vacc_opt.runtime.models import format_bytes
 from vacc_opt.runtime.progress import ByteProgress
 from vacc_opt.runtime.report import REPORT, ModelFacts
+from vacc_opt.runtime.stored import table_file, weight_file
 from vacc_opt.runtime.tokenizer import load_tokenizer
 from vacc_opt.runtime.workers import cores, each
 
@@ -94,8 +95,13 @@ class Subject:
         return [(phase, rank) for phase in self.manifest["phases"] for rank in range(self.manifest["ranks"])]
 
     def header(self, rank: int) -> dict[str, Source]:
-        """The stored tensors of a rank."""
-        return read_safetensors_header(self.path / f"rank{rank}.safetensors")
+        """The stored weights of a rank."""
+        return read_safetensors_header(self.path / weight_file(rank))
+
+    def tables(self, phase: str, rank: int) -> dict[str, Source]:
+        """What only one phase stores of a rank."""
+        path = self.path / table_file(phase, rank)
+        return read_safetensors_header(path) if path.name in self.manifest["files"] else {}
 
 
 Problems = list[str]
@@ -225,13 +231,15 @@ def _graph(subject: Subject, phase: str, rank: int, stored: Mapping[str, Source]
     for what, values in (("inputs", {v.name: v for v in graph.inputs}), ("outputs", graph.outputs)):
         if {name: str(value.type) for name, value in values.items()} != entry[what]:
             found.append(f"{file.name}: its {what} are not those of {MANIFEST}")
+    tables = subject.tables(phase, rank)
     sources = {v.name: v.const for v in graph.constants() if isinstance(v.const, Source)}
     for name, source in sources.items():
-        place = stored.get(entry["weight_names"].get(name, name))
-        if Path(source.file).name != f"rank{rank}.safetensors":
-            found.append(f"{file.name}: {name} lies in {source.file}, not in rank{rank}.safetensors")
+        home = table_file(phase, rank) if name in tables else weight_file(rank)
+        place = tables.get(name) or stored.get(entry["weight_names"].get(name, name))
+        if Path(source.file).name != home:
+            found.append(f"{file.name}: {name} lies in {source.file}, not in {home}")
         elif place is None:
-            found.append(f"{file.name}: {name} is not among the tensors of rank{rank}.safetensors")
+            found.append(f"{file.name}: {name} is not among the tensors of {home}")
         elif (place.offset, place.nbytes) != (source.offset, source.nbytes):
             found.append(f"{file.name}: {name} lies at byte {source.offset}, it is stored at {place.offset}")
     return found, len(sources)
@@ -291,9 +299,9 @@ def _unstored(subject: Subject, phase: str, program: Program) -> Sequence[str]:
     names = subject.manifest["phases"][phase]["weight_names"]
     found = []
     for rank in range(program.ranks):
-        stored = subject.header(rank)
+        stored, tables = subject.header(rank), subject.tables(phase, rank)
         for tensor in program.of_role("weight"):
-            place = stored.get(names.get(tensor.name, tensor.name))
+            place = tables.get(tensor.name) or stored.get(names.get(tensor.name, tensor.name))
             if place is None or place.nbytes != tensor.bytes:
                 found.append(f"reads {tensor.name}, of which rank{rank}.safetensors has not {tensor.bytes} bytes")
     return found

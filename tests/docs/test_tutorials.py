@@ -84,7 +84,7 @@ def test_the_page_about_ranks_does_what_it_shows(tmp_path: Path) -> None:
 @pytest.mark.full  # compiles SmolLM2 twice
 def test_the_page_on_compiling_does_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
-    assert run((DOCS / "compile.md").read_text(encoding="utf-8"), tmp_path) == 7
+    assert run((DOCS / "compile.md").read_text(encoding="utf-8"), tmp_path) == 10
 
 
 @pytest.mark.full
