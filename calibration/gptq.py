@@ -125,19 +125,21 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
     largest = torch.from_numpy(row_scales(weight)).to(h.device)
     given = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(h.device)
     w = _corrected(given, seen, solver) if solver.correction else given
-    upper = _inverse_factor(h, order, solver.damping)
+    upper, added = _inverse_factor(h, order, solver.damping)
     rows = _rows_at_once(w.shape[1], len(solver.shrink))
     codes = torch.empty(w.shape, dtype=torch.int8)
     scales = torch.empty(len(w))
     whole, lost, rounding = 0.0, 0.0, 0.0
     for low in range(0, len(w), rows):
         part = slice(low, low + rows)
-        found, scale = _best(w[part][:, order], largest[part], upper, solver.shrink)
+        ordered = w[part][:, order]
+        found, scale, damped = _best(ordered, largest[part], upper, solver.shrink)
         codes[part, order.cpu()] = found.cpu()
         scales[part] = scale.cpu()
-        exact = codes[part].to(h.device) * scale[:, None]
+        # GPTQ's own loss is that of the damped Hessian: what the damping adds is taken off
+        error = ordered.sub_(found * scale[:, None]).square_() @ added
+        lost += max(float((damped - error).sum(dtype=torch.float64)), 0.0)
         whole += _energy(given[part], h)
-        lost += _energy(exact - w[part], h)
         rounding += _energy(_rounded(given[part], largest[part]) - given[part], h)
     whole = max(whole, 1e-30)
     return Solution(codes.numpy(), scales.numpy(), lost / whole, rounding / whole)
@@ -179,8 +181,11 @@ def _rounded(w: Any, scale: Any) -> Any:
     return (w / scale[:, None]).round().clamp(-LIMIT, LIMIT) * scale[:, None]
 
 
-def _inverse_factor(h: Any, order: Any, damping: float) -> Any:
-    """The upper Cholesky factor of the inverse of the damped Hessian, columns in that order; one matrix is made."""
+def _inverse_factor(h: Any, order: Any, damping: float) -> tuple[Any, Any]:
+    """The upper Cholesky factor of the inverse of the damped Hessian, columns in that order, and what damping added.
+
+    One matrix is made.
+    """
     import torch
 
     mean = float(h.diagonal().mean())
@@ -189,10 +194,11 @@ def _inverse_factor(h: Any, order: Any, damping: float) -> Any:
         dead = work.diagonal() <= 0
         work.diagonal().add_(max(damping * mean * 10**attempt, 1e-12))
         work.diagonal()[dead] = max(mean, 1.0)
+        added = work.diagonal() - h.diagonal()[order]
         if _factorize(work):
             torch.cholesky_inverse(work, out=work)
             if _factorize(work, upper=True):
-                return work
+                return work, added
     raise CheckError("GPTQ: the Hessian of a layer cannot be inverted", "give more calibration text, or more damping")
 
 
@@ -216,15 +222,15 @@ def _factorize(matrix: Any, *, upper: bool = False) -> bool:
     return not int(failed)
 
 
-def _best(w: Any, largest: Any, upper: Any, shrink: Sequence[float]) -> tuple[Any, Any]:
-    """Codes [n, K] and scales [n] of rows: of every factor, the one with the least loss."""
+def _best(w: Any, largest: Any, upper: Any, shrink: Sequence[float]) -> tuple[Any, Any, Any]:
+    """Codes [n, K], scales [n] and losses [n] of rows: of every factor, the one with the least loss."""
     import torch
 
     scales = torch.cat([largest * factor for factor in shrink])
     codes, loss = _columns(w.T.repeat(1, len(shrink)), scales, upper)
     best = loss.view(len(shrink), -1).argmin(dim=0)
     chosen = best * len(largest) + torch.arange(len(largest), device=w.device)
-    return codes[:, chosen].T, scales[chosen]
+    return codes[:, chosen].T, scales[chosen], loss[chosen]
 
 
 def _columns(w: Any, scales: Any, upper: Any) -> tuple[Any, Any]:
