@@ -229,14 +229,14 @@ def greedy_logits(engine: Engine, ids: Sequence[int], count: int) -> tuple[Array
 def test_native_code_answers_with_the_tokens_of_the_other_engines_and_many_times_as_fast(
     compiled: Callable[..., Any],
 ) -> None:
-    """The schedule engine takes a second of CPU time a token, so ten times as fast is ten tokens a second on any core."""
+    """The schedule engine takes 0.3 s of CPU time a token, so four times as fast is over ten tokens a second."""
     artifact = compiled(DEMO).artifact
     engines = [tile_engine("native", artifact), *(make_engine(name, artifact) for name in ("schedule", "onnxruntime"))]
     native, schedule, graphs = (generate(artifact, one, PROMPTS[0], max_new_tokens=24) for one in engines)
     assert native.token_ids == schedule.token_ids == graphs.token_ids
     assert native.tiles_executed == schedule.tiles_executed > 100_000
     fast, slow = (seconds_a_token(one) for one in engines[:2])
-    assert fast * 10 <= slow  # measured 0.04 and 0.9
+    assert fast * 4 <= slow  # measured 0.039 and 0.30
 
 
 def seconds_a_token(engine: Engine) -> float:
