@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,25 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for other in others:
         for rank in range(RANKS):
             assert all(np.array_equal(other[rank][tensor], array) for tensor, array in first[rank].items())
+
+
+@pytest.mark.full
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction set is one of x86-64")
+def test_a_cpu_without_avx_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of four, halves converted in software: what a CPU has decides how long it takes and nothing else."""
+    made, settings = kernels(TARGETS[-1])
+    program = together(made, machine(TARGETS[-1]), RANKS)
+    given = values(program, settings[1])
+    expected = results(NativeProgram(program, [{}] * RANKS, poison=True), program, given)
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {find_compiler().command} "$@" -mno-avx -mno-avx2 -mno-f16c\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert "__AVX__" not in find_compiler().macros
+    found = results(NativeProgram(program, [{}] * RANKS, poison=True), program, given)
+    for rank in range(RANKS):
+        for tensor, array in expected[rank].items():
+            assert np.array_equal(found[rank][tensor], array), tensor
 
 
 def test_the_text_does_not_depend_on_the_hash_seed_and_keeps_loops() -> None:

@@ -51,7 +51,8 @@ class NativeProgram:
         threads: int | None = None,
         poison: bool = False,
     ) -> None:
-        """`weights[rank]` maps weight tensors to arrays; by default a thread for each CPU that this process may use.
+        """`weights[rank]` maps weight tensors to arrays; by default a thread for each CPU that this process may use,
+        but not more than there are cores of all dies.
 
         With `poison`, SRAM is NaN (0xff in integers) before it is written. Raises UserError without a C compiler,
         ScheduleError for a kernel that has no meaning.
@@ -61,7 +62,7 @@ class NativeProgram:
         self.source: Source = emit(program)
         self.library: Path = build(self.source, poison=poison)
         self._dies = Dies(program, weights)
-        self._threads = threads or _usable_cpus()
+        self._threads = threads or min(_usable_cpus(), program.ranks * program.cores)
         self._run: Any = _load(self.library)
         sram = max((-(-kernel.sram_bytes // ALIGN) * ALIGN for kernel in program.kernels), default=0)
         self._sram, self._sram_bytes = _aligned(sram * self._threads, np.uint8), sram
