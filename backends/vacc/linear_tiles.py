@@ -53,7 +53,9 @@ class LinearTiles:
     """Sizes of a tile and of a chunk of k, and how many slots its rings have.
 
     `resident` is the operand (`x`, `w` or none) of which panels of all K stay, in `panels` slots; what passes has
-    `streams` slots, the sums `results`. The epilogue and the store take `strip` rows of a tile at a time.
+    `streams` slots, the sums `results`. The epilogue and the store take `strip` rows of a tile at a time. With `split`
+    the sums of the first so many rows have two slots and those of the others one: the others are finished first, and
+    the next tile waits for them alone. Every tile must have more rows.
     """
 
     m: int
@@ -64,6 +66,7 @@ class LinearTiles:
     results: int = 2
     panels: int = 2
     streams: int = 2
+    split: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,16 +176,19 @@ class _Combinations:
         k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
         k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
         kinds = [(0, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
-        grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 2), (2, 3, 4))), indexing="ij")
-        self.m, self.n, self.k, kind, self.results, self.streams = (one.ravel() for one in grid)
+        grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
+        self.m, self.n, self.k, kind, slots, self.streams = (one.ravel() for one in grid)
         chosen = np.asarray(kinds, np.float64)[kind.astype(np.int64)]
         self.resident, self.panels = chosen[:, 0], chosen[:, 1]
+        self.results = np.floor(slots)
+        self.split = np.ceil((slots - self.results) * self.m)
 
     def candidate(self, row: int) -> Candidate:
         """One combination."""
         m, n, k, strip = (int(one[row]) for one in (self.m, self.n, self.k, self.strip))
         results, panels, streams = (int(one[row]) for one in (self.results, self.panels, self.streams))
-        tiles = LinearTiles(m, n, k, strip, RESIDENT[int(self.resident[row])], results, panels, streams)
+        kind, split = RESIDENT[int(self.resident[row])], int(self.split[row])
+        tiles = LinearTiles(m, n, k, strip, kind, results, panels, streams, split)
         return Candidate(
             tiles, int(self.sram[row]), float(self.cycles[row]), int(self.ddr[row]), int(self.products[row]),
             float(self.floor[row]),
@@ -217,7 +223,8 @@ class _Combinations:
     @cached_property
     def sums(self) -> Numbers:
         """Bytes of the accumulators."""
-        return self.results * _aligned(self.m * self.n, "f32")
+        one, rest = (_aligned(rows * self.n, "f32") for rows in (self.split, self.m - self.split))
+        return np.where(self.split > 0, 2 * one + rest, self.results * rest)
 
     @cached_property
     def _rings(self) -> Numbers:
@@ -233,12 +240,11 @@ class _Combinations:
         where it waits for the sums, they take the SRAM that is left. At least one row.
         """
         left = self.target.core.sram.bytes - self._rings - 2 * ALIGN
-        fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, self.m)
+        rows = np.maximum(self.split, self.m - self.split)
+        fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, rows)
         elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
         small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
-        return np.ceil(
-            self.m / np.ceil(self.m / np.where((self.results == 1) & (self.busy * self.rows > 1), fit, small))
-        )
+        return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.busy * self.rows > 1), fit, small)))
 
     @cached_property
     def sram(self) -> Numbers:
@@ -262,6 +268,9 @@ class _Combinations:
         """Whether no ring has more slots than a core fills: a second panel needs a swap, second sums a second tile."""
         passing = self.busy * self.rows * self.chunks
         needed = (self.results <= self.busy * self.rows) & (self.streams <= np.maximum(passing, 2))
+        tail = self.shape.m - (self.rows - 1) * self.m
+        split = (self.resident == 0) & (self.busy * self.rows > 1) & (tail > self.split) & self.shape.epilogue
+        needed &= (self.split == 0) | split
         return np.asarray(needed & ((self.panels == 1) | (self._swaps > 0)))
 
     @cached_property
@@ -309,9 +318,12 @@ class _Combinations:
             )
         return cycles
 
-    def _waiting(self, finish: Numbers) -> Numbers:
-        """Cycles in which the array waits for its only sums to be free."""
-        return np.where(self.results == 1, self.busy * self.rows * (self.target.core.matrix.fill + finish), 0)
+    @cached_property
+    def _waiting(self) -> Numbers:
+        """Cycles in which the array waits for sums of which there is one slot."""
+        share = (self.m - self.split) / self.m
+        waiting = self.busy * self.rows * (self.target.core.matrix.fill + self._finish * share)
+        return np.where(self.results == 1, waiting, 0)
 
     @cached_property
     def _finish(self) -> Numbers:
@@ -345,9 +357,12 @@ class _Combinations:
     @cached_property
     def floor(self) -> Numbers:
         """Cycles that a combination cannot go below: the first loads and then its array, or its traffic."""
-        ddr, port = self.target.die.ddr, self.target.core.dma.bytes_per_cycle
+        ddr, port, one = self.target.die.ddr, self.target.core.dma.bytes_per_cycle, self.shape
         first = sum(self._first) / min(ddr.effective_bytes_per_cycle, port)
-        array = ddr.latency + self.target.core.dma.issue + first + self._array + self._waiting(self._vector)
+        finished = (one.m - self.rows * self.split) * (self.busy * self.n - self.columns * self.n + one.n)
+        waiting = self.busy * self.rows * self.target.core.matrix.fill + finished / self.target.core.vector.lanes
+        array = ddr.latency + self.target.core.dma.issue + first + self._array
+        array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
         return np.maximum(array, self.ddr / ddr.effective_bytes_per_cycle)
 
     @cached_property
@@ -362,7 +377,7 @@ class _Combinations:
         ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
         held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
         tiles = self.busy * self.rows
-        compute = np.maximum(self._array + self._waiting(self._finish) + held_up, tiles * self._vector)
+        compute = np.maximum(self._array + self._waiting + held_up, tiles * self._vector)
         passing = np.where(self.resident == 1, 0, np.ceil(x / rate)) + np.where(
             self.resident == 2, 0, np.ceil(w / rate)
         )
@@ -376,7 +391,9 @@ class _Combinations:
         # while a tile is stored, loads have half the rate; what then lacks must have been loaded ahead, and of the
         # slots the array holds one and the DMA fills one
         lacks = (passing / np.maximum(chunk, 1) - 0.5) * 2 * stored - (self.streams - 1.8) * passing
-        late = np.where((self.results == 2) & (self.resident == 0), tiles * 2 * np.maximum(lacks, 0), 0)
+        late = np.where(
+            ((self.results == 2) | (self.split > 0)) & (self.resident == 0), tiles * 2 * np.maximum(lacks, 0), 0
+        )
         compute = np.minimum(compute + late, np.maximum(compute, loads * 2))
         # the port is idle for the latency of the first load, and while the last chunk becomes the first strip
         idle = ddr.latency + chunk + matrix.fill + self._vector / np.ceil(self.m / self.strip)
@@ -384,5 +401,5 @@ class _Combinations:
         return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle))
 
 
-def _axis(values: Iterable[int]) -> Numbers:
+def _axis(values: Iterable[float]) -> Numbers:
     return np.asarray(sorted(values), np.float64)

@@ -13,7 +13,7 @@ from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, ve
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream
 from vacc_opt.backends.vacc.linear_tiles import LinearTiles, weave
 from vacc_opt.backends.vacc.ops import Tile
-from vacc_opt.backends.vacc.schedule import Param, itemsize
+from vacc_opt.backends.vacc.schedule import ALIGN, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
 
 Ring = Sequence[str]
@@ -61,7 +61,9 @@ class _Linear:
         t = self.t
         yield "x", t.panels if t.resident == "x" else t.streams, "matrix"
         yield "w", t.panels if t.resident == "w" else t.streams, "matrix"
-        yield "acc", t.results, "vector" if self._epilogue else "dma_out"
+        yield "acc", 2 if t.split else t.results, "vector" if self._epilogue else "dma_out"
+        if t.split:
+            yield "rest", 1, "vector"
         if self.scale:
             yield "s", 2, "vector"
         if self._epilogue:
@@ -135,64 +137,73 @@ class _Linear:
             yield from (one for n in columns[woven.pieces * each :] for one in tile(m, n, False))
         yield from (one for n in columns for one in tile(panels[-1], n, False))
 
+    @cached_property
+    def _spilled(self) -> bool:
+        sizes = [(self.t.split, 2), (self.t.m - self.t.split, 1)] if self.t.split else [(self.t.m, self.t.results)]
+        sums = sum(slots * -(-rows * self.t.n * itemsize("f32") // ALIGN) * ALIGN for rows, slots in sizes)
+        return sums > self.target.core.matrix.acc.bytes
+
     def _multiply(self, core: int) -> Iterator[Step]:
-        t = self.t
+        t, last = self.t, len(self._chunks) - 1
         passing = tuple(f"{name}.{core}" for name in "xw" if name != t.resident)
-        panel, acc, last = f"{t.resident}.{core}", f"acc.{core}", len(self._chunks) - 1
-        slot = -(-t.m * t.n * 4 // 64) * 64
-        spilled = t.results * slot > self.target.core.matrix.acc.bytes
+        panel, sums = (f"{t.resident}.{core}",), (f"acc.{core}", f"rest.{core}")[: 2 if t.split else 1]
         dtype = "f32" if "f32" in (self.x.dtype, self.w.dtype) else self.x.dtype
-        made: dict[tuple[int, int, int, bool, bool, int], Step] = {}
+        made: dict[tuple[int, int, int, bool, bool, int], list[Step]] = {}
+
+        def products(m: int, n: int, k: int, index: int, opens: bool, closes: bool) -> list[Step]:
+            parts = [t.split, m - t.split] if t.split else [m]
+            steps = [
+                product_step(
+                    "", (rows, n, k), dtype, itemsize(self.w.dtype), spilled=self._spilled, first=not index,
+                    target=self.target,
+                )
+                for rows in parts
+            ]  # fmt: skip
+            waits, acquires = (panel if opens else ()) + passing, () if index else sums
+            steps[0] = replace(steps[0], waits=waits, acquires=acquires)
+            releases, commits = passing + (panel if closes else ()), sums if index == last else ()
+            return [*steps[:-1], replace(steps[-1], releases=releases, commits=commits)]
+
         for m, n, begins, ends in self._places(core):
             for index, k in enumerate(self._chunks):
                 opens, closes = bool(t.resident) and begins and not index, bool(t.resident) and ends and index == last
                 key = (m, n, index if index in (0, last) else 1, opens, closes, k)
                 if key not in made:
-                    step = product_step(
-                        "",
-                        (m, n, k),
-                        dtype,
-                        itemsize(self.w.dtype),
-                        spilled=spilled,
-                        first=not index,
-                        target=self.target,
-                    )
-                    made[key] = replace(
-                        step,
-                        waits=((panel,) if opens else ()) + passing,
-                        acquires=() if index else (acc,),
-                        releases=passing + ((panel,) if closes else ()),
-                        commits=(acc,) if index == last else (),
-                    )
-                yield made[key]
+                    made[key] = products(m, n, k, index, opens, closes)
+                yield from made[key]
+
+    def _strips(self, m: int) -> list[tuple[str, list[int]]]:
+        """Rows of each strip of a tile, by the ring of their sums, in the order in which they are finished."""
+        if not self.t.split:
+            return [("acc", self._tiles(m, self.t.strip))]
+        parts = (("rest", m - self.t.split), ("acc", self.t.split))
+        return [(ring, self._tiles(rows, self.t.strip)) for ring, rows in parts]
 
     def _finish(self, core: int) -> Iterator[Step]:
-        t, acc, s, y = self.t, f"acc.{core}", f"s.{core}", f"y.{core}"
-        by_columns = t.resident == "w"
-        made: dict[tuple[int, int, bool, bool, bool, bool], Step] = {}
+        y, by_columns = (f"y.{core}",), self.t.resident == "w"
+        scale = (f"s.{core}",) if self.scale else ()
+        made: dict[tuple[str, int, int, bool, bool, bool, bool], Step] = {}
         for m, n, begins, ends in self._places(core):
-            strips = self._tiles(m, t.strip)
-            for index, rows in enumerate(strips):
-                first, last = not index, index == len(strips) - 1
-                opens, closes = (begins and first, ends and last) if by_columns else (first, last)
-                key = (rows, n, first, last, opens, closes)
-                if key not in made:
-                    step = vector_step("", rows * n, self.target)
-                    scale = (s,) if self.scale else ()
-                    made[key] = replace(
-                        step,
-                        waits=((acc,) if first else ()) + (scale if opens else ()),
-                        acquires=(y,),
-                        commits=(y,),
-                        releases=((acc,) if last else ()) + (scale if closes else ()),
-                    )
-                yield made[key]
+            parts = self._strips(m)
+            for name, strips in parts:
+                ring = (f"{name}.{core}",)
+                for index, rows in enumerate(strips):
+                    first, last = not index, index == len(strips) - 1
+                    opens = first and name == parts[0][0] and (begins or not by_columns)
+                    closes = last and name == parts[-1][0] and (ends or not by_columns)
+                    key = (name, rows, n, first, last, opens, closes)
+                    if key not in made:
+                        waits = (ring if first else ()) + (scale if opens else ())
+                        releases = (ring if last else ()) + (scale if closes else ())
+                        step = vector_step("", rows * n, self.target)
+                        made[key] = replace(step, waits=waits, acquires=y, commits=y, releases=releases)
+                    yield made[key]
 
     def _store(self, core: int) -> Iterator[Step]:
         ring = f"y.{core}" if self._epilogue else f"acc.{core}"
         made: dict[tuple[int, int], Step] = {}
         for m, n, _, _ in self._places(core):
-            for rows in self._tiles(m, self.t.strip) if self._epilogue else [m]:
+            for rows in [one for _, strips in self._strips(m) for one in strips] if self._epilogue else [m]:
                 if (rows, n) not in made:
                     made[rows, n] = self._transfer(self.y, (rows, n), ring, False)
                 yield made[rows, n]

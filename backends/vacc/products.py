@@ -77,16 +77,16 @@ class Untraceable(Exception):
 
 
 def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
-    """The products of a kernel whose operands are all loaded unchanged, one an accumulator; none if some are computed.
+    """The products of a kernel whose operands are all loaded unchanged, one a pair of them; none if some are computed.
 
     Raises Untraceable where a loaded operand cannot be followed to one axis of one parameter.
     """
     if computed(kernel):
         return []
     written = fills(lanes)
-    found: dict[str, list[Macs]] = {}
-    params: dict[str, set[tuple[str, int, str, int]]] = {}
-    costs: dict[str, Work] = {}
+    found: dict[tuple[str, int, str, int], list[Macs]] = {}
+    kinds: dict[str, tuple[str, int, str, int]] = {}  # accumulator -> what is multiplied into it
+    costs: dict[tuple[str, int, str, int], Work] = {}
     known: dict[tuple[int, int, Box], tuple[Box, tuple[int, ...]] | None] = {}
 
     def source(core: int, box: Box, entered: Mapping[str, int]) -> tuple[Box, tuple[int, ...]] | None:
@@ -103,20 +103,19 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
             raise Untraceable(print_op(step.op))
         (a, a_axes), (b, b_axes) = places[0], places[1]
         a_k, b_k = a_axes[-1], b_axes[-1] if step.op.kind == "mma" else b_axes[-2]
-        group = step.outs[0].ref
-        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
-        found.setdefault(group, []).append(macs)
-        params.setdefault(group, set()).add((a.ref, a_k, b.ref, b_k))
-        costs[group] = work(kernel, step)
-        if len(params[group]) > 1:
+        kind = (a.ref, a_k, b.ref, b_k)
+        if kinds.setdefault(step.outs[0].ref, kind) != kind:
             raise Untraceable(print_op(step.op))
+        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
+        found.setdefault(kind, []).append(macs)
+        costs[kind] = work(kernel, step)
     products = []
-    for group, one in params.items():
-        a_name, a_k, b_name, b_k = next(iter(one))
+    for kind, steps in found.items():
+        a_name, a_k, b_name, b_k = kind
         rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
-        cost, depth = costs[group], kernel.param[b_name].shape[b_k]
+        cost, depth = costs[kind], kernel.param[b_name].shape[b_k]
         size = Product(_volume(rows), _volume(columns), depth, cost.dtype, cost.weight_itemsize)
-        products.append(MatrixProduct(size, rows, columns, tuple(found[group])))
+        products.append(MatrixProduct(size, rows, columns, tuple(steps)))
     return products
 
 

@@ -59,16 +59,23 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -
     shape = LinearShape(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None)
     space = linear_space(shape, target, RANKED)
     timed: list[tuple[int, Candidate]] = []
-    spent, best, floor = 0, 0, space.floor
+    spent, floor = 0, space.floor
     for one in space.best:
-        pruned = timed and one.floor * TIED >= best
-        if pruned or (timed and (len(timed) == TRIED or spent + one.products > PRODUCTS)):
+        best, chosen = _pick(timed) if timed else (0, one)
+        faster, lighter = one.floor * TIED < best, one.floor <= best * TIED and one.ddr < chosen.ddr
+        if timed and (not (faster or lighter) or len(timed) == TRIED or spent + one.products > PRODUCTS):
             floor = min(floor, one.floor)
             continue
-        cycles = linear_cycles(x, w, scale, y, one.tiles, target)
-        timed.append((cycles, one))
-        spent, best = spent + one.products, min(best or cycles, cycles)
-    tied = [(cycles, one) for cycles, one in timed if cycles <= best * TIED]
-    cycles, chosen = min(tied, key=lambda pair: (pair[1].ddr, pair[1].sram, pair[1].tiles))
+        timed.append((linear_cycles(x, w, scale, y, one.tiles, target), one))
+        spent += one.products
+    cycles = {id(one): cycles for cycles, one in timed}
+    best, chosen = _pick(timed)
     kernel = linear(x, w, scale, y, target, chosen.tiles)
-    return Found(kernel, cycles, space.size, len(timed), min(floor, best))
+    return Found(kernel, cycles[id(chosen)], space.size, len(timed), min(floor, best))
+
+
+def _pick(timed: list[tuple[int, Candidate]]) -> tuple[int, Candidate]:
+    """The fewest cycles, and of the candidates within `TIED` of them the one with the fewest bytes."""
+    best = min(cycles for cycles, _ in timed)
+    tied = [one for cycles, one in timed if cycles <= best * TIED]
+    return best, min(tied, key=lambda one: (one.ddr, one.sram, one.tiles))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import Kernel, Param
 from vacc_opt.backends.vacc.search import TIED, fastest_linear, search_linear
 from vacc_opt.backends.vacc.simulate_time import time_kernel
-from vacc_opt.backends.vacc.single import single
+from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
 from vacc_opt.runtime.schedule import Scheduled, schedule_gemm
 from vacc_opt.tests.backends.peer import LINEARS, TARGETS, Peer
@@ -73,7 +75,7 @@ def test_the_prefill_linears_are_within_six_thousandths_of_their_bounds_on_avera
     """Also half a second a search on average, of all 64 cases; the limit is doubled, as the machine is shared."""
     cases = [(k, n, w, target) for k, n in LINEARS.values() for w in WEIGHTS for target in TARGETS]
     found = {(m, *one): scheduled(m, one[1], one[0], *one[2:])[1] for m in (1024, 1) for one in cases}
-    assert mean(one.ratio for (m, *_), one in found.items() if m == 1024) <= 1.007
+    assert mean(one.ratio for (m, *_), one in found.items() if m == 1024) <= 1.006
     assert mean(one.search_s for one in found.values()) < 1
 
 
@@ -104,6 +106,7 @@ def test_any_few_rows_of_a_large_vocabulary_are_near_their_bound(m: int) -> None
     tiles=st.tuples(*[st.integers(7, 60)] * 4),
     slots=st.tuples(st.sampled_from(["", "x", "w"]), st.integers(1, 2), st.integers(1, 2), st.integers(2, 4)),
     types=st.sampled_from([("f16", "f16"), ("i8", "f16"), ("f16", "f32")]),
+    split=st.integers(0, 20),
     name=st.sampled_from(["vacc-reference", "peer-64x64-1mib-64bpc"]),
 )
 def test_the_time_that_the_search_sees_is_that_of_the_kernel(
@@ -111,10 +114,13 @@ def test_the_time_that_the_search_sees_is_that_of_the_kernel(
     tiles: tuple[int, int, int, int],
     slots: tuple[str, int, int, int],
     types: tuple[str, str],
+    split: int,
     name: str,
 ) -> None:
     target, given_params = load_target(name), params(*sizes, *types)
     chosen = LinearTiles(*(min(tile, size) for tile, size in zip(tiles, (*sizes, sizes[0]), strict=True)), *slots)
+    if types[1] != "f32":  # sums that no epilogue reads are stored as they are
+        chosen = replace(chosen, split=min(split, (sizes[0] - 1) % chosen.m))  # less than the rows of the last tile
     kernel = linear(*given_params, target, chosen)
     assert kernel_violations(kernel, target, [{}]) == []
     assert linear_cycles(*given_params, chosen, target) == time_kernel(kernel, target, {}).cycles
@@ -189,7 +195,30 @@ def test_the_result_says_how_far_the_choice_may_be_from_the_best_of_its_space() 
     assert found.text().endswith(above)
 
 
-def test_no_candidate_is_faster_than_its_own_bound() -> None:
-    for target in (PEER, load_target("vacc-reference")):
-        for one in linear_space(LinearShape(64, 576, 192, "f16", "i8", "f16", True), target, 30).best:
-            assert linear_cycles(*params(64, 576, 192, "i8"), one.tiles, target) >= one.floor
+@pytest.mark.parametrize("name", ["vacc-reference", "peer-64x64-1mib-64bpc", "peer-64x64-1mib-200bpc"])
+@pytest.mark.parametrize("sizes", [(64, 576, 192), (200, 900, 700), (33, 1000, 129)])
+def test_no_candidate_is_faster_than_its_own_bound(sizes: tuple[int, int, int], name: str) -> None:
+    """Tails are charged as tails: the bound that prunes a candidate is one."""
+    target, shape = load_target(name), LinearShape(*sizes, "f16", "i8", "f16", True)
+    every = linear_space(shape, target, 1 << 20).best
+    for one in every[:: max(len(every) // 40, 1)]:
+        if one.products < 2000:
+            assert linear_cycles(*params(*sizes, "i8"), one.tiles, target) >= one.floor
+
+
+def test_rows_with_two_sums_let_the_next_tile_start_before_the_others_are_stored() -> None:
+    """A tile of 300 x 192 waits for half of its 900 cycles of casting; all values come out right in every order."""
+    fast = load_target("peer-64x64-1mib-200bpc")
+    sizes, whole = (600, 384, 256), LinearTiles(300, 192, 64, 75, results=1)
+    halves = replace(whole, split=150)
+    cycles = [linear_cycles(*params(*sizes), one, fast) for one in (whole, halves)]
+    assert cycles[0] - cycles[1] > 3 * 400
+    program = single(linear(*params(*sizes), fast, halves), fast)
+    assert kernel_violations(program.kernels[0], fast, [{}]) == []
+    rng = np.random.default_rng(0)
+    values = {
+        name: rng.integers(-9, 10, shape).astype(np.float16) for name, shape in (("X", (600, 256)), ("W", (384, 256)))
+    }
+    want = (values["X"].astype(np.float32) @ values["W"].astype(np.float32).T).astype(np.float16)
+    for order in range(4):
+        assert np.array_equal(execute(program, [values], order)[0]["Y"], want)

@@ -40,7 +40,9 @@ class _Linear:
         self.ps = b.param(scale) if scale else None
         self.py = b.param(y)
         self.x, self.w = self._operand("x", x.dtype, t.m), self._operand("w", w.dtype, t.n)
-        self.acc = b.ring("acc", "f32", (t.m, t.n), "matrix", "vector" if shape.epilogue else "dma_out", t.results)
+        consumer = "vector" if shape.epilogue else "dma_out"
+        self.acc = b.ring("acc", "f32", (t.split or t.m, t.n), "matrix", consumer, 2 if t.split else t.results)
+        self.rest = b.ring("rest", "f32", (t.m - t.split, t.n), "matrix", "vector", 1) if t.split else None
         self.s = b.ring("s", "f32", (t.n,), "dma_in", "vector") if scale else None
         self.y = b.ring("y", y.dtype, (t.strip, t.n), "vector", "dma_out") if shape.epilogue else None
         self.panel = {"x": self.x, "w": self.w}.get(t.resident)
@@ -134,37 +136,58 @@ class _Linear:
                     with b.fill(ring):
                         b.op("load", ring[at, k], source[at, k])
 
+    def _parts(self, m: LoopVar) -> list[tuple[Handle, LoopVar | slice]]:
+        """The rings of the sums of a tile, each with its rows of the tile, in the order in which they are finished."""
+        if not self.rest:
+            return [(self.acc, m)]
+        return [(self.rest, slice(self.t.split, m.size)), (self.acc, slice(0, self.t.split))]
+
     def _multiply(self) -> None:
         b = self.b
-        with b.engine("matrix"), self._tiles(self.panel) as (m, n), b.fill(self.acc):  # noqa: SIM117
+        with b.engine("matrix"), self._tiles(self.panel) as (m, n), b.fill(*[self.acc, *self._rest]):  # noqa: SIM117
             with b.loop("k", 0, self.depth, self.t.k) as k, b.use(*self.passing):
-                left, right = (
-                    ring[at, k.start : k.stop] if ring is self.panel else ring[at, k]
-                    for ring, at in ((self.x, m), (self.w, n))
-                )
-                b.op("mma", self.acc[m, n], left, right, first=k.start)
+                span = slice(k.start, k.stop)
+                right = self.w[n, span if self.w is self.panel else k]
+                for ring, rows in reversed(self._parts(m)):
+                    out = ring[rows, n] if isinstance(rows, LoopVar) else ring[: rows.stop - (rows.start or 0), n]
+                    left = self.x[rows, span if self.x is self.panel else k]
+                    b.op("mma", out, left, right, first=k.start)
+
+    @property
+    def _rest(self) -> list[Handle]:
+        return [self.rest] if self.rest else []
 
     @contextmanager
-    def _strips(self, m: LoopVar) -> Iterator[LoopVar | None]:
-        """The loop over strips of a tile of rows; None where a strip holds the whole tile."""
-        if self.t.strip >= self.t.m:
+    def _strips(self, rows: LoopVar | slice) -> Iterator[LoopVar | None]:
+        """The loop over strips of some rows of a tile; None where a strip holds the whole tile."""
+        if isinstance(rows, slice):
+            with self.b.loop("r", 0, rows.stop - (rows.start or 0), self.t.strip) as r:
+                yield r
+        elif self.t.strip >= self.t.m:
             yield None
         else:
-            with self.b.loop("r", 0, m.size, self.t.strip) as r:
+            with self.b.loop("r", 0, rows.size, self.t.strip) as r:
                 yield r
 
     def _finish(self, y: Handle) -> None:
         b, s = self.b, self.s
-        with b.engine("vector"), self._tiles(s if self._by_columns else None) as (m, n):
-            used = [self.acc] if self._by_columns or not s else [self.acc, s]
-            with b.use(*used), self._strips(m) as r, b.fill(y):
-                part = self.acc[r.start : r.stop, n] if r else self.acc[m, n]
-                b.op("mul" if s else "cast", y[r or m, n], part, *([s[n]] if s else []))
+        by_tile = s if not self._by_columns else None
+        with (
+            b.engine("vector"),
+            self._tiles(s if self._by_columns else None) as (m, n),
+            b.use(by_tile) if by_tile else nullcontext(),
+        ):
+            for sums, rows in self._parts(m):
+                with b.use(sums), self._strips(rows) as r, b.fill(y):
+                    part = sums[r.start : r.stop, n] if r else sums[m, n]
+                    b.op("mul" if s else "cast", y[r or m, n], part, *([s[n]] if s else []))
 
     def _store(self) -> None:
         b = self.b
         with b.engine("dma_out"), self._tiles() as (m, n):
             ready = self.y or self.acc
-            with self._strips(m) if self.y else nullcontext() as r, b.use(ready):
-                place = self.py[m.start + r.start : m.start + r.stop, n] if r else self.py[m, n]
-                b.op("store", place, ready[r or m, n])
+            for _, rows in self._parts(m):
+                first = m.start + (rows.start if isinstance(rows, slice) else 0)
+                with self._strips(rows) if self.y else nullcontext() as r, b.use(ready):
+                    place = self.py[first + r.start : first + r.stop, n] if r else self.py[m, n]
+                    b.op("store", place, ready[r or m, n])
