@@ -166,8 +166,8 @@ def test_a_window_outside_of_its_tensor_is_refused_before_it_is_touched(offset: 
     moved = tuple(replace(one, offset=offset) if one.name == "X" else one for one in call.arguments)
     with pytest.raises(ScheduleError, match="bounds"):
         ValueSimulator(replace(program, calls=(replace(call, arguments=moved),)), [{}]).run(feeds)
+    simulator = ValueSimulator(replace(program, outputs=(replace(program.outputs[0], offset=offset),)), [{}])
     with pytest.raises(ScheduleError, match="bounds"):
-        simulator = ValueSimulator(replace(program, outputs=(replace(program.outputs[0], offset=offset),)), [{}])
         simulator.run(feeds)
     kernel = program.kernels[0]
     before = tuple(replace(one, offset=-64) for one in kernel.buffers)
