@@ -96,7 +96,7 @@ def test_every_step_says_what_it_did(model: Path, tmp_path: Path, capsys: pytest
     captured = capsys.readouterr()
     assert [line.split()[0] for line in captured.out.splitlines() if line[2] != " "] == ["load", "simplify", "write"]
     assert captured.err == ""  # no progress bars in a pipe
-    assert "out.safetensors  8.26 kB" in captured.out  # 32 x 64 fp32 and a header
+    assert "out.safetensors  8.36 kB" in captured.out  # 32 x 64 fp32, and a header with a digest
 
 
 def test_without_an_output_the_text_goes_to_stdout_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
