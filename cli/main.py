@@ -41,7 +41,10 @@ COMMANDS = {
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")
 # what a person can cause and mend: permissions, a full disk, a file where a directory is meant
-_USER_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+_USER_ERRNO = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+}
 DEFECT, INTERRUPTED = 70, 130
 _REPRODUCER = "reproducer: "  # how the note of an error begins that says where a failed run can be replayed
 

@@ -20,13 +20,23 @@ _SMALL = 32 << 20  # bytes of a file that is read whole
 _END = 64 << 10  # bytes at each end of a larger one
 _ROOMS = ("ir", "passes", "frontends", "backends", "calibration", "runtime")
 # what computes: another version may give other bytes
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxsim", "onnx-graphsurgeon", "torch", "transformers", "gguf")
+_PACKAGES = (
+    "vacc-opt",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "onnx-graphsurgeon",
+    "torch",
+    "transformers",
+    "gguf",
+)
 
 
-def stamp(path: Path) -> str:
-    """A digest that changes with the file, or with any file directly in the directory; "" for what is not there."""
+def stamp(path: Path, *, deep: bool = False) -> str:
+    """A digest that changes with the file, or with any file in the directory (``deep``: or below); "" for nothing."""
     if path.is_dir():
-        lines = [stamp(file) for file in sorted(path.iterdir()) if file.is_file()]
+        lines = [stamp(file) for file in sorted(path.rglob("*") if deep else path.iterdir()) if file.is_file()]
     elif path.is_file():
         lines = list(_lines(path))
     else:

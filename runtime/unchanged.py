@@ -33,7 +33,7 @@ def unchanged_artifact(plan: Plan, cache: Cache, key: str) -> Unchanged | None:
     Digests of all files but the data of weights are checked; of those the size and the time of change.
     """
     data = cache.get(_KIND, key)
-    if data is None:
+    if data is None or plan.config.frontend.trust_remote_code:  # that code may depend on anything
         return None
     kept = json.loads(data)
     try:
@@ -66,5 +66,5 @@ def artifact_key(plan: Plan) -> str:
         checkpoint_stamp(resolve_path(config.frontend.checkpoint)),
         stamp(target_file(config.backend.target)),
         stamp(scales) if scales is not None else "",
-        stamp(Path(data.path)) if data is not None else "",
+        stamp(Path(data.path), deep=True) if data is not None else "",
     )

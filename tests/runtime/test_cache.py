@@ -200,6 +200,11 @@ def test_a_stamp_sees_the_content_of_small_files_and_the_times_of_large_ones(
     large.write_bytes(bytes(100))
     assert stamp(large) != before  # written later
     assert stamp(tmp_path / "nothing") == ""
+    (tmp_path / "below").mkdir()
+    before = stamp(tmp_path), stamp(tmp_path, deep=True)
+    (tmp_path / "below" / "text.json").write_text("{}")
+    assert stamp(tmp_path) == before[0]
+    assert stamp(tmp_path, deep=True) != before[1]
 
 
 def test_the_stamp_of_an_onnx_file_is_over_its_weights_too(exported: Path, tmp_path: Path) -> None:
