@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,32 @@ def test_a_run_that_was_ended_continues_and_gives_the_same_bytes(
     solved.clear()
     quantize_model(decoder(), feeds(), out, work, "other", Options(threads=1))
     assert len(solved) == 7
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vacc_opt.tests.calibration.test_gptq_model import Options, decoder, feeds, quantize_model
+
+def kill(done, of):
+    if done == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder = Path(sys.argv[1])
+quantize_model(decoder(), feeds(), folder / "codes.safetensors", folder / "work", "k", Options(threads=1, true_sequential=True), kill)
+"""
+
+
+@pytest.mark.full
+def test_a_process_that_was_killed_half_way_is_continued_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, layers = quantized(decoder(), tmp_path / "whole", true_sequential=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 4
+    path, again = quantized(decoder(), tmp_path, true_sequential=True)
+    assert path.read_bytes() == whole.read_bytes()
+    assert again == layers
 
 
 def test_activations_beyond_the_budget_go_to_files_and_change_nothing(tmp_path: Path) -> None:
