@@ -22,6 +22,7 @@ from vacc_opt.backends.vacc.schedule import (
     Buffer,
     Call,
     Kernel,
+    Param,
     Program,
     ScheduleError,
     Tensor,
@@ -102,6 +103,8 @@ class Plan:
 
 
 def _slot(buffer: Buffer, slot: int, sram: npt.NDArray[np.uint8]) -> Array:
+    if buffer.offset < 0:
+        raise ScheduleError([Violation("bounds", buffer.name, None, f"starts at byte {buffer.offset} of SRAM")])
     dtype = DTYPES[buffer.dtype]
     return np.ndarray(buffer.shape, dtype, sram.data, buffer.offset + slot * buffer.slot_bytes)
 
@@ -234,6 +237,10 @@ class ValueSimulator:
         for one in self.program.outputs:
             tensor = self.program.tensor[one.tensor]
             if tensor.role != "cache":
+                end = one.offset + Param(one.name, tensor.dtype, one.shape, one.strides, "in").extent
+                if one.offset < 0 or end > prod(tensor.shape):
+                    text = f"output `{one.name}` lies outside of `{one.tensor}`"
+                    raise ScheduleError([Violation("bounds", self.program.name, None, text)])
                 found[one.name] = _window(self._memory[rank][tensor.name], one.offset, one.shape, one.strides).copy()
         return found
 
@@ -262,7 +269,8 @@ class ValueSimulator:
         for param in self.program.kernel[call.kernel].params:
             argument = call.argument(param.name)
             flat = memory[argument.tensor]
-            if flat.dtype != DTYPES[param.dtype] or argument.offset + param.extent > flat.size:
+            inside = 0 <= argument.offset <= flat.size - param.extent
+            if flat.dtype != DTYPES[param.dtype] or not inside:
                 text = f"`{argument.tensor}` [{argument.offset}] does not hold parameter `{param.name}`"
                 raise ScheduleError([Violation("bounds", call.kernel, call.index, text)])
             found.append(_window(flat, argument.offset, param.shape, param.strides))

@@ -225,6 +225,46 @@ def parse_target(raw: Any, where: str = "target") -> Target:
     return target
 
 
+def number_path(target: Target, key: str) -> str:
+    """The dotted path of a number from its end: `ddr.bytes_per_cycle` is `die.ddr.bytes_per_cycle`.
+
+    Raises UserError for a key that names no number or several.
+    """
+    paths = [path for path, _, _ in target.numbers()]
+    found = [key] if key in paths else [path for path in paths if path.endswith(f".{key}")]
+    if not found:
+        endings = [".".join(path.split(".")[start:]) for path in paths for start in range(path.count(".") + 1)]
+        raise UserError(f"target {target.name} has no number `{key}`", did_you_mean(key, endings))
+    if len(found) > 1:
+        raise UserError(f"`{key}` is one of several numbers of target {target.name}", f"write {' or '.join(found)}")
+    return found[0]
+
+
+def overlay(target: Target, changes: Mapping[str, Any]) -> Target:
+    """The target with other numbers, by dotted path or the end of one; they count as `assumed` and show in its name.
+
+    Raises UserError for an unknown key, a value that the field does not take, or numbers that do not go together.
+    """
+    if not changes:
+        return target
+    tree = target.model_dump()
+    for key, value in changes.items():
+        path = number_path(target, key)
+        *sections, field = path.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[field] = value
+        tree["numbers_from"][path] = "assumed"
+    tree["name"] = f"{target.name}+{','.join(f'{key}={value}' for key, value in changes.items())}"
+    try:
+        changed = Target.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, f"target {tree['name']}") from None
+    _check_littles_law(changed, f"target {tree['name']}")
+    return changed
+
+
 def _strip(
     raw: Mapping[str, Any], path: str, inherited: str | None, sources: dict[str, str], where: str
 ) -> dict[str, Any]:

@@ -1,29 +1,35 @@
-"""The verifier: a schedule is refused unless every rule that keeps its values right holds.
+"""The verifier: a schedule is refused unless every rule that keeps its values right holds (docs/invariants.md).
 
 Kernels, unrolled at four values of their run-time scalars (smallest, largest, one above the smallest, middle):
 - names are given once; buffers are aligned, inside SRAM and apart; what the array fills fits its accumulators;
-- rings are filled as often as used and cannot deadlock; tiles of operations conform;
+- rings are filled as often as used and cannot deadlock; tiles of operations conform, and their types are ones that the
+  engine takes;
 - a slot or scratch is read only where it was written, no ring slot is overwritten unread, what the array or the vector
   engine fills is read, and a slot of which a part is read is read whole;
 - outputs are written exactly once and have no element at two places, nothing is read and written in one call, inputs
   are read whole (but along axes where a run-time scalar chooses);
-- products of operands that come unchanged from loads fill M x N x K once for each accumulator buffer, and rows and
-  columns follow the result to its store; a product that cannot be followed is refused. Where an operand is computed
-  (attention), each pair of tiles multiplied into a slot adds each k of the first tile once; that the tiles are the
-  right ones, and that vector operations are the right ones on the right rows, is not checked.
+- a kernel of a known family computes what its definition says: values are followed from loads through slots and
+  operations to each store, and the expression there must be the one that is due (`verify_meaning`, `definitions`);
+- of other kernels: products of operands that come unchanged from loads fill M x N x K once for each accumulator buffer,
+  and rows and columns follow the result to its store; a product that cannot be followed is refused. Where an operand is
+  computed, each pair of tiles multiplied into a slot adds each k of the first tile once. That vector operations are the
+  right ones on the right rows is not checked there.
 
 Programs: the target and its cores match; arguments and outputs are windows inside tensors that exist; elements of
-temporaries are written before they are read or output; tensors alive together share no bytes; weights and inputs are
-never written; windows of one tensor in one call are disjoint if one is written.
+temporaries are written before they are read or output, and results are read before they are overwritten or the end;
+tensors alive together share no bytes; weights and inputs are never written; windows of one tensor in one call are
+disjoint if one is written; calls are given the scalars, caches and tables that their names ask for
+(`verify_wiring`). Which of two weights, or of two temporaries, of one shape a call should read is not known here.
 
 Caches [B, H, C, D] of programs with inputs `input_ids` [B, S] and `pos` [B], at four choices of `pos` a row: only
 rows pos..pos+S are written, all of them and once; rows from `pos` on are read after they are written; each row before
-`pos` is read; a call that reads no row of pos..pos+S also reads a tensor that is appended to that cache. Which of K and
-V is which, and the order of rows inside pos..pos+S, is not checked. Other caches are checked for bounds alone.
+`pos` is read; a call that reads no row of pos..pos+S also reads a tensor that is appended to that cache. Other caches
+are checked for bounds alone.
 
 Hazards have the names of the field: RAW (read before written), WAW (written twice, or what may not be), WAR (slot
-reused too early), `uncovered` (a lost tail), `coverage` (of a product), `lost-signal`, `deadlock`, `overlap`,
-`capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`, `op`, `call`, `output`, `target`, ...
+reused too early), `uncovered` (a lost tail), `coverage` (the wrong place), `meaning` (another value than is due),
+`lost-signal`, `deadlock`, `overlap`, `capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`,
+`op`, `call`, `output`, `scalar`, `collective`, `target`, ...
 """
 
 from __future__ import annotations
@@ -139,6 +145,10 @@ def _memory(program: Program, target: Target) -> Iterator[Violation]:
     if end > program.ddr_bytes or program.ddr_bytes > target.die.ddr.capacity:
         stated = f"{program.ddr_bytes} stated, {target.die.ddr.capacity} there"
         yield _wrong(program, "capacity", f"DDR: tensors end at byte {end}, {stated}")
+    if program.ddr_bound != plan.bound:
+        yield _wrong(
+            program, "capacity", f"DDR: lower bound {program.ddr_bound} stated, live tensors need {plan.bound}"
+        )
 
 
 def _bad(call: Call, kind: str, message: str) -> Violation:
