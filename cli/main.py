@@ -35,6 +35,7 @@ COMMANDS = {
     "reduce": ("Shrink a model to the few nodes that a bug needs.", "vacc_opt.cli.reduce"),
     "tp-plan": ("Compare what splits over several numbers of ranks hold and exchange.", "vacc_opt.cli.tp_plan"),
     "schedule": ("Search the schedule of one kernel, or check one that anyone wrote.", "vacc_opt.cli.schedule"),
+    "sweep": ("Predict a model's times over numbers of its target, such as the bandwidth.", "vacc_opt.cli.sweep"),
     "simulate": ("Predict the time of a phase of an artifact; write a Perfetto trace.", "vacc_opt.cli.simulate"),
 }
 _MODEL_SUFFIXES = (".onnx", ".gguf", ".vacc")

@@ -14,7 +14,10 @@ ORDERS = 4  # interleavings of the engines that `run_orders` compares
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A verified schedule: predicted cycles of one run, their lower bound and what sets it, bytes over the DDR port."""
+    """A verified schedule: predicted cycles of one run, their lower bound and what sets it, bytes over the DDR port.
+
+    `search` says how good the tiling is among those that were enumerated (empty for text that was read).
+    """
 
     cycles: int
     bound: int
@@ -22,13 +25,15 @@ class Scheduled:
     ratio: float
     dram_bytes: int
     search_s: float
+    search: str
     target: str
     schedule: str
 
     def text(self) -> str:
         """One line for people."""
         timed = f"{self.cycles} cycles, {self.ratio:.4f} x bound ({self.bound}, {self.binds})"
-        return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}"
+        searched = f"; {self.search}, {100 * (self.ratio - 1):.2f} % above the proved bound" if self.search else ""
+        return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}{searched}"
 
 
 def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Scheduled:
@@ -38,7 +43,7 @@ def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Sched
     """
     from vacc_opt.backends.vacc import load_target
     from vacc_opt.backends.vacc.kernels.builder import param
-    from vacc_opt.backends.vacc.search import fastest_linear
+    from vacc_opt.backends.vacc.search import search_linear
     from vacc_opt.backends.vacc.single import single
 
     dtypes = {"float16": "f16", "int8": "i8"}
@@ -50,9 +55,9 @@ def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Sched
     x, w = param("X", "in", "f16", (m, k)), param("W", "in", dtypes[weights], (n, k))
     scale = param("S", "in", "f32", (n,)) if weights == "int8" else None
     started = time.perf_counter()
-    kernel = fastest_linear(x, w, scale, param("Y", "out", "f16", (m, n)), machine)
+    found = search_linear(x, w, scale, param("Y", "out", "f16", (m, n)), machine)
     spent = time.perf_counter() - started
-    return _scheduled(single(kernel, machine).to_text(), machine, spent)
+    return _scheduled(single(found.kernel, machine).to_text(), machine, spent, found.text)
 
 
 def check_schedule(path: Path, *, target: str) -> Scheduled:
@@ -62,7 +67,7 @@ def check_schedule(path: Path, *, target: str) -> Scheduled:
     """
     from vacc_opt.backends.vacc import load_target
 
-    return _scheduled(_read(path), load_target(target), 0.0)
+    return _scheduled(_read(path), load_target(target))
 
 
 def run_orders(found: Scheduled, seed: int = 0) -> int:
@@ -94,7 +99,7 @@ def run_orders(found: Scheduled, seed: int = 0) -> int:
     return sum(value.size for value in first[0].values())
 
 
-def _scheduled(text: str, target: Any, spent: float) -> Scheduled:
+def _scheduled(text: str, target: Any, spent: float = 0.0, search: str = "") -> Scheduled:
     """What the text itself shows: it is parsed, verified and timed as anyone's would be."""
     from vacc_opt.backends.vacc import Program, simulate_time, verify
 
@@ -108,6 +113,7 @@ def _scheduled(text: str, target: Any, spent: float) -> Scheduled:
         ratio=timing.cycles / max(timing.bound.cycles, 1),
         dram_bytes=sum(one.bytes * one.calls for one in timing.kernels.values()),
         search_s=spent,
+        search=search,
         target=f"{target.name} v{target.version} ({target.sha})",
         schedule=text,
     )

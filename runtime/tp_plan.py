@@ -110,6 +110,19 @@ def tp_plan(
         UserError: the configuration or the checkpoint cannot be used.
     """
     plan = plan_compilation(file, [*overrides, "frontend.model_kwargs.tp=1"])
+    graph = quantized_graph(plan, progress)
+    whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
+    for tp in ranks:
+        progress(f"tp {tp}")
+        try:
+            yield _row(*split_graph(graph, plan, tp), whole, graph)
+        except VaccError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            yield Row(tp, reason=f"{error.message.removeprefix('split-tp: ')}{hint}")
+
+
+def quantized_graph(plan: Plan, progress: Callable[[str], None] = lambda text: None) -> Graph:
+    """The model of a plan before it is split, without calibration: codes are rounded, scales of a cache made up."""
     frontend = plan.config.frontend
     graph = load_model(
         frontend.checkpoint,
@@ -123,14 +136,7 @@ def tp_plan(
         quantize = plan.quantize(str(_any_scales(graph, Path(scratch))))
         if quantize:
             run_pipeline(graph, quantize)
-    whole = sum(expr.nbytes for expr in _stored(split_graph(graph, plan, 1)[1], 0).values())
-    for tp in ranks:
-        progress(f"tp {tp}")
-        try:
-            yield _row(*split_graph(graph, plan, tp), whole, graph)
-        except VaccError as error:
-            hint = f" ({error.hint})" if error.hint else ""
-            yield Row(tp, reason=f"{error.message.removeprefix('split-tp: ')}{hint}")
+    return graph
 
 
 def split_graph(graph: Graph, plan: Plan, tp: int) -> tuple[Graph, dict[str, Graph]]:

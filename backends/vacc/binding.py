@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vacc_opt.backends.vacc.expand import Event, Step, expand
 from vacc_opt.backends.vacc.schedule import Call, Kernel, Loop, Op, Program, ScheduleError, Statement, Violation
 
 Lanes = Mapping[tuple[int, str], Sequence[Event]]  # (core, engine) -> events in order
+Unroll = Callable[[Kernel, int, Mapping[str, int]], Lanes]  # `lanes`, or what keeps its results
 
 
 def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
@@ -20,6 +21,20 @@ def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
     every = {(core, e): list(expand(kernel, e, core, used, scalars)) for core in range(used) for e, _ in kernel.trees}
     active = {core for (core, engine), events in every.items() if engine != "dma_in" and _works(events)}
     return {lane: events for lane, events in every.items() if events and lane[0] in active}
+
+
+class Unrolled:
+    """`lanes` that are unrolled once for each kernel (by name) and values of its scalars."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, tuple[tuple[str, int], ...]], Lanes] = {}
+
+    def __call__(self, kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
+        """As :func:`lanes`."""
+        key = kernel.name, cores, tuple(sorted(scalars.items()))
+        if key not in self._known:
+            self._known[key] = lanes(kernel, cores, scalars)
+        return self._known[key]
 
 
 def _works(events: Sequence[Event]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.backends.vacc.schedule import DTYPES, Call, Program, ScheduleError, Tensor, Violation
+from vacc_opt.backends.vacc.schedule import DTYPES, Call, Param, Program, ScheduleError, Tensor, Violation
 from vacc_opt.ir.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -57,6 +57,10 @@ class Dies:
         for one in self.program.outputs:
             tensor = self.program.tensor[one.tensor]
             if tensor.role != "cache":
+                end = one.offset + Param(one.name, tensor.dtype, one.shape, one.strides, "in").extent
+                if one.offset < 0 or end > prod(tensor.shape):
+                    text = f"output `{one.name}` lies outside of `{one.tensor}`"
+                    raise ScheduleError([Violation("bounds", self.program.name, None, text)])
                 found[one.name] = _window(self.memory[rank][tensor.name], one.offset, one.shape, one.strides).copy()
         return found
 
@@ -87,7 +91,8 @@ class Dies:
         for param in self.program.kernel[call.kernel].params:
             argument = call.argument(param.name)
             flat = memory[argument.tensor]
-            if flat.dtype != DTYPES[param.dtype] or argument.offset + param.extent > flat.size:
+            inside = 0 <= argument.offset <= flat.size - param.extent
+            if flat.dtype != DTYPES[param.dtype] or not inside:
                 text = f"`{argument.tensor}` [{argument.offset}] does not hold parameter `{param.name}`"
                 raise ScheduleError([Violation("bounds", call.kernel, call.index, text)])
             found.append(_window(flat, argument.offset, param.shape, param.strides))

@@ -24,7 +24,7 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         """Elements an axis."""
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple([stop - start for start, stop in zip(self.start, self.stop, strict=True)])
 
     @property
     def empty(self) -> bool:
@@ -158,8 +158,11 @@ class _Walker:
         return Step(op, primitive, outs, ins, attributes)
 
     def _box(self, view: View, names: Mapping[str, int], write: bool) -> Box:
-        start = tuple(self._value(span.start.value, names) for span in view.spans)
-        stop = tuple(self._value(span.stop.value, names) for span in view.spans)
+        try:
+            start = tuple([span.start.value(names) for span in view.spans])
+            stop = tuple([span.stop.value(names) for span in view.spans])
+        except KeyError as error:
+            raise self.error("name", f"unknown variable {error}") from None
         param = self._kernel.param.get(view.ref)
         slot = -1 if param is not None else self._slot(view.ref, write)
         shape = param.shape if param is not None else self._kernel.buffer[view.ref].shape

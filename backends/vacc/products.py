@@ -9,7 +9,7 @@ from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step, work
 from vacc_opt.backends.vacc.ops import Work
-from vacc_opt.backends.vacc.regions import Region, contains
+from vacc_opt.backends.vacc.regions import Region, contains, covers
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.text import print_op
 
@@ -77,38 +77,45 @@ class Untraceable(Exception):
 
 
 def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
-    """The products of a kernel whose operands are all loaded unchanged, one an accumulator; none if some are computed.
+    """The products of a kernel whose operands are all loaded unchanged, one a pair of them; none if some are computed.
 
     Raises Untraceable where a loaded operand cannot be followed to one axis of one parameter.
     """
     if computed(kernel):
         return []
     written = fills(lanes)
-    found: dict[str, list[Macs]] = {}
-    params: dict[str, set[tuple[str, int, str, int]]] = {}
-    costs: dict[str, Work] = {}
+    found: dict[tuple[str, int, str, int], list[Macs]] = {}
+    kinds: dict[str, tuple[str, int, str, int]] = {}  # accumulator -> what is multiplied into it
+    costs: dict[tuple[str, int, str, int], Work] = {}
+    known: dict[tuple[int, int, Box], tuple[Box, tuple[int, ...]] | None] = {}
+
+    def source(core: int, box: Box, entered: Mapping[str, int]) -> tuple[Box, tuple[int, ...]] | None:
+        key = (core, entered.get(box.ref, -1), box)
+        if key not in known:
+            known[key] = source_of(kernel, core, box, written, entered)
+        return known[key]
+
     for core, engine, step, entered in uses(lanes):
         if engine != "matrix":
             continue
-        places = [source_of(kernel, core, box, written, entered) for box in step.ins]
+        places = [source(core, box, entered) for box in step.ins]
         if places[0] is None or places[1] is None:
             raise Untraceable(print_op(step.op))
         (a, a_axes), (b, b_axes) = places[0], places[1]
         a_k, b_k = a_axes[-1], b_axes[-1] if step.op.kind == "mma" else b_axes[-2]
-        group = step.outs[0].ref
-        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
-        found.setdefault(group, []).append(macs)
-        params.setdefault(group, set()).add((a.ref, a_k, b.ref, b_k))
-        costs[group] = work(kernel, step)
-        if len(params[group]) > 1:
+        kind = (a.ref, a_k, b.ref, b_k)
+        if kinds.setdefault(step.outs[0].ref, kind) != kind:
             raise Untraceable(print_op(step.op))
+        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
+        found.setdefault(kind, []).append(macs)
+        costs[kind] = work(kernel, step)
     products = []
-    for group, one in params.items():
-        a_name, a_k, b_name, b_k = next(iter(one))
+    for kind, steps in found.items():
+        a_name, a_k, b_name, b_k = kind
         rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
-        cost, depth = costs[group], kernel.param[b_name].shape[b_k]
+        cost, depth = costs[kind], kernel.param[b_name].shape[b_k]
         size = Product(_volume(rows), _volume(columns), depth, cost.dtype, cost.weight_itemsize)
-        products.append(MatrixProduct(size, rows, columns, tuple(found[group])))
+        products.append(MatrixProduct(size, rows, columns, tuple(steps)))
     return products
 
 
@@ -126,12 +133,18 @@ def source_of(
     number = entered.get(box.ref, -1)
     if not 0 <= number < len(slots):
         return None
+    parts: list[Region] = []
+    shifts: set[tuple[str, tuple[int, ...]]] = set()
     for step in slots[number]:
         target, source = step.outs[0], step.ins[0]
         if step.op.kind != "load" or source.ref not in kernel.param:
             return None
         if contains((target.start, target.stop), (box.start, box.stop)):
             return _shift(target, source, box)
+        parts.append((target.start, target.stop))
+        shifts.add((source.ref, tuple(s - t for s, t in zip(source.start, target.start, strict=False))))
+    if len(shifts) == 1 and len(target.start) == len(source.start) and covers(parts, (box.start, box.stop)):
+        return _shift(target, source, box)  # parts that lie to each other in the slot as in the parameter
     return None
 
 

@@ -261,6 +261,11 @@ class Kernel:
         """SRAM that a core needs."""
         return max((one.end for one in self.buffers), default=0)
 
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of all slots that the array writes on a core."""
+        return sum(one.depth * one.slot_bytes for one in self.buffers if one.producer == "matrix")
+
     def operations(self) -> Iterator[tuple[str, Op]]:
         """Each operation of the text with its engine, once."""
         for engine, tree in self.trees:

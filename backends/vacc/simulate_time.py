@@ -6,7 +6,7 @@ other: a call starts when the one before has moved its last byte. Costs of an op
 load, store   `issue` cycles of the DMA engine, then the DDR latency, then the bytes (each contiguous run rounded up to
               whole bursts) at the share of the port that the DMA engines which are moving bytes leave each other
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
-              results leave `fill` cycles later
+              results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
 collective    the links are busy for the cheaper of ring and direct exchange (`bounds.link_cost`); after the hops, for
               which the next one does not wait, its DDR bytes
@@ -14,15 +14,14 @@ collective    the links are busy for the cheaper of ring and direct exchange (`b
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import prod
 
 from vacc_opt.backends.vacc.binding import Lanes, lanes, scalar_values
 from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
+from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
 from vacc_opt.backends.vacc.event_model import Step as TimedStep
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, work
@@ -169,24 +168,15 @@ def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -
     cost = work(kernel, step)
     label = f"{step.op.kind} {step.outs[0].ref}"
     if engine == "matrix":
-        matrix = target.core.matrix
-        return TimedStep(
-            label, matrix.cycles(cost.m, cost.n, cost.k, cost.dtype, cost.weight_itemsize), delay=matrix.fill
-        )
+        spilled, first = kernel.accumulator_bytes > target.core.matrix.acc.bytes, not step.attributes["first"]
+        size = cost.m, cost.n, cost.k
+        return product_step(label, size, cost.dtype, cost.weight_itemsize, spilled=spilled, first=first, target=target)
     if engine == "vector":
-        vector = target.core.vector
-        return TimedStep(label, vector.startup + math.ceil(cost.lane_ops / vector.lanes))
+        return vector_step(label, cost.lane_ops, target)
     if engine == "link":
         busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links)
         moved = work_bytes(kernel, step)
         return TimedStep(label, busy if moved else busy + hops, bytes=moved, latency=hops)
-    latency = target.die.ddr.latency if engine == "dma_in" else 0
     indices = work_bytes(kernel, step) - cost.bytes
-    moved = _bursts(cost.bytes, cost.run_bytes, target) + _bursts(indices, indices, target)
-    return TimedStep(label, target.core.dma.issue, bytes=moved, latency=latency)
-
-
-def _bursts(size: int, run: int, target: Target) -> int:
-    """Bytes that cross the port: every contiguous run takes whole bursts."""
-    burst = target.die.ddr.burst
-    return prod((-(-size // max(run, 1)), -(-run // burst), burst)) if size else 0
+    moved = bursts(cost.bytes, cost.run_bytes, target) + bursts(indices, indices, target)
+    return transfer_step(label, moved, target, load=engine == "dma_in")

@@ -97,6 +97,8 @@ class Plan:
 
 
 def _slot(buffer: Buffer, slot: int, sram: npt.NDArray[np.uint8]) -> Array:
+    if buffer.offset < 0:
+        raise ScheduleError([Violation("bounds", buffer.name, None, f"starts at byte {buffer.offset} of SRAM")])
     dtype = DTYPES[buffer.dtype]
     return np.ndarray(buffer.shape, dtype, sram.data, buffer.offset + slot * buffer.slot_bytes)
 

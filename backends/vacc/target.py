@@ -71,9 +71,14 @@ class Die(_Section):
 
 
 class Accumulators(_Section):
-    """f32 accumulator memory of the array."""
+    """f32 accumulator memory of the array.
+
+    Sums that exceed `bytes` stay in SRAM and cross its port, in and out, at `sram_bytes_per_cycle` for each product
+    that adds to them, while the array works; `null` for an array that cannot do that.
+    """
 
     bytes: Bytes
+    sram_bytes_per_cycle: Rate | None
 
 
 class Matrix(_Section):
@@ -94,6 +99,11 @@ class Matrix(_Section):
         tile = self.rows_k * self.cols_n
         stream = m * tile / self.macs_per_cycle[dtype]
         return max(math.ceil(stream), math.ceil(tile * weight_itemsize / self.weight_load_bytes_per_cycle))
+
+    def port_cycles(self, m: int, n: int, first: bool) -> int:
+        """Cycles in which m x n sums leave for SRAM and, but for those of the `first` product, come from there."""
+        rate = self.acc.sram_bytes_per_cycle
+        return math.ceil(m * n * (4 if first else 8) / rate) if rate else 0
 
     def cycles(self, m: int, n: int, k: int, dtype: str, weight_itemsize: int) -> int:
         """Array cycles of an m x n x k product without the pipeline fill: whole passes, tails cost a full one."""
@@ -155,8 +165,8 @@ class Target(_Section):
 
     @property
     def sha(self) -> str:
-        """Content hash (16 hex digits) of every field and provenance."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Content hash (16 hex digits) of every field that is not null, and of every provenance."""
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -213,6 +223,46 @@ def parse_target(raw: Any, where: str = "target") -> Target:
         raise _explain(error, where) from None
     _check_littles_law(target, where)
     return target
+
+
+def number_path(target: Target, key: str) -> str:
+    """The dotted path of a number from its end: `ddr.bytes_per_cycle` is `die.ddr.bytes_per_cycle`.
+
+    Raises UserError for a key that names no number or several.
+    """
+    paths = [path for path, _, _ in target.numbers()]
+    found = [key] if key in paths else [path for path in paths if path.endswith(f".{key}")]
+    if not found:
+        endings = [".".join(path.split(".")[start:]) for path in paths for start in range(path.count(".") + 1)]
+        raise UserError(f"target {target.name} has no number `{key}`", did_you_mean(key, endings))
+    if len(found) > 1:
+        raise UserError(f"`{key}` is one of several numbers of target {target.name}", f"write {' or '.join(found)}")
+    return found[0]
+
+
+def overlay(target: Target, changes: Mapping[str, Any]) -> Target:
+    """The target with other numbers, by dotted path or the end of one; they count as `assumed` and show in its name.
+
+    Raises UserError for an unknown key, a value that the field does not take, or numbers that do not go together.
+    """
+    if not changes:
+        return target
+    tree = target.model_dump()
+    for key, value in changes.items():
+        path = number_path(target, key)
+        *sections, field = path.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[field] = value
+        tree["numbers_from"][path] = "assumed"
+    tree["name"] = f"{target.name}+{','.join(f'{key}={value}' for key, value in changes.items())}"
+    try:
+        changed = Target.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, f"target {tree['name']}") from None
+    _check_littles_law(changed, f"target {tree['name']}")
+    return changed
 
 
 def _strip(

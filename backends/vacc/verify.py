@@ -1,48 +1,52 @@
-"""The verifier: a schedule is refused unless every rule that keeps its values right holds.
+"""The verifier: a schedule is refused unless every rule that keeps its values right holds (docs/invariants.md).
 
 Kernels, unrolled at four values of their run-time scalars (smallest, largest, one above the smallest, middle):
 - names are given once; buffers are aligned, inside SRAM and apart; what the array fills fits its accumulators;
-- rings are filled as often as used and cannot deadlock; tiles of operations conform;
+- rings are filled as often as used and cannot deadlock; tiles of operations conform, and their types are ones that the
+  engine takes;
 - a slot or scratch is read only where it was written, no ring slot is overwritten unread, what the array or the vector
   engine fills is read, and a slot of which a part is read is read whole;
 - outputs are written exactly once and have no element at two places, nothing is read and written in one call, inputs
   are read whole (but along axes where a run-time scalar chooses);
-- products of operands that come unchanged from loads fill M x N x K once for each accumulator buffer, and rows and
-  columns follow the result to its store; a product that cannot be followed is refused. Where an operand is computed
-  (attention), each pair of tiles multiplied into a slot adds each k of the first tile once; that the tiles are the
-  right ones, and that vector operations are the right ones on the right rows, is not checked.
+- a kernel of a known family computes what its definition says: values are followed from loads through slots and
+  operations to each store, and the expression there must be the one that is due (`verify_meaning`, `definitions`);
+- of other kernels: products of operands that come unchanged from loads fill M x N x K once for each accumulator buffer,
+  and rows and columns follow the result to its store; a product that cannot be followed is refused. Where an operand is
+  computed, each pair of tiles multiplied into a slot adds each k of the first tile once. That vector operations are the
+  right ones on the right rows is not checked there.
 
 Programs: the target and its cores match; arguments and outputs are windows inside tensors that exist; elements of
-temporaries are written before they are read or output; tensors alive together share no bytes; weights and inputs are
-never written; windows of one tensor in one call are disjoint if one is written.
+temporaries are written before they are read or output, and results are read before they are overwritten or the end;
+tensors alive together share no bytes; weights and inputs are never written; windows of one tensor in one call are
+disjoint if one is written; calls are given the scalars, caches and tables that their names ask for
+(`verify_wiring`). Which of two weights, or of two temporaries, of one shape a call should read is not known here.
 
 Caches [B, H, C, D] of programs with inputs `input_ids` [B, S] and `pos` [B], at four choices of `pos` a row: only
 rows pos..pos+S are written, all of them and once; rows from `pos` on are read after they are written; each row before
-`pos` is read; a call that reads no row of pos..pos+S also reads a tensor that is appended to that cache. Which of K and
-V is which, and the order of rows inside pos..pos+S, is not checked. Other caches are checked for bounds alone.
+`pos` is read; a call that reads no row of pos..pos+S also reads a tensor that is appended to that cache. Other caches
+are checked for bounds alone.
 
 Hazards have the names of the field: RAW (read before written), WAW (written twice, or what may not be), WAR (slot
-reused too early), `uncovered` (a lost tail), `coverage` (of a product), `lost-signal`, `deadlock`, `overlap`,
-`capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`, `op`, `call`, `output`, `target`, ...
+reused too early), `uncovered` (a lost tail), `coverage` (the wrong place), `meaning` (another value than is due),
+`lost-signal`, `deadlock`, `overlap`, `capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`,
+`op`, `call`, `output`, `scalar`, `collective`, `target`, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from math import prod
 
-import numpy as np
-import numpy.typing as npt
-
-from vacc_opt.backends.vacc.binding import scalar_samples
+from vacc_opt.backends.vacc.binding import Unrolled, scalar_samples
 from vacc_opt.backends.vacc.memory import memory_plan, overlaps
 from vacc_opt.backends.vacc.ops import PRIMITIVES
-from vacc_opt.backends.vacc.schedule import Call, Param, Program, ScheduleError, Violation
+from vacc_opt.backends.vacc.schedule import Call, Program, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.verify_caches import cache_violations
+from vacc_opt.backends.vacc.verify_dataflow import dataflow_violations
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
+from vacc_opt.backends.vacc.verify_wiring import wiring_violations
 
-Mask = npt.NDArray[np.bool_]
 Samples = Mapping[str, list[dict[str, int]]]  # kernel -> values of its run-time scalars
 
 
@@ -59,11 +63,11 @@ def check(program: Program, target: Target, samples: Samples | None = None) -> l
     if found:
         return found  # what follows reads tensors through the arguments
     tried = _samples(program) if samples is None else samples
-    for kernel in program.kernels:
-        found += kernel_violations(kernel, target, tried.get(kernel.name, [{}]))
-    found += _memory(program, target)
-    found += _dataflow(program)
-    return found or cache_violations(program, target)
+    unroll = Unrolled()
+    kernels = [v for one in program.kernels for v in kernel_violations(one, target, tried.get(one.name, [{}]), unroll)]
+    calls = [*_memory(program, target), *dataflow_violations(program), *wiring_violations(program)]
+    # kernels that cannot be unrolled say nothing about caches
+    return kernels + calls if kernels else calls + cache_violations(program, target, unroll)
 
 
 def _samples(program: Program) -> dict[str, list[dict[str, int]]]:
@@ -103,7 +107,7 @@ def _calls(program: Program) -> Iterator[Violation]:
                 continue
             param = kernel.param.get(one.name)
             dtype, extent = (param.dtype, param.extent) if param else ("i64", 1)
-            size = int(np.prod(tensor.shape))
+            size = prod(tensor.shape)
             if dtype != tensor.dtype:
                 yield _bad(call, "dtype", f"{one.name} is {dtype}, tensor `{tensor.name}` is {tensor.dtype}")
             if one.offset < 0 or one.offset + extent > size:
@@ -126,7 +130,7 @@ def _outputs(program: Program) -> Iterator[Violation]:
             yield _wrong(program, "output", f"output `{one.name}`: {shown} is not a window")
             continue
         end = one.offset + sum((extent - 1) * stride for extent, stride in wide) + 1
-        size = int(np.prod(tensor.shape))
+        size = prod(tensor.shape)
         if one.offset < 0 or end > size:
             inside = f"elements {one.offset}..{end} of {size} of tensor `{tensor.name}`"
             yield _wrong(program, "bounds", f"output `{one.name}` covers {inside}")
@@ -141,53 +145,10 @@ def _memory(program: Program, target: Target) -> Iterator[Violation]:
     if end > program.ddr_bytes or program.ddr_bytes > target.die.ddr.capacity:
         stated = f"{program.ddr_bytes} stated, {target.die.ddr.capacity} there"
         yield _wrong(program, "capacity", f"DDR: tensors end at byte {end}, {stated}")
-
-
-def _dataflow(program: Program) -> Iterator[Violation]:
-    """In the order of calls: what is read was written, and no call reads through one window what another one writes."""
-    written: dict[str, Mask] = {}
-    for tensor in program.tensors:
-        if tensor.role == "temp":
-            written[tensor.name] = np.zeros(int(np.prod(tensor.shape)), np.bool_)
-    for call in program.calls:
-        params = program.kernel[call.kernel].param
-        for one in (*call.arguments, *call.scalars):
-            param = params.get(one.name)
-            if one.tensor in written and (param is None or param.mode != "out"):
-                window = _window(written[one.tensor], one.offset, param)
-                if not window.all():
-                    missing = f"{window.size - int(window.sum())} of {window.size} elements"
-                    yield _bad(call, "RAW", f"{one.name} reads `{one.tensor}`, of which {missing} are not written yet")
-        yield from _aliases(program, call)
-        for one in call.arguments:
-            if one.tensor in written and params[one.name].mode != "in":
-                _window(written[one.tensor], one.offset, params[one.name])[...] = True
-    for output in program.outputs:
-        if output.tensor in written:
-            shape = Param(output.name, "f32", output.shape, output.strides, "in")
-            if not _window(written[output.tensor], output.offset, shape).all():
-                yield _wrong(program, "uncovered", f"output `{output.name}`: `{output.tensor}` is not all written")
-
-
-def _aliases(program: Program, call: Call) -> Iterator[Violation]:
-    """Windows of one tensor in one call are disjoint where one of them is written."""
-    params = program.kernel[call.kernel].param
-    for index, one in enumerate(call.arguments):
-        for other in call.arguments[index + 1 :]:
-            if one.tensor != other.tensor or {params[one.name].mode, params[other.name].mode} == {"in"}:
-                continue
-            mask = np.zeros(int(np.prod(program.tensor[one.tensor].shape)), np.bool_)
-            _window(mask, one.offset, params[one.name])[...] = True
-            if _window(mask, other.offset, params[other.name]).any():
-                yield _bad(call, "WAR", f"{one.name} and {other.name} share elements of `{one.tensor}`, one is written")
-
-
-def _window(mask: Mask, offset: int, param: Param | None) -> npt.NDArray[Any]:
-    """The elements of a flat tensor that a parameter (or one scalar) sees, as a view."""
-    if param is None:
-        return mask[offset : offset + 1]
-    strides = tuple(stride * mask.itemsize for stride in param.strides)
-    return np.lib.stride_tricks.as_strided(mask[offset:], param.shape, strides)
+    if program.ddr_bound != plan.bound:
+        yield _wrong(
+            program, "capacity", f"DDR: lower bound {program.ddr_bound} stated, live tensors need {plan.bound}"
+        )
 
 
 def _bad(call: Call, kind: str, message: str) -> Violation:

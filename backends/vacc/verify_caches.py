@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.backends.vacc.binding import lanes, scalar_range
+from vacc_opt.backends.vacc.binding import Unroll, lanes, scalar_range
 from vacc_opt.backends.vacc.expand import Box, Step
 from vacc_opt.backends.vacc.schedule import Affine, Argument, Call, Kernel, Param, Program, Tensor, Violation
 from vacc_opt.backends.vacc.target import Target
@@ -19,7 +19,7 @@ Touches = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Boxes, Boxes]]  # 
 PICKS = 4  # smallest, largest, one above the smallest, middle: the choices of `binding.scalar_samples`
 
 
-def cache_violations(program: Program, target: Target) -> list[Violation]:
+def cache_violations(program: Program, target: Target, unroll: Unroll = lanes) -> list[Violation]:
     """What is wrong with the caches [B, H, C, D] of a program of inputs `input_ids` [B, S] and `pos` [B].
 
     Tried at four values of `pos`, which differ between the rows of a batch. Raises ScheduleError for a kernel that
@@ -35,7 +35,7 @@ def cache_violations(program: Program, target: Target) -> list[Violation]:
     found: dict[Violation, None] = {}
     touches: Touches = {}
     for pick in range(PICKS):
-        found |= dict.fromkeys(_Pass(program, target, pick, touches).run(caches))
+        found |= dict.fromkeys(_Pass(program, target, pick, touches, unroll).run(caches))
     return list(found)
 
 
@@ -72,8 +72,9 @@ def _reach(kernel: Kernel, context: int) -> int:
 class _Pass:
     """One pass over the calls, with one choice of the run-time scalars."""
 
-    def __init__(self, program: Program, target: Target, pick: int, touches: Touches) -> None:
-        self._program, self._target, self._pick, self._touches = program, target, pick, touches
+    def __init__(self, program: Program, target: Target, pick: int, touches: Touches, unroll: Unroll) -> None:
+        self._program, self._target, self._pick = program, target, pick
+        self._touches, self._unroll = touches, unroll
 
     def run(self, tensors: list[Tensor]) -> Iterator[Violation]:
         batch, tokens = self._program.tensor["input_ids"].shape
@@ -101,7 +102,7 @@ class _Pass:
         if key not in self._touches:
             kernel = self._program.kernel[call.kernel]
             sides: tuple[dict[str, dict[Box, None]], ...] = ({}, {})
-            for events in lanes(kernel, self._target.die.cores, values).values():
+            for events in self._unroll(kernel, self._target.die.cores, values).values():
                 for step in events:
                     if isinstance(step, Step):
                         for boxes, side in ((step.ins, sides[0]), (step.outs, sides[1])):

@@ -7,24 +7,30 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vacc_opt.backends.vacc.binding import Lanes, is_parallel, lanes
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
 from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.text import print_op
+from vacc_opt.backends.vacc.verify_meaning import defined, meaning_problems
 from vacc_opt.backends.vacc.verify_products import product_problems
 from vacc_opt.backends.vacc.verify_routes import unread_inputs, unread_results, unread_slots
+from vacc_opt.backends.vacc.verify_types import type_problems
 
 
-def kernel_violations(kernel: Kernel, target: Target, samples: Sequence[Mapping[str, int]]) -> list[Violation]:
+def kernel_violations(
+    kernel: Kernel, target: Target, samples: Sequence[Mapping[str, int]], unroll: Unroll = lanes
+) -> list[Violation]:
     """What is wrong with a kernel at each of the scalar values in `samples`; each problem once."""
-    found: dict[Problem, None] = dict.fromkeys(_space(kernel, target))
+    found: dict[Problem, None] = dict.fromkeys((*_space(kernel, target), *type_problems(kernel)))
+    if any(one.depth < 1 for one in kernel.buffers):
+        samples = []  # there is no slot to follow
     idle: list[set[Problem]] = []  # a loop may have no iteration at some values, so only what is idle at all of them
     for scalars in samples:
         try:
-            unrolled = lanes(kernel, target.die.cores, scalars)
+            unrolled = unroll(kernel, target.die.cores, scalars)
         except ScheduleError as error:
             found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
             continue
@@ -35,7 +41,10 @@ def kernel_violations(kernel: Kernel, target: Target, samples: Sequence[Mapping[
             found |= dict.fromkeys(_contents(kernel, unrolled))
             found |= dict.fromkeys(unread_slots(kernel, unrolled))
             idle.append(set(unread_results(kernel, unrolled)))
-            found |= dict.fromkeys(product_problems(kernel, unrolled))
+            meaning = dict.fromkeys(meaning_problems(kernel, unrolled, scalars))
+            if meaning or not defined(kernel):  # a kernel that keeps to its definition multiplies what it should
+                found |= dict.fromkeys(product_problems(kernel, unrolled))
+            found |= meaning
         found |= dict.fromkeys(_outputs(kernel, unrolled))
         found |= dict.fromkeys(unread_inputs(kernel, unrolled))
     found |= dict.fromkeys(sorted(set.intersection(*idle))) if idle else {}
@@ -53,9 +62,9 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
         yield from (("name", f"`{name}` is given twice") for name, times in Counter(listed).items() if times > 1)
     if is_parallel(dict(kernel.trees).get("link", ())):
         yield "op", "a die has one link engine: its loops cannot be parallel"
-    sums = sum(one.depth * one.slot_bytes for one in kernel.buffers if one.producer == "matrix")
-    if sums > target.core.matrix.acc.bytes:
-        yield "capacity", f"accumulators need {sums} bytes of {target.core.matrix.acc.bytes}"
+    accumulators = target.core.matrix.acc
+    if kernel.accumulator_bytes > accumulators.bytes and accumulators.sram_bytes_per_cycle is None:
+        yield "capacity", f"accumulators need {kernel.accumulator_bytes} bytes of {accumulators.bytes}"
     ordered = sorted(kernel.buffers, key=lambda one: (one.offset, one.name))
     for buffer in ordered:
         if buffer.offset % ALIGN or buffer.offset < 0 or buffer.depth < 1:

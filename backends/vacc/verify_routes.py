@@ -94,18 +94,21 @@ def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     """Rings of which the array or the vector engine fills a slot that nobody reads, scratch that nobody reads."""
     # what is read under other scalars (the block of old keys when `pos` can only be 0) is no lost result
     elsewhere = {tile.ref for _, one in kernel.operations() for tile in one.ins} if kernel.scalars else set()
-    windowed = _windowed(kernel)
+    windowed, used = _windowed(kernel), _used(lanes)
     for name, written, read in _slots(kernel, lanes):
-        if name in windowed:
-            continue
-        if name in elsewhere and not any(box.ref == name for visit in _visits(lanes) for box in visit.step.ins):
+        if name in windowed or (name in elsewhere and name not in used):
             continue
         if written and not read and kernel.buffer[name].producer in {"matrix", "vector"}:
             yield "uncovered", f"{kernel.buffer[name].producer} fills a slot of ring `{name}` of which nothing is read"
-    used = {box.ref for visit in _visits(lanes) for box in visit.step.ins}
     for buffer in kernel.buffers:
         if not buffer.is_ring and buffer.name not in used | elsewhere | _running(kernel):
             yield "uncovered", f"scratch `{buffer.name}` is never read"
+
+
+def _used(lanes: Lanes) -> set[str]:
+    """Parameters and buffers that some step reads."""
+    steps = (step for events in lanes.values() for step in events if isinstance(step, Step))
+    return {box.ref for step in steps for box in step.ins}
 
 
 def _windowed(kernel: Kernel) -> set[str]:

@@ -23,10 +23,10 @@ from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Program
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
-from vacc_opt.backends.vacc.tiling import LinearTiles
 
 Array = npt.NDArray[Any]
 RELATIVE = 2e-6  # f32 sums in another order: a few units in the last place of the largest output
@@ -73,20 +73,22 @@ def test_linear_multiplies_by_the_transposed_weight(m: int, n: int, k: int, dtyp
 
 @settings(deadline=None, max_examples=40)
 @given(
-    sizes=st.tuples(*[st.integers(1, 40)] * 3), tiles=st.tuples(*[st.integers(1, 40)] * 3), results=st.integers(1, 2)
+    sizes=st.tuples(*[st.integers(1, 40)] * 3),
+    tiles=st.tuples(*[st.integers(1, 40)] * 4),
+    slots=st.tuples(st.sampled_from(["", "x", "w"]), st.integers(1, 2), st.integers(1, 2), st.integers(2, 3)),
 )
 def test_any_tile_of_any_linear_gives_the_same_product(
-    sizes: tuple[int, int, int], tiles: tuple[int, int, int], results: int
+    sizes: tuple[int, int, int], tiles: tuple[int, int, int, int], slots: tuple[str, int, int, int]
 ) -> None:
     """Small integers, so that every order of summation is exact."""
     m, n, k = sizes
-    tm, tn, tk = (min(tile, size) for tile, size in zip(tiles, sizes, strict=True))
+    chosen = LinearTiles(*(min(tile, size) for tile, size in zip(tiles, (*sizes, m), strict=True)), *slots)
     rng = np.random.default_rng(m * n * k)
-    x, w = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((m, k), (n, k)))
-    px, pw, py = param("X", "in", "f32", (m, k)), param("W", "in", "f32", (n, k)), param("Y", "out", "f32", (m, n))
+    x, w = (rng.integers(-9, 10, shape).astype(np.float16) for shape in ((m, k), (n, k)))
+    px, pw, py = param("X", "in", "f16", (m, k)), param("W", "in", "f16", (n, k)), param("Y", "out", "f16", (m, n))
     machine = load_target("vacc-reference")
-    kernel = linear(px, pw, None, py, machine, LinearTiles(tm, tn, tk, 0, 0, 0, 0, results))
-    assert np.array_equal(run(kernel, machine, {"X": x, "W": w})["Y"], x @ w.T)
+    kernel = linear(px, pw, None, py, machine, chosen)
+    assert np.array_equal(run(kernel, machine, {"X": x, "W": w})["Y"], (x.astype(np.float32) @ w.T).astype(np.float16))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

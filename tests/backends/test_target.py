@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from vacc_opt.backends.vacc.target import load_target, parse_target, target_names
+from vacc_opt.backends.vacc.target import load_target, overlay, parse_target, target_names
 from vacc_opt.ir.errors import UserError
 
 
@@ -119,3 +119,30 @@ def test_a_file_can_be_given_by_path(tmp_path: Path, raw: Any) -> None:
     with path.open("w", encoding="utf-8") as stream:
         YAML().dump(raw, stream)
     assert load_target(path).name == "mine"
+
+
+def test_an_overlay_changes_one_number_which_then_counts_as_assumed() -> None:
+    target = load_target("vacc-reference")
+    changed = overlay(target, {"ddr.bytes_per_cycle": 200, "clock_mhz": 1000})
+    assert (changed.die.ddr.bytes_per_cycle, changed.clock_mhz) == (200, 1000)
+    assert changed.name == "vacc-reference+ddr.bytes_per_cycle=200,clock_mhz=1000"
+    assert changed.numbers_from["clock_mhz"] == "assumed"
+    assert changed.sha != target.sha
+    assert overlay(target, {}) is target
+    assert load_target("vacc-reference") == target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"ddr.bandwidth": 1}, "has no number `ddr.bandwidth`", "ddr"),
+        ({"bytes": 1}, "`bytes` is one of several numbers", "core.matrix.acc.bytes or core.sram.bytes"),
+        ({"die.cores": 0}, "die.cores = 0", None),
+        ({"ddr.latency": 10**9}, "cannot hide", "core.dma.chunk"),
+    ],
+)
+def test_an_overlay_that_makes_no_machine_is_refused(changes: dict[str, int], message: str, hint: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        overlay(load_target("vacc-reference"), changes)
+    assert message in str(caught.value)
+    assert hint is None or hint in str(caught.value.hint)

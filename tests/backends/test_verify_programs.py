@@ -162,11 +162,25 @@ def test_a_second_mma_that_adds_the_product_again_is_found() -> None:
     assert any(one.startswith("coverage") and "two mma cover" in one for one in found)
 
 
-def test_a_loaded_operand_that_cannot_be_followed_is_refused() -> None:
-    """A tile of X is filled by two loads, so no one load says what the product multiplies."""
-    text = print_kernel(gemm())
+def in_two_loads(text: str) -> str:
+    """A tile of X is filled by two loads."""
     load = line_with(text, "load(X")
     top, rest = (load.replace("m:m+|m|", rows).replace("0:|m|", tile) for rows, tile in HALVES)
+    return text.replace(load, f"{top}\n{rest}")
+
+
+def test_a_tile_of_two_loads_is_followed_where_the_family_says_what_is_due() -> None:
+    assert violations(in_two_loads(print_kernel(gemm()))) == []
+    swapped = in_two_loads(print_kernel(gemm())).replace("X[m:m+1,", "X[m+1:m+2,")
+    assert any(one.startswith("coverage") for one in violations(swapped))
+
+
+def test_a_loaded_operand_that_cannot_be_followed_is_refused_in_an_unknown_family() -> None:
+    """Two loads put the halves of a tile of X in each other's place, so no rows of X say what the product multiplies."""
+    text = print_kernel(gemm()).replace("kernel linear(", "kernel foreign(")
+    load = line_with(text, "load(X")
+    (first, low), (second, high) = HALVES
+    top, rest = (load.replace("m:m+|m|", rows).replace("0:|m|", tile) for rows, tile in ((second, low), (first, high)))
     found = violations(text.replace(load, f"{top}\n{rest}"))
     assert any(one.startswith("coverage") and "cannot be followed" in one for one in found)
 

@@ -75,6 +75,13 @@ def test_the_page_about_schedules_does_what_it_shows(tmp_path: Path) -> None:
     assert run((DOCS / "schedule_a_kernel.md").read_text(encoding="utf-8"), tmp_path) == 5
 
 
+@pytest.mark.full  # exports SmolLM2
+def test_the_page_about_sweeps_does_what_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    assert run((DOCS / "sweep_a_target.md").read_text(encoding="utf-8"), tmp_path) == 1
+    assert '<svg class="sweep"' in (tmp_path / "sweep.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.full  # exports and compiles SmolLM2
 def test_the_page_about_ranks_does_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(DOCS.parent / "examples")

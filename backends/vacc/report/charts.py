@@ -17,7 +17,7 @@ COLORS = {
     "latency": "#4a7bb0",
     "drained": "#b9bec6",
 }
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 720, 320, 70, 40, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, PAD = 720, 320, 70, 40, 16
 
 
 def account_bar(account: Mapping[str, int], total: int, width: int = 180) -> str:
@@ -43,18 +43,18 @@ def roofline(timing: Timing) -> str:
     ridge = peak / rate
     intensities = [one.macs / one.bytes for one in kernels] + [ridge]
     speeds = [one.macs / one.cycles for one in kernels] + [peak]
-    low_x, high_x = _decades(min(intensities), max(intensities) * 2)
-    low_y, high_y = _decades(min([*speeds, rate * 10**low_x]), peak)
-    x, y = _axis(low_x, high_x, _LEFT, _WIDTH - _PAD), _axis(low_y, high_y, _HEIGHT - _BOTTOM, _PAD)
+    low_x, high_x = decades(min(intensities), max(intensities) * 2)
+    low_y, high_y = decades(min([*speeds, rate * 10**low_x]), peak)
+    x, y = axis(low_x, high_x, LEFT, WIDTH - PAD), axis(low_y, high_y, HEIGHT - BOTTOM, PAD)
     parts = [_grid(low_x, high_x, low_y, high_y)]
     for dtype, macs in target.core.matrix.macs_per_cycle.items():
         top = macs * target.die.cores
         roof = [(10.0**low_x, rate * 10**low_x), (top / rate, top), (10.0**high_x, top)]
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
         parts.append(f'<polyline class="roof" points="{points}"/>')
-        parts.append(f'<text x="{_WIDTH - _PAD}" y="{y(top) + 14:.1f}" text-anchor="end">{dtype}</text>')
+        parts.append(f'<text x="{WIDTH - PAD}" y="{y(top) + 14:.1f}" text-anchor="end">{dtype}</text>')
     parts += _points([(one.name, one.macs / one.bytes, one.macs / one.cycles) for one in kernels], x, y)
-    return _svg("roofline", "".join(parts), "MAC / DDR byte", "MAC / cycle of a die")
+    return svg("roofline", "".join(parts), "MAC / DDR byte", "MAC / cycle of a die")
 
 
 def _points(
@@ -78,10 +78,10 @@ def ddr_map(plan: MemoryPlan, calls: int) -> str:
     top = max(plan.bytes - plan.persistent_bytes, 1)
 
     def x(call: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _PAD) * call / max(calls, 1)
+        return LEFT + (WIDTH - LEFT - PAD) * call / max(calls, 1)
 
     def y(address: float) -> float:
-        return _PAD + (_HEIGHT - _BOTTOM - _PAD - 24) * (1 - (address - plan.persistent_bytes) / top)
+        return PAD + (HEIGHT - BOTTOM - PAD - 24) * (1 - (address - plan.persistent_bytes) / top)
 
     parts = [
         _region(region, x(region.first), x(region.last + 1), y(region.end), y(region.offset))
@@ -89,10 +89,10 @@ def ddr_map(plan: MemoryPlan, calls: int) -> str:
         if not region.persistent
     ]
     floor = y(plan.persistent_bytes)
-    parts.append(f'<rect class="kept" x="{_LEFT}" y="{floor:.1f}" width="{_WIDTH - _LEFT - _PAD}" height="24"/>')
+    parts.append(f'<rect class="kept" x="{LEFT}" y="{floor:.1f}" width="{WIDTH - LEFT - PAD}" height="24"/>')
     kept = f"weights, KV cache, inputs, outputs: {plan.persistent_bytes:,} bytes (not to scale)"
-    parts.append(f'<text x="{_LEFT + 8}" y="{floor + 16:.1f}">{kept}</text>')
-    return _svg("ddr", "".join(parts), f"call 0 to {max(calls - 1, 0)}", f"{top:,} bytes")
+    parts.append(f'<text x="{LEFT + 8}" y="{floor + 16:.1f}">{kept}</text>')
+    return svg("ddr", "".join(parts), f"call 0 to {max(calls - 1, 0)}", f"{top:,} bytes")
 
 
 def _region(region: Region, left: float, right: float, top: float, bottom: float) -> str:
@@ -101,35 +101,37 @@ def _region(region: Region, left: float, right: float, top: float, bottom: float
     return f'<rect class="live" {box}><title>{escape(title)}</title></rect>'
 
 
-def _svg(kind: str, body: str, across: str, up: str) -> str:
-    turned = f'transform="translate(14 {_HEIGHT / 2}) rotate(-90)"'
+def svg(kind: str, body: str, across: str, up: str) -> str:
+    """A chart of the report's size with the names of its axes."""
+    turned = f'transform="translate(14 {HEIGHT / 2}) rotate(-90)"'
     labels = (
-        f'<text class="axis" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+        f'<text class="axis" x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
         f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>'
     )
-    return f'<svg class="{kind}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}{labels}</svg>'
+    return f'<svg class="{kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{body}{labels}</svg>'
 
 
-def _decades(low: float, high: float) -> tuple[int, int]:
+def decades(low: float, high: float) -> tuple[int, int]:
+    """Powers of ten below and above; at least one decade apart."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return first, max(last, first + 1)
 
 
-def _axis(low: int, high: int, start: float, stop: float) -> Callable[[float], float]:
+def axis(low: int, high: int, start: float, stop: float) -> Callable[[float], float]:
     """A logarithmic axis from 10**low to 10**high: value to pixel."""
     scale = (stop - start) / (high - low)
     return lambda value: start + (math.log10(value) - low) * scale
 
 
 def _grid(low_x: int, high_x: int, low_y: int, high_y: int) -> str:
-    x, y = _axis(low_x, high_x, _LEFT, _WIDTH - _PAD), _axis(low_y, high_y, _HEIGHT - _BOTTOM, _PAD)
+    x, y = axis(low_x, high_x, LEFT, WIDTH - PAD), axis(low_y, high_y, HEIGHT - BOTTOM, PAD)
     parts = []
     for power in range(low_x, high_x + 1):
         place = x(10.0**power)
-        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_PAD}" y2="{_HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">1e{power}</text>')
+        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{PAD}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{place:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">1e{power}</text>')
     for power in range(low_y, high_y + 1):
         place = y(10.0**power)
-        parts.append(f'<line class="grid" y1="{place:.1f}" y2="{place:.1f}" x1="{_LEFT}" x2="{_WIDTH - _PAD}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">1e{power}</text>')
+        parts.append(f'<line class="grid" y1="{place:.1f}" y2="{place:.1f}" x1="{LEFT}" x2="{WIDTH - PAD}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">1e{power}</text>')
     return "".join(parts)

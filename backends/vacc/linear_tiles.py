@@ -1,0 +1,405 @@
+"""Tiles of a linear kernel: the space that the search looks at, what fits the machine, and its closed-form cost.
+
+`Y[m, n] = X[m, k] @ W[n, k]^T` is cut into tiles m x n of the result, each summed over chunks of k. Either operand may
+be *resident*: its panel, all of K for one tile of its own axis, stays in SRAM while the tiles of the other axis pass,
+so that it is read once. Without one, both are read again for each tile of the result. Sizes are even splits of an axis,
+rounded up to whole passes of the array, and small multiples of a pass; tails are what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.backends.vacc.schedule import ALIGN, itemsize
+from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.tiling import round_up
+from vacc_opt.ir.errors import UserError
+
+Numbers = npt.NDArray[np.float64]
+RESIDENT = ("", "x", "w")
+TRAFFIC = 1.5  # times the least traffic of a single-buffered tiling, beyond which latency is not bought with bytes
+_M_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
+_N_PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+_K_PARTS = (1, 2, 3, 4, 6, 8, 16, 32)
+_PASSES = (1, 2, 3, 4, 5, 6, 8, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """`Y[m, n] = X[m, k] @ W[n, k]^T` with the types of X, W and Y; `scaled`: a f32 factor a column."""
+
+    m: int
+    n: int
+    k: int
+    x: str
+    w: str
+    y: str
+    scaled: bool
+
+    @property
+    def epilogue(self) -> bool:
+        """Whether the vector engine works on the product before it is stored."""
+        return self.scaled or self.y != "f32"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LinearTiles:
+    """Sizes of a tile and of a chunk of k, and how many slots its rings have.
+
+    `resident` is the operand (`x`, `w` or none) of which panels of all K stay, in `panels` slots; what passes has
+    `streams` slots, the sums `results`. The epilogue and the store take `strip` rows of a tile at a time. With `split`
+    the sums of the first so many rows have two slots and those of the others one: the others are finished first, and
+    the next tile waits for them alone. Every tile must have more rows.
+    """
+
+    m: int
+    n: int
+    k: int
+    strip: int
+    resident: str = ""
+    results: int = 2
+    panels: int = 2
+    streams: int = 2
+    split: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Weave:
+    """Loads of the next panel of X between those of W: after `rows` rows of it come `columns` tiles of columns."""
+
+    rows: int
+    columns: int
+    pieces: int
+
+
+def weave(shape: tuple[int, int], tiles: LinearTiles, cores: int) -> Weave | None:
+    """How to load the panels of X for a result of `shape` [M, N] in the finest pieces; None where it cannot be done.
+
+    Piece p of a panel is `rows` rows from p on, so the columns that follow it start at p * (columns * n / rows).
+    """
+    if tiles.resident != "x" or tiles.panels < 2 or tiles.m >= shape[0]:
+        return None
+    tail, whole, rows = (shape[0] - 1) % tiles.m + 1, shape[1] // tiles.n, 1
+    while rows < tiles.m:
+        pieces = -(-tiles.m // rows)
+        columns = whole // pieces // cores * cores
+        if columns and columns * tiles.n % rows == 0 and -(-tail // rows) == pieces:
+            return Weave(rows, columns, pieces)
+        rows *= 2
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Tiles with SRAM bytes of a core, estimated cycles, DDR bytes, products, and cycles that they cannot go below."""
+
+    tiles: LinearTiles
+    sram: int
+    cycles: float
+    ddr: int
+    products: int
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The `size` tilings that fit the machine: the `best` of them, and cycles that none of the others goes below."""
+
+    best: tuple[Candidate, ...]
+    size: int
+    floor: float
+
+
+def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
+    """The `most` best tiles that fit the machine and do not move much more than needed; UserError for none.
+
+    Ordered by estimated cycles in steps of 0.05 %, then by products and DDR bytes. Dropped is what moves more than
+    `TRAFFIC` times :func:`least_traffic`, unless nothing else fits.
+    """
+    space = _Combinations(shape, target)
+    if not space.fits.any():
+        linear, acc = f"{shape.m}x{shape.n}x{shape.k} linear", target.core.matrix.acc.bytes
+        room = f"{target.core.sram.bytes} bytes of SRAM and {acc} bytes of accumulators"
+        raise UserError(f"no tile of a {linear} fits {room}")
+    kept = space.fits & (space.ddr <= TRAFFIC * least_traffic(shape, target))
+    rows = np.flatnonzero(kept if kept.any() else space.fits)
+    steps = np.ceil(np.log(space.cycles[rows]) / 0.0005)
+    rows = rows[np.lexsort((space.ddr[rows], space.products[rows], steps))]
+    rest = float(space.floor[rows[most:]].min(initial=math.inf))
+    return Space(tuple(space.candidate(int(row)) for row in rows[:most]), len(rows), rest)
+
+
+def least_traffic(shape: LinearShape, target: Target) -> float:
+    """Fewest DDR bytes of a tiling that uses every core it can, all of whose buffers are single.
+
+    For each split of the rows, the widest tile of columns that fits beside it; sums stay in f32, chunks of k are of 1.
+    """
+    x, w, y = (itemsize(one) for one in (shape.x, shape.w, shape.y))
+    cores, sram = min(target.die.cores, shape.n), target.core.sram.bytes
+    acc = target.core.matrix.acc
+    sums = sram if acc.sram_bytes_per_cycle is not None else acc.bytes
+    xs, ws, ys = shape.m * shape.k * x, shape.n * shape.k * w, shape.m * shape.n * y
+    found = math.inf
+    for m in sorted({-(-shape.m // parts) for parts in range(1, shape.m + 1)}):
+        rows = -(-shape.m // m)
+        for panel in (False, True):  # of X: read once a core then
+            n = min((sram - m * (shape.k if panel else 1) * x) // (4 * m + w), sums // (4 * m), -(-shape.n // cores))
+            if n >= 1:
+                columns = -(-shape.n // n)
+                found = min(found, xs * (min(columns, cores) if panel else columns) + ws * rows + ys)
+        n = min((sram - m * x) // (4 * m + shape.k * w), sums // (4 * m), -(-shape.n // cores))
+        if n >= 1:
+            found = min(found, xs * -(-shape.n // n) + ws + ys)
+    return found
+
+
+def _aligned(elements: Numbers, dtype: str) -> Numbers:
+    return np.ceil(elements * itemsize(dtype) / ALIGN) * ALIGN
+
+
+class _Combinations:
+    """Every combination of sizes and slots as arrays, one element a combination."""
+
+    def __init__(self, shape: LinearShape, target: Target) -> None:
+        self.shape, self.target = shape, target
+        rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
+        parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
+        m = {-(-shape.m // split) for split in _M_PARTS if split <= shape.m}
+        n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
+        n |= {min(shape.n, passes * columns) for passes in _PASSES}
+        k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
+        k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
+        kinds = [(0, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
+        grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
+        self.m, self.n, self.k, kind, slots, self.streams = (one.ravel() for one in grid)
+        chosen = np.asarray(kinds, np.float64)[kind.astype(np.int64)]
+        self.resident, self.panels = chosen[:, 0], chosen[:, 1]
+        self.results = np.floor(slots)
+        self.split = np.ceil((slots - self.results) * self.m)
+
+    def candidate(self, row: int) -> Candidate:
+        """One combination."""
+        m, n, k, strip = (int(one[row]) for one in (self.m, self.n, self.k, self.strip))
+        results, panels, streams = (int(one[row]) for one in (self.results, self.panels, self.streams))
+        kind, split = RESIDENT[int(self.resident[row])], int(self.split[row])
+        tiles = LinearTiles(m, n, k, strip, kind, results, panels, streams, split)
+        return Candidate(
+            tiles, int(self.sram[row]), float(self.cycles[row]), int(self.ddr[row]), int(self.products[row]),
+            float(self.floor[row]),
+        )  # fmt: skip
+
+    @cached_property
+    def products(self) -> Numbers:
+        return self.rows * self.columns * self.chunks
+
+    @cached_property
+    def rows(self) -> Numbers:
+        return np.ceil(self.shape.m / self.m)
+
+    @cached_property
+    def columns(self) -> Numbers:
+        return np.ceil(self.shape.n / self.n)
+
+    @cached_property
+    def chunks(self) -> Numbers:
+        return np.ceil(self.shape.k / self.k)
+
+    @cached_property
+    def active(self) -> Numbers:
+        """Cores that get a tile of columns."""
+        return np.minimum(self.columns, self.target.die.cores)
+
+    @cached_property
+    def busy(self) -> Numbers:
+        """Tiles of columns of the core that gets most."""
+        return np.ceil(self.columns / self.target.die.cores)
+
+    @cached_property
+    def sums(self) -> Numbers:
+        """Bytes of the accumulators."""
+        one, rest = (_aligned(rows * self.n, "f32") for rows in (self.split, self.m - self.split))
+        return np.where(self.split > 0, 2 * one + rest, self.results * rest)
+
+    @cached_property
+    def _rings(self) -> Numbers:
+        """Bytes of all rings of a core but that of the finished strips."""
+        x, w = self._operand(1, self.m, self.shape.x), self._operand(2, self.n, self.shape.w)
+        return x + w + self.sums + (2 * _aligned(self.n, "f32") if self.shape.scaled else 0)
+
+    @cached_property
+    def strip(self) -> Numbers:
+        """Rows of a strip: an even part of a tile.
+
+        Where the next tile has sums of its own, parts are small, but take the vector engine 16 times its start-up;
+        where it waits for the sums, they take the SRAM that is left. At least one row.
+        """
+        left = self.target.core.sram.bytes - self._rings - 2 * ALIGN
+        rows = np.maximum(self.split, self.m - self.split)
+        fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, rows)
+        elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
+        small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
+        return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.busy * self.rows > 1), fit, small)))
+
+    @cached_property
+    def sram(self) -> Numbers:
+        """Bytes of all rings of a core."""
+        return self._rings + (2 * _aligned(self.strip * self.n, self.shape.y) if self.shape.epilogue else 0)
+
+    def _operand(self, number: int, size: Numbers, dtype: str) -> Numbers:
+        panel = self.panels * _aligned(size * self.shape.k, dtype)
+        return np.where(self.resident == number, panel, self.streams * _aligned(size * self.k, dtype))
+
+    @cached_property
+    def fits(self) -> npt.NDArray[np.bool_]:
+        """Whether SRAM and the accumulators have room, and every slot has a use."""
+        room = (self.sram <= self.target.core.sram.bytes) & self._useful
+        if self.target.core.matrix.acc.sram_bytes_per_cycle is None:
+            room &= self.sums <= self.target.core.matrix.acc.bytes
+        return room
+
+    @cached_property
+    def _useful(self) -> npt.NDArray[np.bool_]:
+        """Whether no ring has more slots than a core fills: a second panel needs a swap, second sums a second tile."""
+        passing = self.busy * self.rows * self.chunks
+        needed = (self.results <= self.busy * self.rows) & (self.streams <= np.maximum(passing, 2))
+        tail = self.shape.m - (self.rows - 1) * self.m
+        split = (self.resident == 0) & (self.busy * self.rows > 1) & (tail > self.split) & self.shape.epilogue
+        needed &= (self.split == 0) | split
+        return np.asarray(needed & ((self.panels == 1) | (self._swaps > 0)))
+
+    @cached_property
+    def _swaps(self) -> Numbers:
+        """How often a core takes a new panel after its first."""
+        return np.select([self.resident == 1, self.resident == 2], [self.rows - 1, self.busy - 1], 0.0)
+
+    @cached_property
+    def ddr(self) -> Numbers:
+        """Bytes over the port: cores that share rows of X read them each."""
+        one = self.shape
+        x = np.where(self.resident == 1, self.active, self.columns) * (one.m * one.k * itemsize(one.x))
+        w = np.where(self.resident == 2, 1, self.rows) * (one.n * one.k * itemsize(one.w))
+        s = np.where(self.resident == 2, 1, self.rows) * (one.n * itemsize("f32") * one.scaled)
+        return np.asarray(x + w + s + one.m * one.n * itemsize(one.y))
+
+    @cached_property
+    def _pass(self) -> tuple[Numbers, Numbers]:
+        """Cycles of a pass of a whole tile of rows, and of one pass of every tile of rows."""
+        matrix, one = self.target.core.matrix, self.shape
+        dtype = "f32" if "f32" in (one.x, one.w) else one.x
+        sizes, place = np.unique(self.m, return_inverse=True)
+        whole, every = np.empty(len(sizes)), np.empty(len(sizes))
+        for index, size in enumerate(map(int, sizes)):
+            full, tail = divmod(one.m, size)
+            whole[index] = matrix.pass_cycles(size, dtype, itemsize(one.w))
+            every[index] = full * whole[index]
+            every[index] += matrix.pass_cycles(tail, dtype, itemsize(one.w)) if tail else 0
+        return whole[place], every[place]
+
+    @cached_property
+    def _array(self) -> Numbers:
+        """Cycles of the array of the busiest core."""
+        matrix, one, cores = self.target.core.matrix, self.shape, self.target.die.cores
+        tail_k = np.ceil((one.k - (self.chunks - 1) * self.k) / matrix.rows_k)
+        tail_n = np.ceil((one.n - (self.columns - 1) * self.n) / matrix.cols_n)
+        whole_n = np.ceil(self.n / matrix.cols_n)
+        passes_n = (self.busy - 1) * whole_n + np.where((self.columns - 1) % cores == 0, tail_n, whole_n)
+        passes_k = (self.chunks - 1) * np.ceil(self.k / matrix.rows_k) + tail_k
+        cycles = passes_n * passes_k * self._pass[1]
+        if matrix.acc.sram_bytes_per_cycle is not None:
+            moved = (self.chunks * 8 - 4) * one.m * ((self.busy - 1) * self.n + one.n - (self.columns - 1) * self.n)
+            cycles = np.maximum(
+                cycles, np.where(self.sums > matrix.acc.bytes, moved / matrix.acc.sram_bytes_per_cycle, 0)
+            )
+        return cycles
+
+    @cached_property
+    def _waiting(self) -> Numbers:
+        """Cycles in which the array waits for sums of which there is one slot."""
+        share = (self.m - self.split) / self.m
+        waiting = self.busy * self.rows * (self.target.core.matrix.fill + self._finish * share)
+        return np.where(self.results == 1, waiting, 0)
+
+    @cached_property
+    def _finish(self) -> Numbers:
+        """Cycles from the last product of a tile until its sums are free again: but for two strips all is stored."""
+        stored = self.m * self.n * itemsize(self.shape.y)
+        if not self.shape.epilogue:
+            return stored / self._rate
+        waiting = np.maximum(stored - 2 * self.strip * self.n * itemsize(self.shape.y), 0)
+        return np.maximum(self._vector, waiting / (self._rate / 2))  # the next tile's chunks take the other half
+
+    @cached_property
+    def _vector(self) -> Numbers:
+        """Cycles of the vector engine on a tile."""
+        vector = self.target.core.vector
+        return np.ceil(self.m / self.strip) * vector.startup + self.m * self.n / vector.lanes * self.shape.epilogue
+
+    @cached_property
+    def _rate(self) -> Numbers:
+        """DDR bytes a cycle of a core when all of them load."""
+        return np.minimum(
+            self.target.die.ddr.effective_bytes_per_cycle / self.active, self.target.core.dma.bytes_per_cycle
+        )
+
+    @cached_property
+    def _first(self) -> tuple[Numbers, Numbers]:
+        """Bytes of X and of W that a core loads before its first product."""
+        one = self.shape
+        x = self.m * np.where(self.resident == 1, one.k, self.k) * itemsize(one.x)
+        return x, self.n * np.where(self.resident == 2, one.k, self.k) * itemsize(one.w)
+
+    @cached_property
+    def floor(self) -> Numbers:
+        """Cycles that a combination cannot go below: the first loads and then its array, or its traffic."""
+        ddr, port, one = self.target.die.ddr, self.target.core.dma.bytes_per_cycle, self.shape
+        first = sum(self._first) / min(ddr.effective_bytes_per_cycle, port)
+        finished = (one.m - self.rows * self.split) * (self.busy * self.n - self.columns * self.n + one.n)
+        waiting = self.busy * self.rows * self.target.core.matrix.fill + finished / self.target.core.vector.lanes
+        array = ddr.latency + self.target.core.dma.issue + first + self._array
+        array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
+        return np.maximum(array, self.ddr / ddr.effective_bytes_per_cycle)
+
+    @cached_property
+    def cycles(self) -> Numbers:
+        """The larger of array and DDR time, what nothing overlaps at both ends, and what a new panel holds up."""
+        one, ddr, issue, rate = self.shape, self.target.die.ddr, self.target.core.dma.issue, self._rate
+        matrix = self.target.core.matrix
+        x, w = self._first
+        chunk = self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
+        panel = np.select([self.resident == 1, self.resident == 2], [x, w]) / rate
+        woven = (self.resident == 1) & (self.panels == 2) & (self.columns >= 4 * self.target.die.cores)
+        ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
+        held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
+        tiles = self.busy * self.rows
+        compute = np.maximum(self._array + self._waiting + held_up, tiles * self._vector)
+        passing = np.where(self.resident == 1, 0, np.ceil(x / rate)) + np.where(
+            self.resident == 2, 0, np.ceil(w / rate)
+        )
+        loads = tiles * self.chunks * passing
+        # as many chunks are in flight as there are slots, each for a latency and its own transfer (Little's law)
+        transfers = np.where(self.resident == 0, 2, 1)
+        flight = tiles * self.chunks * (ddr.latency + transfers * issue + passing) / self.streams
+        stored = self.m * self.n * itemsize(one.y) / rate
+        strip = self.strip * self.n * itemsize(one.y) / rate if one.epilogue else 0
+        first, last = ddr.latency + issue + (x + w) / rate, matrix.fill + np.maximum(self._vector, stored) + strip
+        # while a tile is stored, loads have half the rate; what then lacks must have been loaded ahead, and of the
+        # slots the array holds one and the DMA fills one
+        lacks = (passing / np.maximum(chunk, 1) - 0.5) * 2 * stored - (self.streams - 1.8) * passing
+        late = np.where(
+            ((self.results == 2) | (self.split > 0)) & (self.resident == 0), tiles * 2 * np.maximum(lacks, 0), 0
+        )
+        compute = np.minimum(compute + late, np.maximum(compute, loads * 2))
+        # the port is idle for the latency of the first load, and while the last chunk becomes the first strip
+        idle = ddr.latency + chunk + matrix.fill + self._vector / np.ceil(self.m / self.strip)
+        port = np.maximum(loads + stored, self.ddr / ddr.effective_bytes_per_cycle)
+        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle))
+
+
+def _axis(values: Iterable[float]) -> Numbers:
+    return np.asarray(sorted(values), np.float64)

@@ -1,0 +1,64 @@
+"""``vacc-opt sweep ARTIFACT|CONFIG --over KEY=V,V``: predicted times of a model over numbers of its target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vacc_opt.cli.console import Steps
+
+if TYPE_CHECKING:
+    from vacc_opt.runtime.sweep import Sweep
+
+
+@click.command("sweep")
+@click.argument("source", metavar="ARTIFACT|CONFIG.yaml")
+@click.option(
+    "--over", multiple=True, required=True, metavar="KEY=V,V", help="Values of a number of the target; repeatable."
+)
+@click.option("-D", "overrides", multiple=True, metavar="dotted.key=value", help="Set a key of the file; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--html", metavar="FILE", help="Write a page with a chart.")
+def command(source: str, over: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, html: str | None) -> None:
+    """Predict prefill and decode of a model at every combination of target numbers.
+
+    The model of an artifact, or of a configuration, is lowered, verified and timed anew for each point; no weight is
+    read. A key is the dotted path of a number in the target file, or the end of one: ddr.bytes_per_cycle. A machine
+    that cannot run the model is a line that says why.
+    """
+    from vacc_opt.ir.errors import UserError
+    from vacc_opt.runtime.sweep import parse_over, sweep
+
+    page = Path(html) if html else None
+    if page and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise UserError(f"{page}: not a file in an existing directory", "name a file for the page")
+    with Steps(to_stderr=True, quiet=as_json) as steps:
+        found = sweep(Path(source), parse_over(over), overrides, lambda text: steps.running(f"sweep: {text}"))
+    if page:
+        page.write_text(found.html(), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        _print(found)
+        if page:
+            click.echo(f"-> {page}")
+
+
+def _print(found: Sweep) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    click.echo(f"{found.model} on {found.target}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in found.head:
+        table.add_column(name, justify="left" if name in ("phase", "binds") else "right")
+    for row in found.rows():
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no edge to fit into
+    console.print(table)

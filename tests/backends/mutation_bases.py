@@ -1,0 +1,254 @@
+"""Small kernels of every kind, each cut into several tiles with tails, with values to run them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
+from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
+from vacc_opt.backends.vacc.kernels.builder import param
+from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
+from vacc_opt.backends.vacc.kernels.elementwise import elementwise
+from vacc_opt.backends.vacc.kernels.embedding import embedding
+from vacc_opt.backends.vacc.kernels.kv_append import kv_append
+from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
+from vacc_opt.backends.vacc.kernels.linear import linear
+from vacc_opt.backends.vacc.kernels.move import copy, select_row
+from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
+from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.lower import lower
+from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
+from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
+from vacc_opt.backends.vacc.simulate_values import ValueSimulator
+from vacc_opt.backends.vacc.single import execute, single
+from vacc_opt.backends.vacc.target import Target, load_target
+from vacc_opt.backends.vacc.tiling import LinearTiles
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.tests.backends.llama import Llama, inputs
+
+Array = npt.NDArray[Any]
+ORDERS = 4  # interleavings in which every mutant runs
+RELATIVE = 1e-5  # a sum in another order is no change of values
+TOKENS, CONTEXT = 5, 24
+
+
+@dataclass(frozen=True)
+class Base:
+    """A valid kernel, its machine, values of its run-time scalars, and how many ranks run it."""
+
+    name: str
+    kernel: Kernel
+    target: Target
+    scalars: Sequence[Mapping[str, int]] = ({},)
+    ranks: int = 1
+
+
+def machine(sram: int, cores: int = 2) -> Target:
+    """The reference with few cores of little memory: everything needs several tiles."""
+    reference = load_target("vacc-reference")
+    core = reference.core.model_copy(update={"sram": reference.core.sram.model_copy(update={"bytes": sram})})
+    return reference.model_copy(update={"core": core, "die": reference.die.model_copy(update={"cores": cores})})
+
+
+def bases() -> list[Base]:
+    """One kernel of every kind, and the variants of those with several."""
+    small = machine(4096)
+    at = tuple({"pos": pos} for pos in (0, 1, CONTEXT - TOKENS))
+    a, b, y = (param(name, mode, "f32", (13, 60)) for name, mode in (("A", "in"), ("B", "in"), ("Y", "out")))
+    x, w = param("X", "in", "f32", (13, 60)), param("W", "in", "f32", (60,))
+    row = param("B", "in", "f32", (60,))
+    new, cache = param("NEW", "in", "f32", (2, TOKENS, 8)), param("CACHE", "inout", "f32", (2, CONTEXT, 8))
+    codes = param("CACHE", "inout", "i8", (2, CONTEXT, 8))
+    scale, zero = (param(name, "in", "f32", (2, 1, 8)) for name in ("SCALE", "ZERO"))
+    turn = param("X", "in", "f32", (3, TOKENS, 8)), *(param(n, "in", "f32", (CONTEXT, 3)) for n in ("COS", "SIN"))
+    table, ids = param("T", "in", "f32", (50, 24)), param("IDS", "in", "i64", (13,))
+    vector = [param(name, mode, "f32", (40_000,)) for name, mode in (("X", "in"), ("Y", "out"))]
+    return [
+        Base("linear", _gemm("f32", None), machine(1 << 15)),
+        Base("linear_resident", _gemm("f32", None, 70), machine(1 << 15)),
+        Base("linear_f16", _gemm("f16", None), machine(1 << 15)),
+        Base("linear_w8", _gemm("f16", "i8"), machine(1 << 15)),
+        Base("attention", _attention(), machine(7000), at),
+        Base("attention_by_row", _attention(cores=3), machine(7000, 3), at),
+        Base("attention_decode", _attention(tokens=1, cache="i8", new=True), machine(7000), at),
+        Base("attention_i8", _attention(cache="i8"), machine(7000), at),
+        Base("attention_i8_new", _attention(cache="i8", new=True), machine(7000), at),
+        Base("attention_window", _attention(scores=Scores(0.3, window=4)), machine(7000), at),
+        Base("attention_alibi", _attention("i8", True, Scores(0.3, clamp=2.0), alibi=True), machine(7000), at),
+        Base("kv_append", kv_append(new, cache, None, None, machine(1700)), machine(1700), at),
+        Base("kv_append_i8", kv_append(new, codes, scale, zero, machine(1700)), machine(1700), at),
+        Base("rms_norm", rms_norm(x, w, y, 1e-5, small), small),
+        Base(
+            "add_rms_norm",
+            add_rms_norm(x, param("R", "in", "f32", (13, 60)), w, y, param("S", "out", "f32", (13, 60)), 1e-5, small),
+            small,
+        ),
+        Base("layer_norm", layer_norm(x, w, param("C", "in", "f32", (60,)), y, 1e-5, small), small),
+        Base("rotary", rotary(*turn, param("Y", "out", "f32", (3, TOKENS, 8)), False, machine(1500)), machine(1500), at),
+        Base("add", elementwise("add", a, b, y, small), small),
+        Base("bias", elementwise("add", a, row, y, small), small),
+        Base("swiglu", elementwise("silu_mul", a, b, y, small), small),
+        Base("gelu", elementwise("gelu", a, None, y, small, tanh=0), small),
+        Base("embedding", embedding(table, ids, None, param("Y", "out", "f32", (13, 24)), machine(800)), machine(800)),
+        Base(
+            "embedding_shard",
+            embedding(table, ids, param("FIRST", "in", "i64", ()), param("Y", "out", "f32", (13, 24)), machine(800)),
+            machine(800),
+        ),
+        Base("copy", copy(param("X", "in", "f32", (13, 5, 12), (60, 1, 5)), param("Y", "out", "f32", (13, 5, 12)), small), small),
+        Base("select_row", select_row(x, param("Y", "out", "f32", (1, 60)), small), small, ({"valid": 1}, {"valid": 7}, {"valid": 13})),
+        Base("all_reduce", all_reduce(*vector), small, ranks=3),
+        Base(
+            "reduce_scatter",
+            reduce_scatter(param("X", "in", "f32", (3, 9_000)), param("Y", "out", "f32", (9_000,))),
+            small,
+            ranks=3,
+        ),
+        Base(
+            "all_gather",
+            all_gather(param("X", "in", "f32", (3, 20_000)), param("Y", "out", "f32", (3, 3, 20_000))),
+            small,
+            ranks=3,
+        ),
+    ]  # fmt: skip
+
+
+def _gemm(activations: str, weights: str | None, k: int = 32) -> Kernel:
+    """Y[10, 37] = X[10, 70] @ W[37, 70]^T in tiles of 4 x 8 x k."""
+    rows, columns, depth = 10, 37, 70
+    x, y = (
+        param(n, mode, activations, s) for n, mode, s in (("X", "in", (rows, depth)), ("Y", "out", (rows, columns)))
+    )
+    w = param("W", "in", weights or activations, (columns, depth))
+    scale = param("S", "in", "f32", (columns,)) if weights else None
+    return linear(x, w, scale, y, machine(1 << 15), LinearTiles(4, 8, k, 0, 0, 0, 0, 2))
+
+
+def _attention(
+    cache: str = "f32",
+    new: bool = False,
+    scores: Scores = Scores(0.3),  # noqa: B008
+    alibi: bool = False,
+    tokens: int = TOKENS,
+    cores: int = 2,
+) -> Kernel:
+    """Two KV heads, two query heads each, 8 channels; blocks of few keys."""
+    heads, group, width = 2, 2, 8
+    q, y = (param(name, mode, "f32", (heads, group, tokens, width)) for name, mode in (("Q", "in"), ("Y", "out")))
+    k, v = (param(name, "in", cache, (heads, CONTEXT, width)) for name in "KV")
+    tables = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))
+    fresh = tuple(param(name, "in", "f32", (heads, tokens, width)) for name in ("KN", "VN"))
+    slopes = param("SLOPES", "in", "f32", (heads, group, 1, 1)) if alibi else None
+    folded, apart = tables if cache == "i8" else None, (fresh[0], fresh[1]) if new else None
+    return attention(AttentionParams(q, k, v, y, folded, apart, slopes), scores, machine(7000, cores))
+
+
+def values(base: Base, scalars: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Inputs of every rank; rows of a cache that this call may not see hold NaN."""
+    found = []
+    for rank in range(base.ranks):
+        rng = np.random.default_rng(rank)
+        found.append(
+            {one.name: _filled(one, scalars, rng) for one in base.kernel.params if one.mode != "out"} | dict(scalars)
+        )
+    return found
+
+
+def _filled(one: Param, scalars: Mapping[str, int], rng: np.random.Generator) -> Array:
+    if one.dtype == "i64":
+        return np.asarray(rng.integers(0, 60, one.shape) if one.shape else np.int64(7), np.int64) % 50
+    if one.dtype == "i8":
+        return rng.integers(-127, 128, one.shape, np.int8)
+    array = rng.standard_normal(one.shape).astype(DTYPES[one.dtype])
+    if one.name in {"KS", "VS", "SCALE", "S"}:
+        array = np.abs(array) / 50 + array.dtype.type(0.01)
+    if one.name in {"K", "V"}:
+        array[:, scalars["pos"] + TOKENS :] = np.nan
+    return array
+
+
+FAILURES = (CheckError, UserError, ValueError, KeyError, IndexError, TypeError, ArithmeticError)
+
+
+def results(base: Base, kernel: Kernel) -> Iterator[list[dict[str, Array]] | None]:
+    """What each rank computes, for each choice of scalars in each interleaving; None where it cannot run to its end."""
+    program = single(kernel, base.target, base.ranks)
+    for scalars in base.scalars:
+        for order in range(ORDERS):
+            try:
+                yield execute(program, values(base, scalars), order)
+            except FAILURES:
+                yield None
+                return
+
+
+def same(good: Sequence[list[dict[str, Array]]], found: Iterator[list[dict[str, Array]] | None]) -> bool:
+    """Whether results agree up to the rounding of sums in another order; ends at the first that does not."""
+    return all(
+        other is not None and all(_close(a[n], b[n]) for a, b in zip(one, other, strict=True) for n in a)
+        for one, other in zip(good, found, strict=False)
+    )
+
+
+def _close(one: Array, other: Array) -> bool:
+    if one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    scale = max(float(np.max(np.abs(a[np.isfinite(a)]), initial=0)), 1e-30)
+    return bool(np.max(np.abs(a - b)[np.isfinite(a)], initial=0) <= RELATIVE * scale)
+
+
+@dataclass(frozen=True)
+class ProgramBase:
+    """A valid program with what it needs to run."""
+
+    name: str
+    model: Llama
+    program: Program
+    weights: Sequence[Mapping[str, Array]]
+
+
+def program_bases() -> list[ProgramBase]:
+    """A layer or two of each kind of model, prefill and decode."""
+    models = {
+        "prefill": Llama(length=3, context=8),
+        "prefill, int8 weights and KV, 2 ranks": Llama(length=3, context=8, layers=1, ranks=2, int8_weights=True, kv="int8"),
+        "prefill, two rows": Llama(length=3, context=8, layers=1, batch=2),
+        "decode, new tokens quantised": Llama(length=1, context=8, kv="int8-quantised"),
+        "decode, 3 ranks, window": Llama(length=1, context=8, layers=1, ranks=3, window=3),
+    }  # fmt: skip
+    found = []
+    for name, model in models.items():
+        graph = model.graph()
+        program = lower(graph, load_target("vacc-card4"), phase="prefill" if model.length > 1 else "decode")
+        found.append(ProgramBase(name, model, program, [rank_weights(program, graph, r) for r in range(model.ranks)]))
+    return found
+
+
+def program_results(base: ProgramBase, program: Program) -> Iterator[list[dict[str, Array]] | None]:
+    """Outputs and caches of each rank, for two choices of `pos` in each interleaving; None where it cannot run."""
+    model = base.model
+    for pos in ([4, 0], [1, model.context - model.length]):
+        for order in range(ORDERS):
+            rng, caches = np.random.default_rng(1), empty_caches(base.program)
+            for array in (array for one in caches for array in one.values()):
+                if array.dtype == np.int8:
+                    array[...] = rng.integers(-127, 128, array.shape)
+                else:
+                    array[...] = rng.standard_normal(array.shape)
+            feeds = inputs(model, pos[: model.batch], [min(2, model.length), model.length][: model.batch])
+            try:
+                simulator = ValueSimulator(program, base.weights[: program.ranks], order=order)
+                simulator.run(feeds, caches[: program.ranks])
+                outputs = [simulator.read(rank) for rank in range(program.ranks)]
+            except FAILURES:
+                yield None
+                return
+            yield [one | dict(caches[rank]) for rank, one in enumerate(outputs)]

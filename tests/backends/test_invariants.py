@@ -1,0 +1,199 @@
+"""The sixteen invariants of a schedule, each broken alone and refused by the name of its hazard (docs/invariants.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify
+from vacc_opt.backends.vacc.schedule import Kernel, ScheduleError
+from vacc_opt.backends.vacc.single import single
+from vacc_opt.backends.vacc.text import parse_kernel, print_kernel
+from vacc_opt.backends.vacc.timing import Bound
+from vacc_opt.backends.vacc.verify import check
+from vacc_opt.backends.vacc.verify_kernel import kernel_violations
+from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.tests.backends.mutation_bases import Base, bases, program_bases
+from vacc_opt.tests.backends.program_mutants import program_mutants
+
+CARD = load_target("vacc-card4")
+PAGE = Path(__file__).parents[2] / "docs/invariants.md"
+
+WAITING = """
+kernel waiting(in A f32[4], in B f32[4], out Y f32[4]) {
+  ring a f32[2] x1 @0 dma_in -> vector
+  ring b f32[2] x1 @64 dma_in -> vector
+  ring y f32[2] x1 @128 vector -> dma_out
+  engine dma_in {
+    for m in 0:4:2 {
+      fill a {
+        a[0:2] <- load(A[m:m+2])
+      }
+    }
+    for m in 0:4:2 {
+      fill b {
+        b[0:2] <- load(B[m:m+2])
+      }
+    }
+  }
+  engine vector {
+    for m in 0:4:2 {
+      use a, b {
+        fill y {
+          y[0:2] <- add(a[0:2], b[0:2])
+        }
+      }
+    }
+  }
+  engine dma_out {
+    for m in 0:4:2 {
+      use y {
+        Y[m:m+2] <- store(y[0:2])
+      }
+    }
+  }
+}
+"""
+
+
+@lru_cache
+def base(name: str) -> Base:
+    return next(one for one in bases() if one.name == name)
+
+
+@lru_cache
+def program(name: str) -> Program:
+    return next(one.program for one in program_bases() if one.name == name)
+
+
+def kinds(name: str, change: Callable[[str], str]) -> list[str]:
+    """Hazards of a kernel whose text was changed, without repeats."""
+    one = base(name)
+    text = print_kernel(one.kernel)
+    changed = change(text)
+    assert changed != text
+    found = kernel_violations(parse_kernel(changed), one.target, one.scalars)
+    return list(dict.fromkeys(violation.kind for violation in found))
+
+
+def of_kind(name: str, kind: str) -> set[str]:
+    """Hazards of the first mutant of a kind of a program."""
+    broken = next(one for one in program_mutants(program(name)) if one.kind == kind)
+    return {violation.kind for violation in check(broken.program, CARD)}
+
+
+def test_1_every_output_element_is_written_exactly_once() -> None:
+    def lost(text: str) -> str:
+        return text.replace("Y[m:m+|m|, 0:60] <- store(y[0:|m|, 0:60])", "Y[m:m+1, 0:60] <- store(y[0:1, 0:60])")
+
+    assert "uncovered" in kinds("rms_norm", lost)
+    store = "Y[m:m+|m|, 0:60] <- store(y[0:|m|, 0:60])"
+    assert kinds("rms_norm", lambda text: text.replace(store, f"{store}\n{store}")) == ["WAW"]
+
+
+def test_2_an_accumulator_starts_before_it_is_added_to_and_is_read_when_it_is_complete() -> None:
+    assert "RAW" in kinds("linear", lambda text: text.replace("first=k", "first=1"))
+    assert "WAW" in kinds("linear", lambda text: text.replace("first=k", "first=0"))
+
+
+def test_3_a_tensor_is_read_after_it_is_written() -> None:
+    assert "RAW" in of_kind("prefill", "swap two calls")
+
+
+def test_4_as_many_products_are_added_and_bytes_loaded_as_the_operator_needs() -> None:
+    found = kinds("linear", lambda text: text.replace("for k in 0:70:32", "for k in 0:64:32"))
+    assert set(found) == {"uncovered"}
+
+
+def test_5_a_tile_lies_inside_its_tensor_or_buffer() -> None:
+    assert kinds("linear", lambda text: text.replace("Y[m:m+|m|,", "Y[m+1:m+|m|+1,")) == ["bounds"]
+
+
+def test_6_buffers_of_a_core_share_no_bytes_and_fit() -> None:
+    kernel, target = base("linear").kernel, base("linear").target
+    first, second, *rest = kernel.buffers
+    over = replace(kernel, buffers=(first, replace(second, offset=first.offset), *rest))
+    assert {one.kind for one in kernel_violations(over, target, [{}])} == {"overlap"}
+    out = replace(kernel, buffers=(*kernel.buffers[:-1], replace(kernel.buffers[-1], offset=target.core.sram.bytes)))
+    assert {one.kind for one in kernel_violations(out, target, [{}])} == {"capacity"}
+
+
+def test_7_a_target_has_no_banks_so_that_no_conflict_of_them_is_left_out() -> None:
+    """What a target does not state cannot be broken; a target with banks would need a rule here."""
+    assert not [path for path, _, _ in CARD.numbers() if "bank" in path]
+
+
+def test_8_tensors_alive_together_share_no_bytes_of_ddr_and_the_stated_bound_is_theirs() -> None:
+    assert of_kind("prefill", "reuse memory too early") == {"overlap"}
+    valid = program("prefill")
+    (found,) = check(replace(valid, ddr_bound=valid.ddr_bound - 64), CARD)
+    assert found.kind == "capacity"
+
+
+def test_9_every_fill_of_a_ring_is_used_by_every_consumer() -> None:
+    use = re.compile(r"use y \{\s+Y.*?\}", re.DOTALL)
+    assert "lost-signal" in kinds("add", lambda text: use.sub("", text))
+
+
+def test_10_engines_do_not_wait_for_each_other_for_ever() -> None:
+    found = kernel_violations(parse_kernel(WAITING), base("add").target, [{}])
+    assert [one.kind for one in found] == ["deadlock"]
+    deeper = WAITING.replace("ring a f32[2] x1 @0", "ring a f32[2] x2 @192")
+    assert kernel_violations(parse_kernel(deeper), base("add").target, [{}]) == []
+
+
+def test_11_a_slot_is_touched_only_between_its_tokens() -> None:
+    assert kinds("linear", lambda text: text.replace("use x, w {", "use x {")) == ["RAW"]
+    assert kinds("linear", lambda text: text.replace("acc[0:|m|, 0:|n|] <- mma", "x[0:|m|, 0:|n|] <- mma")) == ["WAR"]
+
+
+def test_12_ranks_do_the_same_collectives_on_all_of_the_data() -> None:
+    assert "uncovered" in kinds("all_reduce", lambda text: text.replace("0:40000:", "0:39999:"))
+    fewer = replace(program("decode, 3 ranks, window"), ranks=2)
+    assert {one.kind for one in check(fewer, CARD)} == {"collective"}
+
+
+def test_13_an_operation_runs_on_an_engine_that_has_it_and_types_that_it_takes() -> None:
+    assert kinds("linear", lambda text: text.replace("<- store(", "<- load(")) == ["op"]
+    narrow = "ring acc f16"
+    assert "dtype" in kinds("linear", lambda text: text.replace("ring acc f32", narrow))
+
+
+def test_14_no_time_is_below_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("vacc_opt.backends.vacc.simulate_time")
+    one = base("linear")
+    simulate_time(single(one.kernel, one.target), one.target)
+    bound = Bound(compute=10**12, vector=0, ddr=0, link=0, latency=0)
+    monkeypatch.setattr(module, "kernel_bound", lambda *given: bound)
+    with pytest.raises(CheckError, match="below the lower bound"):
+        simulate_time(single(one.kernel, one.target), one.target)
+
+
+@pytest.mark.parametrize("name", [one.name for one in bases()])
+def test_16_text_is_read_back_exactly(name: str) -> None:
+    kernel: Kernel = base(name).kernel
+    assert parse_kernel(print_kernel(kernel)) == kernel
+    with pytest.raises(UserError, match="line"):
+        parse_kernel(print_kernel(kernel).replace("engine", "motor", 1))
+
+
+def test_the_page_names_all_sixteen() -> None:
+    rows: list[Any] = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    numbers = [int(row.split("|")[1]) for row in rows if row.split("|")[1].strip().isdigit()]
+    assert numbers == list(range(1, 17))
+
+
+def test_a_refusal_names_hazard_kernel_loop_and_buffer() -> None:
+    one = base("linear")
+    text = print_kernel(one.kernel).replace("X[m:m+|m|, k:k+|k|]", "X[-m-|m|+10:10-m, k:k+|k|]")
+    with pytest.raises(ScheduleError) as caught:
+        verify(single(parse_kernel(text), one.target), one.target)
+    assert "coverage: linear: `Y[m:m+|m|, n:n+|n|] <- store(" in str(caught.value)
+    assert any("X[6:10, 0:70] in place of X[0:4, 0:70]" in one.message for one in caught.value.violations)
