@@ -57,6 +57,9 @@ class _Kernel:
         self.collective = any(one is not None and one.collective for _, one in kinds)
         for one in (*kernel.param, *kernel.buffer, *kernel.scalars):
             check_name(kernel, one)
+        for buffer in kernel.buffers:
+            if buffer.offset < 0:
+                raise error(kernel, "bounds", f"`{buffer.name}` starts at byte {buffer.offset} of SRAM")
         if self.collective and {engine for engine, _ in kinds} != {"link"}:
             raise error(kernel, "operands", "the native engine expects exchanges of ranks in kernels of their own")
         self.engines, first = [], 0

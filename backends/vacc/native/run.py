@@ -120,7 +120,7 @@ class NativeProgram:
         found = []
         for name in self.program.kernel[call.kernel].scalars:
             flat = memory[given[name].tensor]
-            if flat.dtype != np.int64 or given[name].offset >= flat.size:
+            if flat.dtype != np.int64 or not 0 <= given[name].offset < flat.size:
                 text = f"`{given[name].tensor}` [{given[name].offset}] is no scalar of int64"
                 raise ScheduleError([Violation("scalar", call.kernel, call.index, text)])
             found.append(flat.ctypes.data + 8 * given[name].offset)
