@@ -13,8 +13,8 @@ from vacc_opt.backends.vacc import Program, ScheduleError, ValueSimulator, load_
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.kernels.move import copy
+from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.ir import UserError
 
