@@ -24,14 +24,19 @@ def command() -> None:
 @click.option("--k", type=int, required=True, help="Input channels.")
 @click.option("--weights", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
 @click.option("--target", required=True, metavar="NAME|FILE", help="The machine: a shipped target or a YAML file.")
+@click.option(
+    "--what-if", multiple=True, metavar="KEY=VALUE", help="Another number of the target; repeatable: ddr.latency=500."
+)
 @click.option("-o", "out", metavar="FILE", help="Write the schedule text here instead of to stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the text is under `schedule`.")
-def gemm(m: int, n: int, k: int, weights: str, target: str, out: str | None, as_json: bool) -> None:
+def gemm(
+    m: int, n: int, k: int, weights: str, target: str, what_if: tuple[str, ...], out: str | None, as_json: bool
+) -> None:
     """Schedule Y[M, N] = X[M, K] @ W[N, K]^T with float16 activations; a line about its time goes to stderr."""
     from vacc_opt.runtime.schedule import schedule_gemm
 
     path = _new_file(out)
-    found = schedule_gemm(m, n, k, weights=weights, target=target)
+    found = schedule_gemm(m, n, k, weights=weights, target=target, what_if=what_if)
     if path:
         path.write_text(found.schedule, encoding="utf-8")
     elif not as_json:
@@ -42,13 +47,16 @@ def gemm(m: int, n: int, k: int, weights: str, target: str, out: str | None, as_
 @command.command("check")
 @click.argument("schedule", metavar="FILE")
 @click.option("--target", required=True, metavar="NAME|FILE", help="The machine that the schedule was written for.")
+@click.option(
+    "--what-if", multiple=True, metavar="KEY=VALUE", help="Another number of the target; repeatable: ddr.latency=500."
+)
 @click.option("--execute", is_flag=True, help="Run it on random values in four interleavings, which must agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(schedule: str, target: str, execute: bool, as_json: bool) -> None:
+def check(schedule: str, target: str, what_if: tuple[str, ...], execute: bool, as_json: bool) -> None:
     """Verify and time the schedule text in FILE, whoever wrote it; exit code 1 when a rule is broken."""
     from vacc_opt.runtime.schedule import ORDERS, check_schedule, run_orders
 
-    found = check_schedule(Path(schedule), target=target)
+    found = check_schedule(Path(schedule), target=target, what_if=what_if)
     if execute:
         count = run_orders(found)
         click.echo(f"executed: {count} elements, equal in {ORDERS} interleavings", err=True)

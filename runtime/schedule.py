@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ class Scheduled:
         return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}{searched}"
 
 
-def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Scheduled:
+def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str, what_if: Sequence[str] = ()) -> Scheduled:
     """Search a schedule of `Y[m, n] = X[m, k] @ W[n, k]^T`; X, Y float16, `weights`: float16, or int8 with scales.
 
-    Raises UserError for sizes below 1, unknown weights or targets, and where no tile fits.
+    `what_if` changes numbers of the target, as :func:`machine` does. Raises UserError for sizes below 1, unknown
+    weights, targets or numbers, and where no tile fits.
     """
-    from vacc_opt.backends.vacc import load_target
     from vacc_opt.backends.vacc.kernels.builder import param
     from vacc_opt.backends.vacc.search import search_linear
     from vacc_opt.backends.vacc.single import single
@@ -51,23 +52,40 @@ def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str) -> Sched
         raise UserError(f"a product of {m} x {n} x {k} is empty", "M, N and K are at least 1")
     if weights not in dtypes:
         raise UserError(f"weights {weights!r} are not known", f"known are {', '.join(dtypes)}")
-    machine = load_target(target)
+    on = machine(target, what_if)
     x, w = param("X", "in", "f16", (m, k)), param("W", "in", dtypes[weights], (n, k))
     scale = param("S", "in", "f32", (n,)) if weights == "int8" else None
     started = time.perf_counter()
-    found = search_linear(x, w, scale, param("Y", "out", "f16", (m, n)), machine)
+    found = search_linear(x, w, scale, param("Y", "out", "f16", (m, n)), on)
     spent = time.perf_counter() - started
-    return _scheduled(single(found.kernel, machine).to_text(), machine, spent, found.text)
+    return _scheduled(single(found.kernel, on).to_text(), on, spent, found.text)
 
 
-def check_schedule(path: Path, *, target: str) -> Scheduled:
-    """Read, verify and time schedule text that anyone wrote for `target`.
+def check_schedule(path: Path, *, target: str, what_if: Sequence[str] = ()) -> Scheduled:
+    """Read, verify and time schedule text that anyone wrote for `target` with the numbers of `what_if`.
 
     Raises UserError for text that cannot be read, and ScheduleError with every violation.
     """
-    from vacc_opt.backends.vacc import load_target
+    return _scheduled(_read(path), machine(target, what_if))
 
-    return _scheduled(_read(path), load_target(target))
+
+def machine(target: str, what_if: Sequence[str] = ()) -> Any:
+    """A target with the numbers of `what_if`, each `KEY=VALUE`: its name and hash tell it from the target itself.
+
+    A key is the dotted path of a number, or the end of one: `ddr.bytes_per_cycle=200`, `sram.bytes=2MiB`. Raises
+    UserError.
+    """
+    from vacc_opt.backends.vacc.target import load_target, overlay, parse_bytes
+
+    changes: dict[str, Any] = {}
+    for text in what_if:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not (key and equals and value):
+            raise UserError(f"--what-if {text}: no KEY=VALUE", "such as --what-if ddr.bytes_per_cycle=200")
+        if key in changes:
+            raise UserError(f"--what-if {key} is given twice", "a number has one value; `vacc-opt sweep` tries several")
+        changes[key] = parse_bytes(value)
+    return overlay(load_target(target), changes)
 
 
 def run_orders(found: Scheduled, seed: int = 0) -> int:

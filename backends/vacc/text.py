@@ -126,7 +126,7 @@ _UNSAFE = re.compile(r"[%\s,=()\[\]{}]")
 _N = r"[^\s,=()\[\]{}]+"
 _DIMS = r"\[([\d, ]*)\]"
 _PROGRAM = re.compile(
-    rf"program ({_N}) phase=({_N}) ranks=(\d+) cores=(\d+) target=({_N}) sha=({_N}) ddr=(\d+) ddr_bound=(\d+)"
+    rf"program ({_N}) phase=({_N}) ranks=(\d+) cores=(\d+) target=(\S+) sha=({_N}) ddr=(\d+) ddr_bound=(\d+)"
 )
 _TENSOR = re.compile(rf"tensor ({_N}) (\w+){_DIMS} (input|weight|cache|temp) @(\d+)")
 _OUTPUT = re.compile(rf"output ({_N}) {_DIMS}(?:/{_DIMS})? = ({_N})\[(\d+)\]")

@@ -60,6 +60,23 @@ def test_the_text_goes_to_stdout_and_the_time_to_stderr(capsys: pytest.CaptureFi
     assert printed.err.count("\n") == 1
 
 
+def test_a_what_if_makes_another_machine_that_the_schedule_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the rate; the schedule is for that machine and is refused on the target itself."""
+    file, change = tmp_path / "gemm.schedule", ("--what-if", "ddr.bytes_per_cycle=128")
+    assert main(gemm("--json", *change, "-o", str(file))) == 0
+    fast = json.loads(capsys.readouterr().out)
+    assert fast["target"].startswith(f"{TARGET}+ddr.bytes_per_cycle=128 v2 (")
+    assert main(gemm("--json")) == 0
+    slow = json.loads(capsys.readouterr().out)
+    assert fast["bound"] == max(-(-slow["bound"] // 2), 3 * 4 * 17)
+    assert fast["cycles"] < slow["cycles"]
+    assert main(["schedule", "check", str(file), "--target", TARGET, *change]) == 0
+    assert main(["schedule", "check", str(file), "--target", TARGET]) == 1
+    assert "made for " in capsys.readouterr().err
+
+
 def test_a_wrong_schedule_is_refused_with_the_rule_that_it_breaks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,8 +96,12 @@ def test_a_wrong_schedule_is_refused_with_the_rule_that_it_breaks(
         (gemm("--weights", "int4"), "'int4' is not one of"),
         (gemm("-o", "no/such/directory.schedule"), "not a file in an existing directory"),
         (["schedule", "check", "none.schedule", "--target", TARGET], "none.schedule cannot be read"),
+        (gemm("--what-if", "ddr.latancy=3"), "did you mean `ddr.latency`?"),
+        (gemm("--what-if", "ddr.latency"), "no KEY=VALUE"),
+        (gemm("--what-if", "ddr.latency=1", "--what-if", "ddr.latency=2"), "given twice"),
+        (gemm("--what-if", "ddr.efficiency=2"), "ddr.efficiency = 2"),
     ],
-    ids=["empty", "target", "weights", "directory", "file"],
+    ids=["empty", "target", "weights", "directory", "file", "path", "value", "twice", "range"],
 )
 def test_what_cannot_be_scheduled_is_named(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
