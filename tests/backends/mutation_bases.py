@@ -17,17 +17,16 @@ from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
-from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.lower import lower
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
+from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
-from vacc_opt.backends.vacc.tiling import LinearTiles
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.tests.backends.llama import Llama, inputs
 
@@ -69,10 +68,10 @@ def bases() -> list[Base]:
     table, ids = param("T", "in", "f32", (50, 24)), param("IDS", "in", "i64", (13,))
     vector = [param(name, mode, "f32", (40_000,)) for name, mode in (("X", "in"), ("Y", "out"))]
     return [
-        Base("linear", _gemm("f32", None), machine(1 << 15)),
-        Base("linear_resident", _gemm("f32", None, 70), machine(1 << 15)),
-        Base("linear_f16", _gemm("f16", None), machine(1 << 15)),
-        Base("linear_w8", _gemm("f16", "i8"), machine(1 << 15)),
+        Base("linear", _gemm("f32", None, 8000), machine(8000)),
+        Base("linear_resident", _gemm("f16", None, 10000), machine(10000)),
+        Base("linear_f16", _gemm("f16", None, 4000), machine(4000)),
+        Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
         Base("attention", _attention(), machine(7000), at),
         Base("attention_by_row", _attention(cores=3), machine(7000, 3), at),
         Base("attention_decode", _attention(tokens=1, cache="i8", new=True), machine(7000), at),
@@ -118,15 +117,15 @@ def bases() -> list[Base]:
     ]  # fmt: skip
 
 
-def _gemm(activations: str, weights: str | None, k: int = 32) -> Kernel:
-    """Y[10, 37] = X[10, 70] @ W[37, 70]^T in tiles of 4 x 8 x k."""
-    rows, columns, depth = 10, 37, 70
+def _gemm(activations: str, weights: str | None, sram: int) -> Kernel:
+    """Y[10, 37] = X[10, 130] @ W[37, 130]^T in several tiles."""
+    rows, columns, depth = 10, 37, 130
     x, y = (
         param(n, mode, activations, s) for n, mode, s in (("X", "in", (rows, depth)), ("Y", "out", (rows, columns)))
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return linear(x, w, scale, y, machine(1 << 15), LinearTiles(4, 8, k, 0, 0, 0, 0, 2))
+    return fastest_linear(x, w, scale, y, machine(sram))
 
 
 def _attention(
