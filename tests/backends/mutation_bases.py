@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ def machine(sram: int, cores: int = 2) -> Target:
     return reference.model_copy(update={"core": core, "die": reference.die.model_copy(update={"cores": cores})})
 
 
+@cache
 def bases() -> list[Base]:
     """One kernel of every kind, and the variants of those with several."""
     small = machine(4096)
@@ -214,6 +216,7 @@ class ProgramBase:
     weights: Sequence[Mapping[str, Array]]
 
 
+@cache
 def program_bases() -> list[ProgramBase]:
     """A layer or two of each kind of model, prefill and decode."""
     models = {
