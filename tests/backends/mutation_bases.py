@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,13 @@ from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
-from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
-from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.lower import lower
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
+from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
@@ -55,6 +55,7 @@ def machine(sram: int, cores: int = 2) -> Target:
     return reference.model_copy(update={"core": core, "die": reference.die.model_copy(update={"cores": cores})})
 
 
+@cache
 def bases() -> list[Base]:
     """One kernel of every kind, and the variants of those with several."""
     small = machine(4096)
@@ -69,10 +70,10 @@ def bases() -> list[Base]:
     table, ids = param("T", "in", "f32", (50, 24)), param("IDS", "in", "i64", (13,))
     vector = [param(name, mode, "f32", (40_000,)) for name, mode in (("X", "in"), ("Y", "out"))]
     return [
-        Base("linear", _gemm("f32", None), machine(1 << 15)),
-        Base("linear_resident", _gemm("f32", None, 70), machine(1 << 15)),
-        Base("linear_f16", _gemm("f16", None), machine(1 << 15)),
-        Base("linear_w8", _gemm("f16", "i8"), machine(1 << 15)),
+        Base("linear", _gemm("f32", None, 8000), machine(8000)),
+        Base("linear_resident", _gemm("f16", None, 10000), machine(10000)),
+        Base("linear_f16", _gemm("f16", None, 4000), machine(4000)),
+        Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
         Base("attention", _attention(), machine(7000), at),
         Base("attention_by_row", _attention(cores=3), machine(7000, 3), at),
         Base("attention_decode", _attention(tokens=1, cache="i8", new=True), machine(7000), at),
@@ -118,15 +119,15 @@ def bases() -> list[Base]:
     ]  # fmt: skip
 
 
-def _gemm(activations: str, weights: str | None, k: int = 32) -> Kernel:
-    """Y[10, 37] = X[10, 70] @ W[37, 70]^T in tiles of 4 x 8 x k."""
-    rows, columns, depth = 10, 37, 70
+def _gemm(activations: str, weights: str | None, sram: int) -> Kernel:
+    """Y[10, 37] = X[10, 130] @ W[37, 130]^T in several tiles."""
+    rows, columns, depth = 10, 37, 130
     x, y = (
         param(n, mode, activations, s) for n, mode, s in (("X", "in", (rows, depth)), ("Y", "out", (rows, columns)))
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return linear(x, w, scale, y, machine(1 << 15), LinearTiles(4, 8, k, 4))
+    return fastest_linear(x, w, scale, y, machine(sram))
 
 
 def _attention(
@@ -215,6 +216,7 @@ class ProgramBase:
     weights: Sequence[Mapping[str, Array]]
 
 
+@cache
 def program_bases() -> list[ProgramBase]:
     """A layer or two of each kind of model, prefill and decode."""
     models = {

@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify
+from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, simulate_time, verify
 from vacc_opt.backends.vacc.schedule import Kernel, ScheduleError
 from vacc_opt.backends.vacc.single import single
 from vacc_opt.backends.vacc.text import parse_kernel, print_kernel
@@ -22,6 +23,7 @@ from vacc_opt.backends.vacc.verify_kernel import kernel_violations
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.tests.backends.mutation_bases import Base, bases, program_bases
 from vacc_opt.tests.backends.program_mutants import program_mutants
+from vacc_opt.tests.backends.test_verify import SMALL
 
 CARD = load_target("vacc-card4")
 PAGE = Path(__file__).parents[2] / "docs/invariants.md"
@@ -65,6 +67,8 @@ kernel waiting(in A f32[4], in B f32[4], out Y f32[4]) {
 
 @lru_cache
 def base(name: str) -> Base:
+    if name == "linear":
+        return Base(name, parse_kernel(SMALL.replace("kernel matmul(", "kernel linear(")), CARD)
     return next(one for one in bases() if one.name == name)
 
 
@@ -108,12 +112,30 @@ def test_3_a_tensor_is_read_after_it_is_written() -> None:
 
 
 def test_4_as_many_products_are_added_and_bytes_loaded_as_the_operator_needs() -> None:
-    found = kinds("linear", lambda text: text.replace("for k in 0:70:32", "for k in 0:64:32"))
+    found = kinds("linear", lambda text: text.replace("for k in 0:8:4", "for k in 0:4:4"))
     assert set(found) == {"uncovered"}
 
 
 def test_5_a_tile_lies_inside_its_tensor_or_buffer() -> None:
-    assert kinds("linear", lambda text: text.replace("Y[m:m+|m|,", "Y[m+1:m+|m|+1,")) == ["bounds"]
+    assert kinds("linear", lambda text: text.replace("Y[0:5, n:n+|n|]", "Y[0:5, n+1:n+|n|+1]")) == ["bounds"]
+
+
+@pytest.mark.parametrize("offset", [-1, 1])
+def test_5_the_value_simulator_touches_nothing_outside_of_a_tensor(offset: int) -> None:
+    one = base("rms_norm")
+    whole = single(one.kernel, one.target)
+    feeds = {"X": np.zeros(13 * 60, np.float32), "W": np.zeros(60, np.float32)}
+    (call,) = whole.calls
+    moved = tuple(replace(one, offset=offset) if one.name == "X" else one for one in call.arguments)
+    with pytest.raises(ScheduleError, match="bounds"):
+        ValueSimulator(replace(whole, calls=(replace(call, arguments=moved),)), [{}]).run(feeds)
+    simulator = ValueSimulator(replace(whole, outputs=(replace(whole.outputs[0], offset=offset),)), [{}])
+    with pytest.raises(ScheduleError, match="bounds"):
+        simulator.run(feeds)
+    kernel = whole.kernels[0]
+    before = tuple(replace(one, offset=-64) for one in kernel.buffers)
+    with pytest.raises(ScheduleError, match="bounds"):
+        ValueSimulator(replace(whole, kernels=(replace(kernel, buffers=before),)), [{}]).run(feeds)
 
 
 def test_6_buffers_of_a_core_share_no_bytes_and_fit() -> None:
@@ -151,7 +173,7 @@ def test_10_engines_do_not_wait_for_each_other_for_ever() -> None:
 
 def test_11_a_slot_is_touched_only_between_its_tokens() -> None:
     assert kinds("linear", lambda text: text.replace("use x, w {", "use x {")) == ["RAW"]
-    assert kinds("linear", lambda text: text.replace("acc[0:|m|, 0:|n|] <- mma", "x[0:|m|, 0:|n|] <- mma")) == ["WAR"]
+    assert kinds("linear", lambda text: text.replace("acc[0:5, 0:|n|] <- mma", "x[0:5, 0:|n|] <- mma")) == ["WAR"]
 
 
 def test_12_ranks_do_the_same_collectives_on_all_of_the_data() -> None:
@@ -191,9 +213,9 @@ def test_the_page_names_all_sixteen() -> None:
 
 
 def test_a_refusal_names_hazard_kernel_loop_and_buffer() -> None:
-    one = base("linear")
-    text = print_kernel(one.kernel).replace("X[m:m+|m|, k:k+|k|]", "X[-m-|m|+10:10-m, k:k+|k|]")
+    one = base("rms_norm")
+    text = print_kernel(one.kernel).replace("X[m:m+|m|, 0:60]", "X[-m-|m|+13:-m+13, 0:60]")
     with pytest.raises(ScheduleError) as caught:
         verify(single(parse_kernel(text), one.target), one.target)
-    assert "coverage: linear: `Y[m:m+|m|, n:n+|n|] <- store(" in str(caught.value)
-    assert any("X[6:10, 0:70] in place of X[0:4, 0:70]" in one.message for one in caught.value.violations)
+    assert "coverage: rms_norm: `Y[m:m+|m|, 0:60] <- store(y[0:|m|, 0:60])` writes Y[" in str(caught.value)
+    assert any("in place of X[0:" in one.message for one in caught.value.violations)

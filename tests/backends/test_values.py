@@ -13,7 +13,6 @@ from vacc_opt.backends.vacc import Program, ScheduleError, ValueSimulator, load_
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.kernels.move import copy
 from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.ir import UserError
@@ -155,21 +154,3 @@ def test_a_cache_with_gaps_between_its_elements_is_refused_and_a_weight_is_packe
     wide[::2] = values()["W"].reshape(-1)
     found = ValueSimulator(replace(one, tensors=tensors), [{"W": wide[::2]}]).run({"X": values()["X"].reshape(-1)})["Y"]
     assert np.array_equal(found, execute(one, [values()])[0]["Y"])
-
-
-@pytest.mark.parametrize("offset", [-1, 1])
-def test_a_window_outside_of_its_tensor_is_refused_before_it_is_touched(offset: int) -> None:
-    x, y = param("X", "in", "f32", (4, 8)), param("Y", "out", "f32", (4, 8))
-    program = single(copy(x, y, TARGET), TARGET)
-    feeds = {"X": np.zeros(32, np.float32)}
-    (call,) = program.calls
-    moved = tuple(replace(one, offset=offset) if one.name == "X" else one for one in call.arguments)
-    with pytest.raises(ScheduleError, match="bounds"):
-        ValueSimulator(replace(program, calls=(replace(call, arguments=moved),)), [{}]).run(feeds)
-    simulator = ValueSimulator(replace(program, outputs=(replace(program.outputs[0], offset=offset),)), [{}])
-    with pytest.raises(ScheduleError, match="bounds"):
-        simulator.run(feeds)
-    kernel = program.kernels[0]
-    before = tuple(replace(one, offset=-64) for one in kernel.buffers)
-    with pytest.raises(ScheduleError, match="bounds"):
-        ValueSimulator(replace(program, kernels=(replace(kernel, buffers=before),)), [{}]).run(feeds)
