@@ -72,18 +72,21 @@ class Activations:
         self._held = sum(array.nbytes for one in self._values for array in one.values())
         self._last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs if v is not None}
 
-    def advance(self, end: int, weights: Mapping[str, Array], watch: Watch | None = None) -> None:
+    def advance(
+        self, end: int, weights: Mapping[str, Array], watch: Watch | None = None, names: Set[str] | None = None
+    ) -> None:
         """Run the nodes up to ``end`` for good; ``weights`` take the place of constants of these names.
 
-        ``watch`` hears every value that they compute, of every sample.
+        ``watch`` hears every value that they compute, or those of ``names``, of every sample.
         """
         made = {v.name for node in self.nodes[self.at : end] for v in node.outputs} if watch is not None else set()
+        heard = made if names is None else made & names
         if end <= self.at:
             return
-        program = self._program(end, weights, made)
+        program = self._program(end, weights, heard)
         for values in self._values:
             for name, array in program.run(values).items():
-                if watch is not None:
+                if watch is not None and name in heard:
                     watch(name, array)
                 if self._last.get(name, -1) >= end:
                     values[name] = self._held_or_stored(array)

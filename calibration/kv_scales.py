@@ -8,7 +8,8 @@ scale 1, with its value as zero, and is exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.calibration.activations import fresh_feeds
+from vacc_opt.calibration.activations import Activations, fresh_feeds
 from vacc_opt.calibration.rotary_envelope import Rotary
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, UserError
-from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.storage import read_safetensors_header, write_safetensors
 from vacc_opt.ir.tensor import Literal
@@ -29,6 +29,7 @@ from vacc_opt.ir.types import DType
 Array = npt.NDArray[np.float32]
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 _STEPS_ASYMMETRIC, _STEPS_SYMMETRIC = 254, 127
+_BUDGET = 256 << 20  # bytes of the values of all sequences that stay in memory
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def calibrate_kv(
 
     The graph is one before ``kv-cache``: inputs input_ids, attention_mask, position_ids and empty pasts, outputs
     ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. With ``envelope`` the range of a key is
-    what it has at any position of the rotary tables, else where it was seen. ``progress`` hears (done, all).
+    what it has at any position of the rotary tables, else where it was seen. Layers run one after the other over all
+    sequences, so that memory holds one layer. ``progress`` hears (layers done, all).
 
     Raises:
         UserError: no sequences, or the graph has no such outputs.
@@ -137,24 +139,43 @@ def calibrate_kv(
         raise UserError("the graph has no outputs present.0.key, ...", "calibrate before `kv-cache`")
     turned = {name: rotary for name, value in names.items() if envelope and (rotary := Rotary.behind(_new(value)))}
     model = _caches_only(graph, [*names.values(), *(rotary.before for rotary in turned.values())])
-    executable = Executable(model, threads=threads)
+    # one value may be the cache of several layers
+    watched: dict[str, list[str]] = {}
+    for name, value in names.items():
+        watched.setdefault(turned[name].before.name if name in turned else value.name, []).append(name)
     seen: dict[str, Range] = {}
-    for index, ids in enumerate(sequences):
-        found = executable.run(fresh_feeds(model, ids))[0]
-        for name, value in names.items():
-            if name in turned:
-                one = _finite(Range(*turned[name].extent(found[turned[name].before.name])), name)
-            else:
-                one = _finite(_range(found[value.name]), name)
+
+    def watch(source: str, array: npt.NDArray[Any]) -> None:
+        for name in watched[source]:
+            one = _finite(Range(*turned[name].extent(array)) if name in turned else _range(array), name)
             seen[name] = seen[name].include(one) if name in seen else one
-        if progress is not None:
-            progress(index + 1, len(sequences))
+
+    with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
+        feeds = [fresh_feeds(model, ids) for ids in sequences]
+        live = Activations(model, feeds, Path(scratch), threads=threads, budget=_BUDGET)
+        ends = _layer_ends(live, watched)
+        for done, end in enumerate(ends, 1):
+            live.advance(end, {}, watch, watched.keys())
+            if progress is not None:
+                progress(done, len(ends))
+        live.close()
     scales: dict[tuple[int, str], ScaleZero] = {}
     for name, extent in sorted(seen.items()):
         match = _PRESENT.fullmatch(name)
         assert match is not None
         scales[int(match[1]), match[2]] = scales_of(extent, symmetric=symmetric)
     return KvScales(dict(sorted(scales.items())))
+
+
+def _layer_ends(live: Activations, watched: Mapping[str, Sequence[str]]) -> list[int]:
+    """Places in the order of nodes behind what is watched of each layer: the weights of one layer are in memory."""
+    place = {v.name: index for index, node in enumerate(live.nodes, 1) for v in node.outputs}
+    ends: dict[str, int] = {}
+    for source, names in watched.items():
+        for name in names:
+            layer = name.rpartition(".")[0]
+            ends[layer] = max(ends.get(layer, 0), place[source])
+    return sorted(set(ends.values()))
 
 
 def _caches_only(graph: Graph, caches: Iterable[Value]) -> Graph:

@@ -118,7 +118,7 @@ def _scales(plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path, base: str
         ids,
         symmetric=args.symmetric,
         envelope=args.envelope,
-        progress=lambda done, of: say(f"calibrate: {done} of {of} texts", done, of),
+        progress=lambda done, of: say(f"calibrate: ranges of {done} of {of} layers", done, of),
     )
     part = target.with_name(target.name + ".tmp")
     found.save(part)
