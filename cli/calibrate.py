@@ -38,7 +38,8 @@ def command(config: str, overrides: tuple[str, ...], kv_scales: str | None, as_j
     files = [path for path in (found.scales, found.codes, out) if path is not None]
     if as_json:
         layers = [asdict(one) for one in found.layers]
-        click.echo(json.dumps({"files": [str(path) for path in files], "layers": layers}, indent=2))
+        said = {"files": [str(path) for path in files], "layers": layers, "seconds_a_text": found.seconds_a_text}
+        click.echo(json.dumps(said, indent=2))
         return
     for path in files:
         click.echo(f"-> {path}")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,13 +41,17 @@ Say = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Files of KV scales and of codes, where the plan needs them; what was done, in sentences; losses of the layers."""
+    """Files of KV scales and of codes, where the plan needs them; what was done, in sentences; losses of the layers.
+
+    ``seconds_a_text`` is what the KV ranges took; 0 where they were known.
+    """
 
     scales: Path | None = None
     codes: Path | None = None
     ranges: Path | None = None
     sentences: tuple[str, ...] = ()
     layers: tuple[LayerResult, ...] = field(default=())
+    seconds_a_text: float = 0.0
 
 
 def calibrate(plan: Plan, graph: Graph, tokenizer: Tokenizer | None, scratch: Path, say: Say) -> Calibrated:
@@ -67,17 +72,19 @@ def calibrate(plan: Plan, graph: Graph, tokenizer: Tokenizer | None, scratch: Pa
     scales: Path | None = None
     codes: Path | None = None
     layers: list[LayerResult] = []
+    each = 0.0
     ids = _sequences(plan, tokenizer) if plan.calibrates else []
     base = _fingerprint(plan, graph, ids) if plan.calibrates else ""
     if plan.cache_int8 and plan.kv_scales is not None:
         scales = scratch / SCALES_FILE
         read_scales(plan.kv_scales).save(scales)
     elif plan.cache_int8:
+        started = time.perf_counter()
         scales, known = _scales(plan, graph, ids, cache, base, say)
+        each = 0.0 if known else (time.perf_counter() - started) / len(ids)
         tokens = sum(one.shape[1] for one in ids)
-        said.append(
-            f"{_cached(known)}KV ranges of {_layer_count(scales)} layers over {len(ids)} texts, {tokens} tokens"
-        )
+        text = f"KV ranges of {_layer_count(scales)} layers over {len(ids)} texts, {tokens} tokens"
+        said.append(f"cached, {text}" if known else f"{text}, {each:.2g} s a text")
     if plan.gptq:
         codes, layers, known = _codes(plan, graph, ids, cache, base, say)
         ratio = np.median([one.loss / one.rounding_loss for one in layers if one.rounding_loss > 0] or [1.0])
@@ -86,7 +93,7 @@ def calibrate(plan: Plan, graph: Graph, tokenizer: Tokenizer | None, scratch: Pa
             f"{_cached(known)}GPTQ of {len(layers)} linears, {ratio:.2f} of the loss of rounding, {floats} stay float"
         )
     ranges = _ranges(graph, ids, scratch, say) if plan.guarded else None
-    return Calibrated(scales, codes, ranges, tuple(said), tuple(layers))
+    return Calibrated(scales, codes, ranges, tuple(said), tuple(layers), each)
 
 
 def _sequences(plan: Plan, tokenizer: Tokenizer | None) -> list[Ids]:
