@@ -148,9 +148,9 @@ class NativeEngine(ScheduleEngine):
     name = "native"
 
     def prepare(self) -> None:
-        """Compile the phases, unless the cache has them; raises UserError without a C compiler."""
-        for phase in self.artifact.phases:
-            self._simulator(phase)
+        """Compile the phases of this context, unless the cache has them; raises UserError without a C compiler."""
+        for entry in self.artifact.entries(self.context):
+            self._simulator(entry.name)
 
     def _executable(self, program: Program, weights: Sequence[Mapping[str, Array]]) -> Any:
         from vacc_opt.backends.vacc.native import NativeProgram
