@@ -68,15 +68,20 @@ class _Copied:
                 if node not in self.nodes:
                     self.nodes[node] = None
                     waiting.extend(node.outputs)
+        before: dict[onnx_ir.Node, None] = {}
+        behind = [value.producer() for value in self._results]
+        while behind:
+            node = behind.pop()
+            if node is not None and node not in self.nodes and node not in before:
+                before[node] = None
+                behind += [value.producer() for value in node.inputs if value is not None]
         made = {output for node in self.nodes for output in node.outputs}
-        outside = [value.producer() for value in self._results]
-        while outside:
-            node = outside.pop()
-            if node is not None and node not in self.nodes and any(value in made for value in node.inputs):
+        for node in self.graph:
+            if node in before and any(value in made for value in node.inputs):
                 self.nodes[node] = None
                 made.update(node.outputs)
-            elif node is not None and node not in self.nodes:
-                raise NotRepeatable
+        if not made.issuperset(self._results):
+            raise NotRepeatable
         ordered = [node for node in self.graph if node in self.nodes]
         self.nodes = dict.fromkeys(ordered)
 

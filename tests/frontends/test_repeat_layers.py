@@ -56,6 +56,7 @@ def skeleton(name: str, monkeypatch: pytest.MonkeyPatch, *, whole: bool) -> onnx
     monkeypatch.undo()
     modules = {origin.module for origin in origins.values()}
     assert any(f".{COUNT - 1}.self_att" in module for module in modules)
+    assert whole != any(output.endswith(f".{COUNT - 1}") for node in model.graph.node for output in node.output)
     return model
 
 
