@@ -61,7 +61,7 @@ def compiled(smollm2_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> 
                 patch.setattr(frontends, "export_checkpoint", lambda *_, **__: copy(smollm2_graph))
                 arguments = [*overrides, f"workspace.path={folder}"]
                 report = compile_model(EXAMPLES / example, arguments, Silent())
-            (directory,) = folder.iterdir()
+            directory = Path(report.path)
             made[key] = Compiled(open_artifact(directory), report)
         return made[key]
 

@@ -106,7 +106,8 @@ def test_a_rank_whose_file_is_damaged_says_so_before_the_run(
     assert run.stdout == ("", "")
     assert run.stderr[0] == ""
     said = (
-        rf"error: rank 1: {place}: the file {name} is damaged: [\w.]+ is not what `compile` wrote\n  compile it again\n"
+        rf"error: rank 1: {place}: the file {name} is damaged: (it has not the digest of what was written \([\w.]+\)|"
+        r"[\w.]+ is not what `compile` wrote)\n  compile it again\n"
     )
     assert re.fullmatch(said, run.stderr[1])
 
