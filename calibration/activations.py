@@ -58,15 +58,23 @@ class Activations:
         feeds: inputs of each sample.
         scratch: directory for what exceeds ``budget`` bytes.
         threads: of onnxruntime.
+        optimize: let onnxruntime rewrite the nodes, as :class:`Executable` says: turned weights are turned once.
     """
 
     def __init__(
-        self, graph: Graph, feeds: Sequence[Mapping[str, Array]], scratch: Path, *, threads: int, budget: int = BUDGET
+        self,
+        graph: Graph,
+        feeds: Sequence[Mapping[str, Array]],
+        scratch: Path,
+        *,
+        threads: int,
+        budget: int = BUDGET,
+        optimize: bool = False,
     ) -> None:
         self.graph, self.nodes = graph, graph.nodes()
         self.at = 0  # nodes before this one have run
         self.spilled = 0  # values written to files so far
-        self._threads, self._budget = threads, budget
+        self._threads, self._budget, self._optimize = threads, budget, optimize
         self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=scratch)
         self._values: list[dict[str, Array]] = [dict(one) for one in feeds]
         self._held = sum(array.nbytes for one in self._values for array in one.values())
@@ -126,7 +134,7 @@ class Activations:
         read = read_weights(region)[0]
         for name in replaced:
             region.values[name].const = self.graph.values[name].const
-        run = Executable(region, threads=self._threads, weights=[{**read, **given}], optimize=False)
+        run = Executable(region, threads=self._threads, weights=[{**read, **given}], optimize=self._optimize)
         wanted = [name for name in region.outputs if name in asked or self._last.get(name, -1) >= end]
         return _Program(run, tuple(v.name for v in region.inputs), tuple(wanted), bool(replaced))
 

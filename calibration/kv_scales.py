@@ -152,7 +152,7 @@ def calibrate_kv(
 
     with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
         feeds = [fresh_feeds(model, ids) for ids in sequences]
-        live = Activations(model, feeds, Path(scratch), threads=threads, budget=_BUDGET)
+        live = Activations(model, feeds, Path(scratch), threads=threads, budget=_BUDGET, optimize=True)
         ends = _layer_ends(live, watched)
         for done, end in enumerate(ends, 1):
             live.advance(end, {}, watch, watched.keys())
