@@ -14,24 +14,12 @@ from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.engines import Engine, make_engine
 from vacc_opt.runtime.generate import decode, prefill
+from vacc_opt.tests.listener import Silent
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "examples/smollm2-135m_w8kv8_tp3.yaml"
 GOAL = 5.0  # tokens a second on two cores
 TOKENS = {"native": 40, "onnxruntime": 10, "schedule": 4}
-
-
-class Silent:
-    """A listener of the compiler that says nothing."""
-
-    def line(self, text: str) -> None:
-        pass
-
-    def running(self, *_: object) -> None:
-        pass
-
-    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

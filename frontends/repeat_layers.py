@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir
@@ -54,6 +54,7 @@ class _Copied:
         self.nodes = {node: None for node in graph if self._inside(node, path)}
         self._cached = {v: None for v in graph.inputs if _CACHE.fullmatch(v.name or "")}
         self._results = [v for v in graph.outputs if _CACHE.fullmatch(v.name or "")]
+        self._own = [v for v in graph.inputs if v in self._cached or self.renamed(v.name or "", 0) != v.name]
         self._extend()
 
     def _inside(self, node: onnx_ir.Node, path: str) -> bool:
@@ -116,7 +117,7 @@ class _Copied:
 
     def copy(self, index: int, inputs: Mapping[onnx_ir.Value, onnx_ir.Value]) -> dict[onnx_ir.Value, onnx_ir.Value]:
         """Append the nodes as layer ``index``, on its weights and cache; gives the new values by the old."""
-        known = {**inputs, **{v: self._input(v, index) for v in self._own_inputs()}}
+        known = {**inputs, **{v: self._input(v, index) for v in self._own}}
         for node in self.nodes:
             outputs = [self._result(output, index) for output in node.outputs]
             arguments = [known.get(v, v) if v is not None else None for v in node.inputs]
@@ -127,9 +128,6 @@ class _Copied:
             known.update(zip(node.outputs, outputs, strict=True))
         self.graph.outputs.extend(known[value] for value in self._results)
         return known
-
-    def _own_inputs(self) -> Iterable[onnx_ir.Value]:
-        return [v for v in list(self.graph.inputs) if v in self._cached or self.renamed(v.name or "", 0) != v.name]
 
     def _input(self, value: onnx_ir.Value, index: int) -> onnx_ir.Value:
         name = _CACHE.sub(rf"\g<1>.{index}.\g<2>", value.name or "") if value in self._cached else ""

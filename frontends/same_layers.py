@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_flatten
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm
 
 KEPT = 2  # layers that are exported; the second one stands for those behind it
-_BATCH, _SEQ, _PAST = 2, 4, 6
+_BATCH = 2
+_SIZES = ((4, 6), (512, 1 << 17))  # tokens of a call and of the past: code may branch on lengths, so also long ones
 _OF_LAYER = ("cache", "layer", "beside")  # kinds of tokens whose second entry is a layer
 Token = tuple[Any, ...]
 
@@ -60,16 +61,22 @@ def find_same_layers(module: nn.Module, mode: FakeTensorMode, cache: CacheForm) 
     if len(found) != 1:
         return None
     layers = found[0]
-    known = _Known()
     try:
         _compare_settings(module.get_submodule(layers.path))
-        whole = _run(module, mode, cache, layers, known)
-        with first_layers(module, layers):
-            short = _run(module, mode, replace(cache, layers=KEPT), layers, known)
-        handed = {token[1:] for _, tokens in whole.layers[1] for token in tokens if token[0] == "before"}
+        same = all(_run_alike(module, mode, cache, layers, *sizes) for sizes in _SIZES)
     except (_Different, IndexError, AttributeError, RuntimeError, TypeError, ValueError):
         return None  # the whole model is exported, and says what is wrong with it
-    same = (
+    return layers if same else None
+
+
+def _run_alike(module: nn.Module, mode: FakeTensorMode, cache: CacheForm, layers: Layers, seq: int, past: int) -> bool:
+    """In a call of ``seq`` tokens behind ``past`` no layer can be told from the second, with all or with two layers."""
+    known = _Known()
+    whole = _run(module, mode, cache, layers, known, seq, past)
+    with first_layers(module, layers):
+        short = _run(module, mode, replace(cache, layers=KEPT), layers, known, seq, past)
+    handed = {token[1:] for _, tokens in whole.layers[1] for token in tokens if token[0] == "before"}
+    return (
         all(one == whole.layers[1] for one in whole.layers[KEPT:])
         and all(one == whole.caches[1] for one in whole.caches[KEPT:])
         and (short.layers, short.caches) == (whole.layers[:KEPT], whole.caches[:KEPT])
@@ -77,7 +84,6 @@ def find_same_layers(module: nn.Module, mode: FakeTensorMode, cache: CacheForm) 
         and len(handed) == 1
         and known.read_by(whole.logits) == handed
     )
-    return layers if same else None
 
 
 @contextmanager
@@ -96,23 +102,24 @@ def first_layers(module: nn.Module, layers: Layers) -> Iterator[None]:
 
 def _compare_settings(layers: nn.Module) -> None:
     """Plain attributes and buffers are equal, or number the layer."""
-    described = [[_settings(part) for part in layer.modules()] for layer in layers.children()]
-    for distance, one in enumerate(described[KEPT:], 1):
-        for mine, theirs in zip(one, described[1], strict=True):
-            if mine.keys() != theirs.keys():
+    parts = [list(layer.modules()) for layer in layers.children()]
+    for distance, one in enumerate(parts[KEPT:], 1):
+        for mine, theirs in zip(one, parts[1], strict=True):
+            settings, others = _settings(mine), _settings(theirs)
+            buffers, kept = (dict(part.named_buffers(recurse=False)) for part in (mine, theirs))
+            if settings.keys() != others.keys() or buffers.keys() != kept.keys():
                 raise _Different
-            for name, value in mine.items():
-                other = theirs[name]
-                numbers = type(value) is int and type(other) is int and value - other == distance
-                if value != other and not numbers:
+            for name, value in settings.items():
+                numbers = type(value) is int and type(others[name]) is int and value - others[name] == distance
+                if value != others[name] and not numbers:
                     raise _Different
+            if not all(torch.equal(buffer, kept[name]) for name, buffer in buffers.items()):
+                raise _Different
 
 
 def _settings(part: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {"": type(part)}
-    found |= {name: v for name, v in vars(part).items() if isinstance(v, (int, float, str, type(None)))}
-    found |= {name: (tuple(b.shape), b.flatten().tolist()) for name, b in part.named_buffers(recurse=False)}
-    return found
+    return found | {name: v for name, v in vars(part).items() if isinstance(v, (int, float, str, type(None)))}
 
 
 class _Known:
@@ -139,12 +146,14 @@ def _without_layer(token: Token) -> Token:
     return (token[0], *token[2:]) if token[0] in _OF_LAYER else token
 
 
-def _run(module: nn.Module, mode: FakeTensorMode, cache: CacheForm, layers: Layers, known: _Known) -> _Seen:
+def _run(
+    module: nn.Module, mode: FakeTensorMode, cache: CacheForm, layers: Layers, known: _Known, seq: int, before: int
+) -> _Seen:
     recorder = _Recorder(module, layers, known)
     with mode, torch.no_grad():
-        tokens, positions = (torch.zeros(_BATCH, _SEQ, dtype=torch.int64) for _ in range(2))
-        mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
-        stacked = torch.zeros(2 * cache.layers, _BATCH, cache.kv_heads, _PAST, cache.head_dim)
+        tokens, positions = (torch.zeros(_BATCH, seq, dtype=torch.int64) for _ in range(2))
+        mask = torch.ones(_BATCH, before + seq, dtype=torch.int64)
+        stacked = torch.zeros(2 * cache.layers, _BATCH, cache.kv_heads, before, cache.head_dim)
         past = list(stacked.unbind())
         for name, tensor in (("ids", tokens), ("mask", mask), ("positions", positions)):
             recorder.name(tensor, ("input", name))

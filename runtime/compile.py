@@ -37,7 +37,7 @@ from vacc_opt.runtime.planned import made_up_scales, planned_files
 from vacc_opt.runtime.progress import ByteProgress
 from vacc_opt.runtime.report import REPORT, CompileReport, Fused, ModelFacts, PhaseSchedule, Step, TargetFacts
 from vacc_opt.runtime.stamps import checkpoint_stamp
-from vacc_opt.runtime.stored import PhaseModel
+from vacc_opt.runtime.stored import PhaseModel, weight_file
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
 from vacc_opt.runtime.unchanged import Unchanged, artifact_key, remember_artifact, unchanged_artifact
 from vacc_opt.runtime.workers import each
@@ -356,7 +356,7 @@ def _phase_model(one: _Lowered) -> PhaseModel:
 
 
 def _rank_bytes(artifact: Artifact) -> int:
-    return int(artifact.manifest["files"]["rank0.safetensors"]["bytes"])
+    return int(artifact.manifest["files"][weight_file(0)]["bytes"])
 
 
 def _phase_facts(run: _Run, one: _Lowered) -> PhaseSchedule:

@@ -156,7 +156,7 @@ def _manifest(subject: Subject, problems: Problems) -> str:
     if manifest is None:
         return ""
     ranks = range(manifest.ranks)
-    needed = {f"rank{rank}.safetensors" for rank in ranks} | {REPORT, REMARKS, TARGET}
+    needed = {weight_file(rank) for rank in ranks} | {REPORT, REMARKS, TARGET}
     for phase in manifest.phases:
         needed |= {f"{phase}.schedule", *(f"{phase}.rank{rank}.onnx" for rank in ranks)}
     problems += [f"{MANIFEST}: does not list {name}" for name in sorted(needed - set(manifest.files))]
@@ -188,7 +188,7 @@ def _validated(model: type[Model], data: Any, above: str, problems: Problems) ->
 def _weights(subject: Subject, problems: Problems) -> str:
     names = 0
     for rank in range(subject.manifest["ranks"]):
-        file = subject.path / f"rank{rank}.safetensors"
+        file = subject.path / weight_file(rank)
         at: int | None = None
         for tensor in sorted(subject.header(rank).values(), key=lambda one: (one.offset, one.nbytes)):
             if at is not None and tensor.offset != at:
@@ -303,7 +303,7 @@ def _unstored(subject: Subject, phase: str, program: Program) -> Sequence[str]:
         for tensor in program.of_role("weight"):
             place = tables.get(tensor.name) or stored.get(names.get(tensor.name, tensor.name))
             if place is None or place.nbytes != tensor.bytes:
-                found.append(f"reads {tensor.name}, of which rank{rank}.safetensors has not {tensor.bytes} bytes")
+                found.append(f"reads {tensor.name}, of which {weight_file(rank)} has not {tensor.bytes} bytes")
     return found
 
 

@@ -41,9 +41,11 @@ def attend(
     new: bool,
     scores: Scores = PLAIN,
     alibi: bool = False,
+    group: int = 3,
+    width: int = 32,
 ) -> Kernel:
-    """Two KV heads, three query heads each, 32 channels."""
-    heads, group, width = 2, 3, 32
+    """Two KV heads, `group` query heads each, of `width` channels."""
+    heads = 2
     q, y = (param(name, mode, "f32", (heads, group, tokens, width)) for name, mode in (("Q", "in"), ("Y", "out")))
     k, v = (param(name, "in", cache, (heads, capacity, width)) for name in "KV")
     tables = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))

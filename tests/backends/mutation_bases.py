@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
-from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
+from vacc_opt.backends.vacc.kernels.attention import Scores
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -29,6 +29,7 @@ from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
 from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.tests.backends.conftest import attend
 from vacc_opt.tests.backends.llama import Llama, inputs
 
 Array = npt.NDArray[Any]
@@ -138,15 +139,8 @@ def _attention(
     tokens: int = TOKENS,
     cores: int = 2,
 ) -> Kernel:
-    """Two KV heads, two query heads each, 8 channels; blocks of few keys."""
-    heads, group, width = 2, 2, 8
-    q, y = (param(name, mode, "f32", (heads, group, tokens, width)) for name, mode in (("Q", "in"), ("Y", "out")))
-    k, v = (param(name, "in", cache, (heads, CONTEXT, width)) for name in "KV")
-    tables = Quantization(*(param(name, "in", "f32", (heads, 1, width)) for name in ("KS", "KZ", "VS", "VZ")))
-    fresh = tuple(param(name, "in", "f32", (heads, tokens, width)) for name in ("KN", "VN"))
-    slopes = param("SLOPES", "in", "f32", (heads, group, 1, 1)) if alibi else None
-    folded, apart = tables if cache == "i8" else None, (fresh[0], fresh[1]) if new else None
-    return attention(AttentionParams(q, k, v, y, folded, apart, slopes), scores, machine(7000, cores))
+    """Two query heads a KV head, 8 channels; blocks of few keys."""
+    return attend(machine(7000, cores), tokens, CONTEXT, cache, new, scores, alibi, group=2, width=8)
 
 
 def values(base: Base, scalars: Mapping[str, int]) -> list[dict[str, Any]]:

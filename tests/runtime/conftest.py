@@ -18,6 +18,7 @@ from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.models import write_model
 from vacc_opt.runtime.report import CompileReport
+from vacc_opt.tests.listener import Silent
 
 CONFIG = {
     "model_type": "llama",
@@ -60,22 +61,6 @@ backend:
 workspace:
   path: {out}
 """
-
-
-class Silent:
-    """A listener that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.steps: list[str] = []
-
-    def line(self, text: str) -> None:
-        pass
-
-    def running(self, text: str, done: int = 0, of: int | None = None) -> None:
-        pass
-
-    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
-        self.steps.append(name)
 
 
 def write_tokenizer(directory: Path) -> None:

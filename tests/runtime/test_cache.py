@@ -15,7 +15,7 @@ from vacc_opt.runtime.artifact import open_artifact
 from vacc_opt.runtime.cache import KEPT, Cache, kept_graph, kept_sha256
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.stamps import checkpoint_stamp, stamp
-from vacc_opt.tests.runtime.conftest import Silent
+from vacc_opt.tests.listener import Silent
 
 
 class Heard(Silent):

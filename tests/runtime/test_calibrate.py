@@ -19,24 +19,9 @@ from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.runtime.artifact import open_artifact
 from vacc_opt.runtime.compile import calibrate_model, compile_model
 from vacc_opt.runtime.eval import EvalOptions, evaluate_models
+from vacc_opt.tests.listener import Silent
 
 GPTQ = "frontend.quantize.type=w8a16_gptq"
-
-
-class Silent:
-    """A listener that keeps the sentences of steps."""
-
-    def __init__(self) -> None:
-        self.said: dict[str, str] = {}
-
-    def line(self, text: str) -> None:
-        pass
-
-    def running(self, text: str, done: int = 0, of: int | None = None) -> None:
-        pass
-
-    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
-        self.said[name] = sentence
 
 
 @pytest.fixture(scope="module")

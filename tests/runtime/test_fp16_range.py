@@ -17,8 +17,8 @@ from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.engines import ScheduleEngine, make_engine
 from vacc_opt.runtime.generate import prefill
 from vacc_opt.runtime.models import write_model
+from vacc_opt.tests.listener import Silent
 from vacc_opt.tests.runtime.conftest import write_tokenizer
-from vacc_opt.tests.runtime.test_calibrate import Silent
 
 PROMPT = list(range(40, 56))
 GUARD = "backend.guard_fp16_range=true"

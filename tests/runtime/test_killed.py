@@ -20,7 +20,7 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.integrity import damages
-from vacc_opt.tests.runtime.conftest import Silent
+from vacc_opt.tests.listener import Silent
 
 MOMENTS = 10
 

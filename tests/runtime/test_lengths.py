@@ -23,6 +23,7 @@ from vacc_opt.runtime.entry_points import chunks, entry_points
 from vacc_opt.runtime.generate import decode, generate, greedy
 from vacc_opt.runtime.simulate import simulate
 from vacc_opt.runtime.stored import PhaseModel, stored_constants
+from vacc_opt.tests.listener import Silent
 
 PHASES = ("prefill-16-48", "prefill-16-96", "prefill-64-96", "decode-48", "decode-96")
 FP32, FLIPS = 1e-5, 0.03  # of the largest logit; sums of fp16 in another order take some codes one step further
@@ -37,20 +38,7 @@ def several(config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     """
     lengths, codes = "frontend.shape.input_ids=[[64, 16], [48, 96]]", "frontend.quantize.kv_args.new_tokens=quantised"
     file = config(tmp_path_factory.mktemp("several"))
-    return open_artifact(Path(compile_model(file, [lengths, codes], Quiet()).path))
-
-
-class Quiet:
-    """Hears nothing."""
-
-    def line(self, text: str) -> None:
-        pass
-
-    def running(self, text: str, done: int = 0, of: int | None = None) -> None:
-        pass
-
-    def done(self, name: str, sentence: str, seconds: float | None = None) -> None:
-        pass
+    return open_artifact(Path(compile_model(file, [lengths, codes], Silent()).path))
 
 
 def test_every_length_has_a_phase_for_each_context_that_holds_it(several: Artifact) -> None:

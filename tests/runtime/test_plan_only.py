@@ -59,7 +59,7 @@ def test_the_plan_has_the_numbers_of_the_compilation(
     listener = Silent()
     planned = compile_model(config(tmp_path), (), listener, plan_only=True)
     made = compiled[0]
-    assert listener.steps == [name for name in compiled[1].steps if name not in ("calibrate", "write")]
+    assert list(listener.said) == [name for name in compiled[1].said if name not in ("calibrate", "write")]
     assert planned.facts == made.facts
     assert planned.path is None
     assert not (tmp_path / "out").exists()

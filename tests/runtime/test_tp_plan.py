@@ -19,7 +19,7 @@ from vacc_opt.runtime.artifact import Artifact, open_artifact
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.plan import plan_compilation
 from vacc_opt.runtime.tp_plan import Heads, Row, split_graph, tp_plan
-from vacc_opt.tests.runtime.conftest import Silent
+from vacc_opt.tests.listener import Silent
 
 
 @pytest.fixture(scope="module")

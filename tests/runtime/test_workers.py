@@ -14,7 +14,7 @@ from vacc_opt.cli.main import main
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.compile import compile_model
 from vacc_opt.runtime.workers import each
-from vacc_opt.tests.runtime.conftest import Silent
+from vacc_opt.tests.listener import Silent
 
 
 @pytest.fixture(scope="module")
