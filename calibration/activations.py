@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from vacc_opt.ir.graph import Graph, Node
 
 Array = npt.NDArray[Any]
 Watch = Callable[[str, Array], None]
-BUDGET = 1 << 30  # bytes of values in memory; beyond, they go to files
+BUDGET = 1 << 29  # bytes of values in memory; beyond, they go to files
 
 
 def fresh_feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
@@ -47,6 +48,7 @@ class _Program:
 
     def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
         found = self.executable.run({name: values[name] for name in self.inputs})[0]
+        _give_back(values.values())
         return {name: found[name] for name in self.outputs}
 
 
@@ -114,6 +116,7 @@ class Activations:
         if wanted <= self._values[0].keys():
             for mine, theirs in zip(self._values, other._values, strict=True):
                 yield {name: mine[name] for name in wanted}, {name: theirs[name] for name in wanted}
+                _give_back((*mine.values(), *theirs.values()))
             return
         here = self._program(end, weights, wanted)
         # one program holds the weights of a layer once
@@ -154,8 +157,16 @@ class Activations:
 
     def _drop(self, values: dict[str, Array], name: str) -> None:
         array = values.pop(name)
-        file = getattr(array.base, "filename", None) if isinstance(array.base, np.memmap) else None
-        if file is not None:
-            Path(file).unlink(missing_ok=True)
+        if isinstance(array.base, np.memmap):
+            assert array.base.filename is not None
+            Path(array.base.filename).unlink(missing_ok=True)
         else:
             self._held -= array.nbytes
+
+
+def _give_back(values: Iterable[Array]) -> None:
+    """Let go of the pages of values that lie in files: they would count as memory until the next use."""
+    for array in values:
+        pages = getattr(array.base, "_mmap", None)
+        if pages is not None:
+            pages.madvise(mmap.MADV_DONTNEED)

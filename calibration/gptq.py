@@ -101,6 +101,10 @@ class Inputs:
             self._divided = True
         return self.hessian
 
+    def forget_drift(self) -> None:
+        """Give the memory of ``drift`` back."""
+        self.drift = None
+
     def _rows(self, array: Array) -> Any:
         import torch
 
@@ -108,8 +112,8 @@ class Inputs:
         return torch.from_numpy(flat).to(self.hessian.device)
 
 
-def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution:
-    """Quantize ``weight`` [N, K] float32 for inputs that were seen.
+def solve(weight: Array, seen: Inputs, solver: Solver | None = None, *, last: bool = False) -> Solution:
+    """Quantize ``weight`` [N, K] float32 for inputs that were seen; with ``last`` no other weight reads them after.
 
     A row of zeros gets scale 1 and codes 0. A weight column whose input was always zero is rounded to nearest.
 
@@ -125,6 +129,8 @@ def solve(weight: Array, seen: Inputs, solver: Solver | None = None) -> Solution
     largest = torch.from_numpy(row_scales(weight)).to(h.device)
     given = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(h.device)
     w = _corrected(given, seen, solver) if solver.correction else given
+    if last:
+        seen.forget_drift()
     upper, added = _inverse_factor(h, order, solver.damping)
     rows = _rows_at_once(w.shape[1], len(solver.shrink))
     codes = torch.empty(w.shape, dtype=torch.int8)
@@ -173,7 +179,10 @@ def _corrected(w: Any, seen: Inputs, solver: Solver) -> Any:
     for low in range(0, len(w), rows):
         part = slice(low, low + rows)
         wanted = (w[part] @ seen.drift).div_(max(seen.tokens, 1))
-        torch.add(w[part], torch.cholesky_solve(wanted.T, lower).T, alpha=solver.correction, out=corrected[part])
+        # torch.cholesky_solve would copy the factor
+        half = torch.linalg.solve_triangular(lower, wanted.T, upper=False)
+        whole = torch.linalg.solve_triangular(lower.T, half, upper=True)
+        torch.add(w[part], whole.T, alpha=solver.correction, out=corrected[part])
     return corrected
 
 

@@ -146,9 +146,9 @@ class _Run:
             inputs = seen.pop(group.x.name, None)
             for linear in group.linears:
                 if linear.weight.name not in self.rows:  # layers may share a weight: the first one decides
-                    yield self._solved(linear, inputs)
+                    yield self._solved(linear, inputs, last=linear is group.linears[-1])
 
-    def _solved(self, linear: Linear, seen: Inputs | None) -> LayerResult:
+    def _solved(self, linear: Linear, seen: Inputs | None, *, last: bool) -> LayerResult:
         name = linear.weight.name
         self.rows[name] = linear.rows
         file = self._file(name)
@@ -156,7 +156,7 @@ class _Run:
             assert seen is not None
             weight = np.asarray(linear.rows.read(), np.float32)
             try:
-                self._store(file, solve(weight, seen, self.options.solver))
+                self._store(file, solve(weight, seen, self.options.solver, last=last))
             except VaccError as error:
                 raise type(error)(f"weight {name}: {error.message}", error.hint) from error
         loss, rounding_loss = map(float, read_safetensors_header(file)["losses"].read())

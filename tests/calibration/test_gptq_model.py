@@ -90,9 +90,9 @@ def test_a_run_that_was_ended_continues_and_gives_the_same_bytes(
     solved: list[tuple[int, ...]] = []
     solve = gptq_model.solve
 
-    def counted(weight: np.ndarray, *args: Any) -> Any:
+    def counted(weight: np.ndarray, *args: Any, **options: Any) -> Any:
         solved.append(weight.shape)
-        return solve(weight, *args)
+        return solve(weight, *args, **options)
 
     def stop(done: int, of: int) -> None:
         if done == 4:
