@@ -5,11 +5,12 @@ other: a call starts when the one before has moved its last byte. Costs of an op
 
 load, store   `issue` cycles of the DMA engine, then the DDR latency, then the bytes (each contiguous run rounded up to
               whole bursts) at the share of the port that the DMA engines which are moving bytes leave each other
+multicast     a load that all cores receive: it waits for the slowest of them, and its bytes cross the port once
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
               results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
-collective    the links are busy for the cheaper of ring and direct exchange (`bounds.link_cost`); after the hops, for
-              which the next one does not wait, its DDR bytes
+collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`bounds.link_cost`);
+              after the hops, for which the next one does not wait, its DDR bytes
 """
 
 from __future__ import annotations
@@ -84,10 +85,21 @@ def time_kernel(
         for stream, record in zip(streams, records, strict=True)
     )
     steps = [event for events in unrolled.values() for event in events if isinstance(event, Step)]
-    moved = sum(work_bytes(kernel, step) for step in steps)
+    moved = _moved(kernel, unrolled)
     macs = sum(work(kernel, step).macs for step in steps)
     where = _attribute(engines, bound.binds, cycles)
     return KernelTiming(name or kernel.name, cycles, bound, engines, where, moved, macs, 1)
+
+
+def _moved(kernel: Kernel, unrolled: Lanes) -> int:
+    """Bytes over the DDR port of a die: what its cores share moves once."""
+    first = min((core for core, _ in unrolled), default=0)
+    return sum(
+        work_bytes(kernel, step)
+        for (core, _), events in unrolled.items()
+        for step in events
+        if isinstance(step, Step) and (core == first or not step.primitive.shared)
+    )
 
 
 RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "vector", "link": "link"}
@@ -140,12 +152,13 @@ def _steps(
         steps.append(
             TimedStep(
                 base.label, base.cycles, tuple(before["wait"]), tuple(before["acquire"]), tuple(after["commit"]),
-                tuple(after["release"]), base.bytes, base.latency, base.delay,
+                tuple(after["release"]), base.bytes, base.latency, base.delay, base.shared,
             )
         )  # fmt: skip
         for names in (*before.values(), *after.values()):
             names.clear()
 
+    collectives = sum(isinstance(event, Step) and event.primitive.collective for event in events)
     for event in events:
         if isinstance(event, RingEvent):
             if event.action in before:
@@ -158,13 +171,13 @@ def _steps(
             continue
         if current is not None or after["commit"] or after["release"]:
             close()
-        current = _cost(kernel, engine, event, target, ranks)
+        current = _cost(kernel, engine, event, target, ranks, collectives)
     close()
     return steps
 
 
-def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -> TimedStep:
-    """What one tile operation costs on its engine."""
+def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int, collectives: int) -> TimedStep:
+    """What one tile operation costs on its engine, which does so many `collectives` in all."""
     cost = work(kernel, step)
     label = f"{step.op.kind} {step.outs[0].ref}"
     if engine == "matrix":
@@ -174,9 +187,9 @@ def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -
     if engine == "vector":
         return vector_step(label, cost.lane_ops, target)
     if engine == "link":
-        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links)
+        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links, collectives)
         moved = work_bytes(kernel, step)
         return TimedStep(label, busy if moved else busy + hops, bytes=moved, latency=hops)
     indices = work_bytes(kernel, step) - cost.bytes
     moved = bursts(cost.bytes, cost.run_bytes, target) + bursts(indices, indices, target)
-    return transfer_step(label, moved, target, load=engine == "dma_in")
+    return transfer_step(label, moved, target, load=engine == "dma_in", shared=step.primitive.shared)
