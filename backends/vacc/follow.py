@@ -1,13 +1,16 @@
 """Follows values through a kernel: which expression over its parameters every store writes where.
 
 The engines of a core run in one order that the rings allow; any other gives the same, once the ring protocol holds.
+What is known of a core is moved to those that are like it instead of followed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import add
 
+from vacc_opt.backends.vacc.alike import alike
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
 from vacc_opt.backends.vacc.expressions import ELEMENTWISE, ROWS, Expressions, Node, Shape
@@ -31,9 +34,19 @@ class Stored:
 
 def stores(kernel: Kernel, lanes: Lanes, make: Expressions) -> Iterator[Stored]:
     """Every write to a parameter, core after core."""
-    for core in sorted({core for core, _ in lanes}):
-        streams = {engine: iter(events) for (owner, engine), events in lanes.items() if owner == core}
-        yield from _Core(kernel, make).run(interleave(kernel, streams))
+    found: dict[int, list[Stored]] = {}
+    for one in alike(kernel, lanes):
+        if one.first == one.core:
+            streams = {engine: iter(events) for (owner, engine), events in lanes.items() if owner == one.core}
+            found[one.core] = list(_Core(kernel, make).run(interleave(kernel, streams)))
+            yield from found[one.core]
+        else:
+            known: dict[int, Node] = {}
+            for stored in found[one.first]:
+                by = one.shift[stored.box.ref]
+                start, stop = (tuple(map(add, edge, by)) for edge in (stored.box.start, stored.box.stop))
+                node = make.shifted(stored.node, one.shift, known)
+                yield Stored(stored.step, Box(stored.box.ref, stored.box.slot, start, stop), node)
 
 
 class _Core:

@@ -16,8 +16,8 @@ from vacc_opt.frontends import torch_export
 from vacc_opt.frontends.caches import find_cache
 from vacc_opt.frontends.families import structures
 from vacc_opt.frontends.huggingface import build_module
-from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.repeat_layers import KEPT, Layers
+from vacc_opt.frontends.rope_lengths import trace_lengths
 from vacc_opt.frontends.same_layers import find_same_layers
 from vacc_opt.frontends.skeleton import export_skeleton
 from vacc_opt.ir import Seeded, from_onnx

@@ -183,9 +183,13 @@ class _Attention:
         """A head, the rows that pass the cache together, and the rows of a core among them."""
         b = self.b
         if self.together:
-            with b.loop("h", 0, self.heads, 1) as h, b.loop("g", 0, self.length, self.tile * self.cores) as g:
-                with b.loop("m", g.start, g.stop, self.tile, parallel=True) as m:
-                    yield h, g, m
+            together = self.tile * self.cores
+            with (
+                b.loop("h", 0, self.heads, 1) as h,
+                b.loop("g", 0, self.length, together) as g,
+                b.loop("m", g.start, g.stop, self.tile, parallel=True) as m,
+            ):
+                yield h, g, m
         else:
             by_head = self.heads >= self.cores
             with b.loop("h", 0, self.heads, 1, parallel=by_head) as h:  # noqa: SIM117

@@ -1,6 +1,6 @@
-"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights, columns or rows dealt to the cores.
+"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights.
 
-Cores that share columns receive W, which all of them need, as one multicast.
+Columns or rows are dealt out to the cores; where they are rows, all cores receive W as one multicast.
 
 int8 weights are cast on their way into the array (exact) and the scale of a column multiplies the f32 accumulator once.
 """
