@@ -82,8 +82,8 @@ class Primitive:
     `cost`: lane operations for each element of the largest operand (vector engine); each of the `optional` attributes
     adds its own when it is given. `form`: `elementwise`, inputs broadcast to the output; `rows`, the last axis is
     reduced to one element; else its own. `updates`: the outs are read too; a product overwrites where its attribute
-    `first` is 0. A collective gets outs[rank], ins[rank] of all ranks. `shared`: all cores of a die receive one transfer
-    that crosses the port once.
+    `first` is 0. A collective gets outs[rank], ins[rank] of all ranks. `shared`: the cores of a die receive one
+    transfer that crosses the port once.
     """
 
     name: str
