@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.backends.vacc.fusion import EVERY
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.attention import Scores
 from vacc_opt.backends.vacc.kernels.builder import param
@@ -231,11 +232,13 @@ def program_bases() -> list[ProgramBase]:
         "prefill, two rows": Llama(length=3, context=8, layers=1, batch=2),
         "decode, new tokens quantised": Llama(length=1, context=8, kv="int8-quantised"),
         "decode, 3 ranks, window": Llama(length=1, context=8, layers=1, ranks=3, window=3),
+        "prefill, nothing fused": Llama(length=3, context=8, layers=1),
     }  # fmt: skip
     found = []
     for name, model in models.items():
         graph = model.graph()
-        program = lower(graph, load_target("vacc-card4"), phase="prefill" if model.length > 1 else "decode")
+        phase, fusions = "prefill" if model.length > 1 else "decode", () if "nothing fused" in name else EVERY
+        program = lower(graph, load_target("vacc-card4"), phase=phase, fusions=fusions)
         found.append(ProgramBase(name, model, program, [rank_weights(program, graph, r) for r in range(model.ranks)]))
     return found
 
