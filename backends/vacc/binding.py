@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from vacc_opt.backends.vacc.expand import Event, Step, expand
+from vacc_opt.backends.vacc.expand import Event, Step, Unroller
 from vacc_opt.backends.vacc.schedule import Call, Kernel, Loop, Op, Program, ScheduleError, Statement, Violation
 
 Lanes = Mapping[tuple[int, str], Sequence[Event]]  # (core, engine) -> events in order
@@ -18,7 +20,8 @@ def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
     Raises ScheduleError where the text has no meaning (a box outside its tensor, an operation on the wrong engine).
     """
     used = cores if any(is_parallel(tree) for _, tree in kernel.trees) else 1
-    every = {(core, e): list(expand(kernel, e, core, used, scalars)) for core in range(used) for e, _ in kernel.trees}
+    trees = {engine: Unroller(kernel, engine, scalars) for engine, _ in kernel.trees}
+    every = {(core, engine): tree.events(core, used) for core in range(used) for engine, tree in trees.items()}
     active = {core for (core, engine), events in every.items() if engine != "dma_in" and _works(events)}
     return {lane: events for lane, events in every.items() if events and lane[0] in active}
 
@@ -35,6 +38,20 @@ class Unrolled:
         if key not in self._known:
             self._known[key] = lanes(kernel, cores, scalars)
         return self._known[key]
+
+
+def tally(lanes: Lanes) -> list[tuple[str, Step, int]]:
+    """(engine, step, how often it is done) of the steps of all cores, each once.
+
+    Steps are told apart by identity; those of one kernel repeat a few tiles many times.
+    """
+    found: dict[int, list[Any]] = {}
+    for (_, engine), events in lanes.items():
+        once = dict(zip(map(id, events), events, strict=True))
+        for key, times in Counter(map(id, events)).items():
+            if isinstance(once[key], Step):
+                found.setdefault(key, [engine, once[key], 0])[2] += times
+    return [(engine, step, times) for engine, step, times in found.values()]
 
 
 def _works(events: Sequence[Event]) -> bool:

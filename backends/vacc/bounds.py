@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vacc_opt.backends.vacc.binding import Lanes
+from vacc_opt.backends.vacc.binding import Lanes, tally
 from vacc_opt.backends.vacc.expand import Step, work
 from vacc_opt.backends.vacc.ops import Work
 from vacc_opt.backends.vacc.regions import Region, union_volume
@@ -37,21 +37,23 @@ class Product:
 
 def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
     """The bound of one run of `kernel` on a die, from its unrolled `lanes`; `product` if it is one matrix product."""
-    steps = [(engine, step) for (_, engine), events in lanes.items() for step in events if isinstance(step, Step)]
-    costs = [(engine, step, work(kernel, step)) for engine, step in steps]
+    counted = tally(lanes)
+    costs = [(engine, work(kernel, step), times) for engine, step, times in counted]
     rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
-    lane_ops = sum(cost.lane_ops for engine, _, cost in costs if engine == "vector")
-    loads = any(engine == "dma_in" for engine, _ in steps)
+    lane_ops = sum(cost.lane_ops * times for engine, cost, times in costs if engine == "vector")
+    loads = any(engine == "dma_in" for engine, _, _ in costs)
+    exchanges = [step for (_, engine), events in lanes.items() if engine == "link" for step in events]
+    sizes = [(step.op.kind, work(kernel, step).link_bytes) for step in exchanges if isinstance(step, Step)]
     return Bound(
-        compute=_compute([cost for engine, _, cost in costs if engine == "matrix"], product, target),
+        compute=_compute([(cost, times) for engine, cost, times in costs if engine == "matrix"], product, target),
         vector=math.ceil(lane_ops / (target.core.vector.lanes * target.die.cores)),
-        ddr=math.ceil(compulsory_bytes(kernel, [step for _, step in steps]) / rate),
-        link=_link([(step.op.kind, cost.link_bytes) for _, step, cost in costs if cost.link_bytes], ranks, links),
+        ddr=math.ceil(compulsory_bytes(kernel, lanes) / rate),
+        link=_link([(kind, size) for kind, size in sizes if size], ranks, links),
         latency=target.core.dma.issue + target.die.ddr.latency if loads else 0,
     )
 
 
-def _compute(costs: Sequence[Work], product: Product | None, target: Target) -> int:
+def _compute(costs: Sequence[tuple[Work, int]], product: Product | None, target: Target) -> int:
     if not costs:
         return 0
     matrix = target.core.matrix
@@ -59,11 +61,11 @@ def _compute(costs: Sequence[Work], product: Product | None, target: Target) -> 
         p = product
         cycles = matrix.cycles(p.m, p.n, p.k, p.dtype, p.weight_itemsize)
         return math.ceil(cycles / target.die.cores) + matrix.fill
-    ideal = sum(cost.macs / matrix.macs_per_cycle[cost.dtype] for cost in costs)
+    ideal = sum(cost.macs * times / matrix.macs_per_cycle[cost.dtype] for cost, times in costs)
     return math.ceil(ideal / target.die.cores) + matrix.fill
 
 
-def compulsory_bytes(kernel: Kernel, steps: Sequence[Step]) -> int:
+def compulsory_bytes(kernel: Kernel, lanes: Lanes) -> int:
     """DDR bytes if every element that the steps read and every element that they write moves once.
 
     A gathered row counts as often as it is asked for: which rows are equal is not known.
@@ -71,10 +73,10 @@ def compulsory_bytes(kernel: Kernel, steps: Sequence[Step]) -> int:
     reads: dict[str, set[Region]] = {}
     writes: dict[str, set[Region]] = {}
     total = 0
-    for step in steps:
+    for _, step, times in tally(lanes):
         gathers = step.op.kind == "gather"
         if gathers:
-            total += work(kernel, step).bytes
+            total += work(kernel, step).bytes * times
         for boxes, sets in ((step.ins[1:] if gathers else step.ins, reads), (step.outs, writes)):
             for box in boxes:
                 if box.ref in kernel.param:
@@ -92,22 +94,23 @@ def work_bytes(kernel: Kernel, step: Step) -> int:
     return work(kernel, step).bytes + sum(math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes)
 
 
-def link_cost(kind: str, size: int, ranks: int, links: Links | None) -> tuple[int, int]:
-    """(cycles that a die's links are busy, cycles of hops) of a collective on `size` bytes a rank.
+def link_cost(kind: str, size: int, ranks: int, links: Links | None, steps: int = 1) -> tuple[int, int]:
+    """(cycles that a die's links are busy, cycles of hops) of one of `steps` collectives on `size` bytes a rank.
 
-    The cheaper of two. Ring: 2(N-1) steps of size/N bytes to reduce for all, N-1 of them to reduce a part for each,
-    N-1 steps of `size` to gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter
-    way round, floor(N*N/4) hops in total for each die, and sums what it receives in the order of the ranks. Two link
+    The cheaper of two for all steps, of which the hops of one pass while the links are busy with the next. Ring:
+    2(N-1) turns of size/N bytes to reduce for all, N-1 of them to reduce a part for each, N-1 turns of `size` to
+    gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter way round, floor(N*N/4)
+    hops in total for each die, and sums what it receives in the order of the ranks. Two link
     engines use both directions of the ring.
     """
     if ranks == 1 or links is None:
         return 0, 0
     ways = min(links.engines, 2) * links.bytes_per_cycle
-    steps = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
-    ring = math.ceil(steps * (size if kind == "all_gather" else size / ranks) / ways), steps * links.hop_latency
+    turns = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
+    ring = math.ceil(turns * (size if kind == "all_gather" else size / ranks) / ways), turns * links.hop_latency
     sent = size / ranks if kind == "reduce_scatter" else size
     direct = math.ceil((ranks * ranks // 4) * sent / ways), (ranks // 2) * links.hop_latency
-    return min(ring, direct, key=sum)
+    return min(ring, direct, key=lambda cost: steps * cost[0] + cost[1])
 
 
 def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> int:

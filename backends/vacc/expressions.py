@@ -7,7 +7,8 @@ multiplications have no order. Rounding is part of an expression (`round` to a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -141,6 +142,25 @@ class Expressions:
         first[axis], size[axis] = start[-1], shape[-1]
         rows = self.part(left, (*start[:-1], 0), (*shape[:-1], left.shape[-1]))
         return [rows, self.part(right, tuple(first), tuple(size))]
+
+    def shifted(self, node: Node, shift: Mapping[str, Shape], known: dict[int, Node]) -> Node:
+        """The expression with every box of a parameter moved by `shift`; `known` holds what was moved, by identity."""
+        stack = [node]
+        while stack:
+            one = stack[-1]
+            missing = [part for part in one.parts if id(part) not in known]
+            if missing:
+                stack += missing
+                continue
+            stack.pop()
+            if one.kind == "in":
+                start = map(operator.add, one.start, shift[str(one.data[0])])
+                known[id(one)] = self.make("in", (one.data[0], *start), (), one.shape, one.dtype)
+                continue
+            parts = [known[id(part)] for part in one.parts]
+            parts = sorted(parts, key=lambda part: part.serial) if one.kind in _COMMUTES else parts
+            known[id(one)] = self.make(one.kind, one.data, tuple(parts), one.shape, one.dtype)
+        return known[id(node)]
 
     def joined(self, one: Node, other: Node, axis: int) -> Node | None:
         """The tile of both side by side along `axis` (from the end), or None where they do not continue."""

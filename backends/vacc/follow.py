@@ -1,16 +1,20 @@
 """Follows values through a kernel: which expression over its parameters every store writes where.
 
 The engines of a core run in one order that the rings allow; any other gives the same, once the ring protocol holds.
+What is known of a core is moved to those that are like it instead of followed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import add
 
+from vacc_opt.backends.vacc.alike import alike
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
 from vacc_opt.backends.vacc.expressions import ELEMENTWISE, ROWS, Expressions, Node, Shape
+from vacc_opt.backends.vacc.ops import MOVES
 from vacc_opt.backends.vacc.regions import Region, contains, intersection
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_values import interleave
@@ -30,9 +34,19 @@ class Stored:
 
 def stores(kernel: Kernel, lanes: Lanes, make: Expressions) -> Iterator[Stored]:
     """Every write to a parameter, core after core."""
-    for core in sorted({core for core, _ in lanes}):
-        streams = {engine: iter(events) for (owner, engine), events in lanes.items() if owner == core}
-        yield from _Core(kernel, make).run(interleave(kernel, streams))
+    found: dict[int, list[Stored]] = {}
+    for one in alike(kernel, lanes):
+        if one.first == one.core:
+            streams = {engine: iter(events) for (owner, engine), events in lanes.items() if owner == one.core}
+            found[one.core] = list(_Core(kernel, make).run(interleave(kernel, streams)))
+            yield from found[one.core]
+        else:
+            known: dict[int, Node] = {}
+            for stored in found[one.first]:
+                by = one.shift[stored.box.ref]
+                start, stop = (tuple(map(add, edge, by)) for edge in (stored.box.start, stored.box.stop))
+                node = make.shifted(stored.node, one.shift, known)
+                yield Stored(stored.step, Box(stored.box.ref, stored.box.slot, start, stop), node)
 
 
 class _Core:
@@ -96,7 +110,7 @@ class _Core:
             ins, state = [self._read(box) for box in step.ins], [self._read(box) for box in step.outs[1:3]]
             return softmax_step(make, ins, state, step.attributes, [box.shape for box in step.outs])
         ins = [self._read(box) for box in step.ins]
-        if kind in {"load", "store", "cast"}:
+        if kind in MOVES:
             return [self._moved(ins[0], shape)]
         if kind in {"mma", "mma_nn"}:
             product = make.dot(ins[0], ins[1], kind == "mma", shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
@@ -18,8 +19,12 @@ Key = tuple[int, str]  # (core, ring)
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """The multiply-accumulates of one mma: rows and k of the first operand, columns and k of the second."""
+    """The multiply-accumulates of one mma: rows and k of the first operand, columns and k of the second.
 
+    `number` counts the steps of the array through all cores.
+    """
+
+    number: int
     step: Step
     rows: Region
     columns: Region
@@ -95,6 +100,7 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
             known[key] = source_of(kernel, core, box, written, entered)
         return known[key]
 
+    numbers = count()
     for core, engine, step, entered in uses(lanes):
         if engine != "matrix":
             continue
@@ -106,7 +112,7 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
         kind = (a.ref, a_k, b.ref, b_k)
         if kinds.setdefault(step.outs[0].ref, kind) != kind:
             raise Untraceable(print_op(step.op))
-        macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
+        macs = Macs(next(numbers), step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
         found.setdefault(kind, []).append(macs)
         costs[kind] = work(kernel, step)
     products = []
@@ -137,7 +143,7 @@ def source_of(
     shifts: set[tuple[str, tuple[int, ...]]] = set()
     for step in slots[number]:
         target, source = step.outs[0], step.ins[0]
-        if step.op.kind != "load" or source.ref not in kernel.param:
+        if step.op.kind not in {"load", "multicast"} or source.ref not in kernel.param:
             return None
         if contains((target.start, target.stop), (box.start, box.stop)):
             return _shift(target, source, box)

@@ -5,11 +5,12 @@ other: a call starts when the one before has moved its last byte. Costs of an op
 
 load, store   `issue` cycles of the DMA engine, then the DDR latency, then the bytes (each contiguous run rounded up to
               whole bursts) at the share of the port that the DMA engines which are moving bytes leave each other
+multicast     a load that all cores receive: it waits for the slowest of them, and its bytes cross the port once
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
               results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
-collective    the links are busy for the cheaper of ring and direct exchange (`bounds.link_cost`); after the hops, for
-              which the next one does not wait, its DDR bytes
+collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`bounds.link_cost`);
+              after the hops, for which the next one does not wait, its DDR bytes
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
-from vacc_opt.backends.vacc.binding import Lanes, lanes, scalar_values
+import numpy as np
+
+from vacc_opt.backends.vacc.alike import Alike, alike
+from vacc_opt.backends.vacc.binding import Lanes, lanes, scalar_values, tally
 from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
 from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
@@ -67,27 +70,42 @@ def time_kernel(
 ) -> KernelTiming:
     """Time one run of `kernel` on an idle die for values of its run-time scalars; raises CheckError as above."""
     unrolled = lanes(kernel, target.die.cores, scalars)
+    counted = tally(unrolled)
+    collectives = sum(times for _, step, times in counted if step.primitive.collective)
+    costs = {id(step): _cost(kernel, engine, step, target, ranks, collectives) for engine, step, _ in counted}
+    cores = sorted({core for core, _ in unrolled})
+    # cores that do the same keep step, but for those that take turns on the links
+    copied = alike(kernel, unrolled) if not collectives else [Alike(core, core, {}) for core in cores]
+    copies = Counter(one.first for one in copied)
+    few = {lane: events for lane, events in unrolled.items() if lane[0] in copies}
     streams = [
-        Stream(engine, core, _steps(kernel, engine, core, events, target, ranks), target.core.dma.max_outstanding)
-        for (core, engine), events in unrolled.items()
+        Stream(engine, core, _steps(core, events, costs), target.core.dma.max_outstanding, copies[core])
+        for (core, engine), events in few.items()
     ]
     machine = Machine(
-        streams, _channels(kernel, unrolled), target.die.ddr.effective_bytes_per_cycle, target.core.dma.bytes_per_cycle
+        streams, _channels(kernel, few), target.die.ddr.effective_bytes_per_cycle, target.core.dma.bytes_per_cycle
     )
     records, cycles = machine.run()
-    product = matrix_product(kernel, unrolled)
+    product = matrix_product(kernel, few)  # its size is told by what any of them multiply
     bound = kernel_bound(kernel, unrolled, product.size if product else None, target, ranks)
     if bound.cycles > cycles:
         raise CheckError(f"kernel {kernel.name}: {cycles} cycles are below the lower bound of {bound.cycles}")
-    engines = tuple(
+    engines = [
         EngineAccount(stream.engine, stream.core, account(record, cycles), tuple(record))
         for stream, record in zip(streams, records, strict=True)
-    )
-    steps = [event for events in unrolled.values() for event in events if isinstance(event, Step)]
-    moved = sum(work_bytes(kernel, step) for step in steps)
-    macs = sum(work(kernel, step).macs for step in steps)
+    ]
+    moved = _moved(kernel, counted, len(cores))
+    macs = sum(work(kernel, step).macs * times for _, step, times in counted)
     where = _attribute(engines, bound.binds, cycles)
-    return KernelTiming(name or kernel.name, cycles, bound, engines, where, moved, macs, 1)
+    every = tuple(replace(engine, core=one.core) for one in copied for engine in engines if engine.core == one.first)
+    return KernelTiming(name or kernel.name, cycles, bound, every, where, moved, macs, 1)
+
+
+def _moved(kernel: Kernel, counted: Sequence[tuple[str, Step, int]], cores: int) -> int:
+    """Bytes over the DDR port of a die: what its cores share moves once."""
+    return sum(
+        work_bytes(kernel, step) * (times // cores if step.primitive.shared else times) for _, step, times in counted
+    )
 
 
 RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "vector", "link": "link"}
@@ -96,20 +114,19 @@ RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "
 def _attribute(engines: Sequence[EngineAccount], binds: str, total: int) -> dict[str, int]:
     """Give each cycle to one resource that is busy in it, first of all to the one that binds; else to `latency`."""
     order = sorted(("compute", "DDR", "vector", "link"), key=lambda name: name != binds)
-    changes: dict[int, Counter[str]] = {0: Counter(), total: Counter()}
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in order}
     for engine in engines:
-        resource = RESOURCES[engine.engine]
-        for record in engine.records:
-            if record.end > record.start:
-                changes.setdefault(record.start, Counter())[resource] += 1
-                changes.setdefault(record.end, Counter())[resource] -= 1
+        spans[RESOURCES[engine.engine]] += [(one.start, one.end) for one in engine.records if one.end > one.start]
+    edges = np.unique([0, total, *(edge for listed in spans.values() for span in listed for edge in span)])
+    lengths, free = np.diff(edges), np.ones(len(edges) - 1, np.bool_)
     spent = dict.fromkeys((*order, "latency"), 0)
-    busy: Counter[str] = Counter()
-    times = sorted(changes)
-    for now, later in pairwise(times):
-        for resource, change in changes[now].items():
-            busy[resource] += change
-        spent[next((name for name in order if busy[name]), "latency")] += later - now
+    for name in order:
+        starts, ends = np.searchsorted(edges, np.array(spans[name], np.int64).reshape(-1, 2).T)
+        changes = np.bincount(starts, minlength=len(edges)) - np.bincount(ends, minlength=len(edges))
+        busy = free & (np.cumsum(changes)[:-1] > 0)
+        spent[name] = int(lengths[busy].sum())
+        free &= ~busy
+    spent["latency"] = int(lengths[free].sum())
     return spent
 
 
@@ -124,47 +141,49 @@ def _channels(kernel: Kernel, unrolled: Lanes) -> dict[str, Channel]:
     return channels
 
 
-def _steps(
-    kernel: Kernel, engine: str, core: int, events: Sequence[Event], target: Target, ranks: int
-) -> list[TimedStep]:
-    """Tile operations with their costs; ring events become what a step needs before and hands on after it."""
+def _steps(core: int, events: Sequence[Event], costs: Mapping[int, TimedStep]) -> list[TimedStep]:
+    """Tile operations with their costs; ring events become what a step needs before and hands on after it.
+
+    `costs` holds what each step costs, by identity; steps that are equal in all are one object.
+    """
     steps: list[TimedStep] = []
-    before: dict[str, list[str]] = {"wait": [], "acquire": []}
-    after: dict[str, list[str]] = {"commit": [], "release": []}
+    known: dict[tuple[object, ...], TimedStep] = {}
+    names: dict[str, str] = {}
+    held: dict[str, list[str]] = {"wait": [], "acquire": [], "commit": [], "release": []}
+    opening, commits, releases = {"wait", "acquire"}, held["commit"], held["release"]
     current: TimedStep | None = None
 
     def close() -> None:
-        if current is None and not (before["wait"] or before["acquire"] or after["commit"] or after["release"]):
+        if current is None and not any(held.values()):
             return
-        base = current or TimedStep("sync", 0)
-        steps.append(
-            TimedStep(
-                base.label, base.cycles, tuple(before["wait"]), tuple(before["acquire"]), tuple(after["commit"]),
-                tuple(after["release"]), base.bytes, base.latency, base.delay,
-            )
-        )  # fmt: skip
-        for names in (*before.values(), *after.values()):
-            names.clear()
+        key = id(current), *map(tuple, held.values())
+        if key not in known:
+            waits, acquires, committed, released = map(tuple, held.values())
+            known[key] = replace(current or _SYNC, waits=waits, acquires=acquires, commits=committed, releases=released)
+        steps.append(known[key])
+        for listed in held.values():
+            listed.clear()
 
     for event in events:
         if isinstance(event, RingEvent):
-            if event.action in before:
-                if current is not None or after["commit"] or after["release"]:
-                    close()
-                    current = None
-                before[event.action].append(f"{event.ring}.{core}")
-            else:
-                after[event.action].append(f"{event.ring}.{core}")
+            if event.action in opening and (current is not None or commits or releases):
+                close()
+                current = None
+            name = names.get(event.ring) or names.setdefault(event.ring, f"{event.ring}.{core}")
+            held[event.action].append(name)
             continue
-        if current is not None or after["commit"] or after["release"]:
+        if current is not None or commits or releases:
             close()
-        current = _cost(kernel, engine, event, target, ranks)
+        current = costs[id(event)]
     close()
     return steps
 
 
-def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -> TimedStep:
-    """What one tile operation costs on its engine."""
+_SYNC = TimedStep("sync", 0)
+
+
+def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int, collectives: int) -> TimedStep:
+    """What one tile operation costs on its engine, which does so many `collectives` in all."""
     cost = work(kernel, step)
     label = f"{step.op.kind} {step.outs[0].ref}"
     if engine == "matrix":
@@ -174,9 +193,9 @@ def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -
     if engine == "vector":
         return vector_step(label, cost.lane_ops, target)
     if engine == "link":
-        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links)
+        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links, collectives)
         moved = work_bytes(kernel, step)
         return TimedStep(label, busy if moved else busy + hops, bytes=moved, latency=hops)
     indices = work_bytes(kernel, step) - cost.bytes
     moved = bursts(cost.bytes, cost.run_bytes, target) + bursts(indices, indices, target)
-    return transfer_step(label, moved, target, load=engine == "dma_in")
+    return transfer_step(label, moved, target, load=engine == "dma_in", shared=step.primitive.shared)

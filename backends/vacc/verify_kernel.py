@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes
+from vacc_opt.backends.vacc.alike import distinct
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes, tally
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
-from vacc_opt.backends.vacc.ops import PRIMITIVES
+from vacc_opt.backends.vacc.ops import MOVES, PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
 from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
@@ -34,13 +35,14 @@ def kernel_violations(
         except ScheduleError as error:
             found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
             continue
-        found |= dict.fromkeys(_shapes(unrolled))
-        protocol = dict.fromkeys(_protocol(kernel, unrolled))
+        found |= dict.fromkeys((*_shapes(unrolled), *_multicasts(unrolled)))
+        few = distinct(kernel, unrolled)  # for what happens in SRAM alone
+        protocol = dict.fromkeys(_protocol(kernel, few))
         found |= protocol
         if not protocol:  # slots can be matched to fills
-            found |= dict.fromkeys(_contents(kernel, unrolled))
-            found |= dict.fromkeys(unread_slots(kernel, unrolled))
-            idle.append(set(unread_results(kernel, unrolled)))
+            found |= dict.fromkeys(_contents(kernel, few))
+            found |= dict.fromkeys(unread_slots(kernel, few))
+            idle.append(set(unread_results(kernel, few)))
             meaning = dict.fromkeys(meaning_problems(kernel, unrolled, scalars))
             if meaning or not defined(kernel):  # a kernel that keeps to its definition multiplies what it should
                 found |= dict.fromkeys(product_problems(kernel, unrolled))
@@ -80,21 +82,38 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
 def _shapes(unrolled: Lanes) -> Iterator[Problem]:
     """Tiles of an operation fit each other: equal in a move, conformable in a product, broadcasting in arithmetic."""
     seen: set[tuple[object, ...]] = set()
-    for events in unrolled.values():
-        for step in events:
-            if not isinstance(step, Step):
-                continue
-            shapes = step.op.kind, tuple(box.shape for box in step.outs), tuple(box.shape for box in step.ins)
-            if shapes not in seen and not _conform(*shapes):
-                outs, ins = (", ".join(str(list(shape)) for shape in side) for side in shapes[1:])
-                yield "shape", f"`{print_op(step.op)}`: tiles {outs} <- {ins}"
-            seen.add(shapes)
+    for _, step, _ in tally(unrolled):
+        shapes = step.op.kind, tuple(box.shape for box in step.outs), tuple(box.shape for box in step.ins)
+        if shapes not in seen and not _conform(*shapes):
+            outs, ins = (", ".join(str(list(shape)) for shape in side) for side in shapes[1:])
+            yield "shape", f"`{print_op(step.op)}`: tiles {outs} <- {ins}"
+        seen.add(shapes)
+
+
+def _multicasts(unrolled: Lanes) -> Iterator[Problem]:
+    """Every core that takes part receives the same multicasts in the same order: each waits for all of them."""
+    received = {
+        core: [step for step in events if isinstance(step, Step) and step.primitive.shared]
+        for (core, engine), events in unrolled.items()
+        if engine == "dma_in"
+    }
+    first = min(received, default=0)
+    for core, steps in received.items():
+        other = received[first]
+        if len(steps) != len(other):
+            yield "multicast", f"core {first} receives {len(other)} multicasts, core {core} {len(steps)}"
+            return
+        for number, (one, same) in enumerate(zip(steps, other, strict=True)):
+            if one.ins != same.ins:
+                what = f"as number {number} core {first} receives {same.ins[0]}, core {core} {one.ins[0]}"
+                yield "multicast", f"`{print_op(one.op)}`: {what}"
+                return
 
 
 def _conform(kind: str, outs: Sequence[tuple[int, ...]], ins: Sequence[tuple[int, ...]]) -> bool:
     if any(0 in shape for shape in (*outs, *ins)):
         return False
-    if kind in {"load", "store", "cast"}:
+    if kind in MOVES:
         return _squeezed(outs[0]) == _squeezed(ins[0])
     if kind == "gather":
         return outs[0] == (*ins[1], *ins[0][1:])
@@ -274,13 +293,11 @@ def _outputs(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
     """Every element of an output is written once, no element is written twice or read in the call that writes it."""
     reads: dict[str, list[Region]] = {}
     writes: dict[str, list[Region]] = {}
-    for events in unrolled.values():
-        for step in events:
-            if isinstance(step, Step):
-                for boxes, regions in ((step.ins, reads), (step.outs, writes)):
-                    for box in boxes:
-                        if box.ref in kernel.param and not box.empty:
-                            regions.setdefault(box.ref, []).append(_region(box))
+    for _, step, times in tally(unrolled):
+        for boxes, regions in ((step.ins, reads), (step.outs, writes)):
+            for box in boxes:
+                if box.ref in kernel.param and not box.empty:
+                    regions.setdefault(box.ref, []).extend([_region(box)] * times)
     for param in kernel.params:
         written = writes.get(param.name, [])
         if param.mode != "in" and not _injective(param.shape, param.strides):

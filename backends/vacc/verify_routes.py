@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
-from vacc_opt.backends.vacc.binding import Lanes
+from vacc_opt.backends.vacc.binding import Lanes, tally
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.products import MatrixProduct, fills, source_of
 from vacc_opt.backends.vacc.regions import Region, contains, covers, first_uncovered
@@ -36,16 +37,16 @@ def misplaced(kernel: Kernel, lanes: Lanes, product: MatrixProduct) -> Iterator[
     """
     held: dict[Slot, list[tuple[Region, Region]]] = {}  # slot -> [(place in the slot, rows and columns)]
     coordinates = {
-        id(one.step): ((*one.rows[0], *one.columns[0]), (*one.rows[1], *one.columns[1])) for one in product.macs
+        one.number: ((*one.rows[0], *one.columns[0]), (*one.rows[1], *one.columns[1])) for one in product.macs
     }
-    written = fills(lanes)
+    written, numbers = fills(lanes), count()
     rank = len(product.row_shape) + len(product.column_shape)
     for visit in sorted(_visits(lanes), key=lambda one: ("matrix", "vector", "dma_out").index(one.engine)):
         step, out = visit.step, visit.step.outs[0]
         if visit.engine == "matrix":
-            if id(step) not in coordinates:
-                continue  # of another product
-            held.setdefault(visit.slot(out), []).append((_region(out), coordinates[id(step)]))
+            multiplied = coordinates.get(next(numbers))
+            if multiplied is not None:  # else of another product
+                held.setdefault(visit.slot(out), []).append((_region(out), multiplied))
             continue
         found = next((place for box in step.ins if (place := _follow(held.get(visit.slot(box), []), box))), None)
         if found is None or len(found[0]) != rank:
@@ -64,12 +65,10 @@ def unread_inputs(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     """Elements of inputs that no engine reads, but along axes where run-time scalars choose (rows of a cache)."""
     selected = _selected(kernel)
     reads: dict[str, set[Region]] = {}
-    for events in lanes.values():
-        for step in events:
-            if isinstance(step, Step):
-                for box in step.ins:
-                    if box.ref in kernel.param and not box.empty:
-                        reads.setdefault(box.ref, set()).add(_region(box))
+    for _, step, _ in tally(lanes):
+        for box in step.ins:
+            if box.ref in kernel.param and not box.empty:
+                reads.setdefault(box.ref, set()).add(_region(box))
     for param in kernel.params:
         chosen = {axis for name, axis in selected if name == param.name}
         if param.mode != "in" or (chosen and param.name not in reads):
@@ -107,8 +106,7 @@ def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
 
 def _used(lanes: Lanes) -> set[str]:
     """Parameters and buffers that some step reads."""
-    steps = (step for events in lanes.values() for step in events if isinstance(step, Step))
-    return {box.ref for step in steps for box in step.ins}
+    return {box.ref for _, step, _ in tally(lanes) for box in step.ins}
 
 
 def _windowed(kernel: Kernel) -> set[str]:

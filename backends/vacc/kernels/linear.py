@@ -1,4 +1,6 @@
-"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights, columns dealt out to the cores.
+"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights.
+
+Columns or rows are dealt out to the cores; where they are rows, all cores receive W as one multicast.
 
 int8 weights are cast on their way into the array (exact) and the scale of a column multiplies the f32 accumulator once.
 What :class:`Epilogue` lists happens to the f32 sums before they are stored.
@@ -86,11 +88,11 @@ class _Linear:
     def _loop(self, outer: bool) -> Iterator[LoopVar]:
         """The loop over tiles of the panels' axis, or the one inside it."""
         if outer is self._by_columns:
-            head = self.after.head
-            with self.b.loop("n", 0, self.columns // (head or 1), 1 if head else self.t.n, parallel=True) as var:
+            head, dealt = self.after.head, self.t.dealt == "n"
+            with self.b.loop("n", 0, self.columns // (head or 1), 1 if head else self.t.n, parallel=dealt) as var:
                 yield Head(var.name, head) if head else var
         else:
-            with self.b.loop("m", 0, self.rows, self.t.m) as var:
+            with self.b.loop("m", 0, self.rows, self.t.m, parallel=self.t.dealt == "m") as var:
                 yield var
 
     @contextmanager
@@ -102,16 +104,21 @@ class _Linear:
     def _using(self, rings: Sequence[Handle]) -> AbstractContextManager[None]:
         return self.b.use(*rings) if rings else nullcontext()
 
+    @property
+    def _share(self) -> str:
+        """How a core loads what belongs to columns."""
+        return "multicast" if self.t.dealt == "m" else "load"
+
     def _scales(self, n: LoopVar) -> None:
         for ring, table in self.by_column:
             with self.b.fill(ring):
-                self.b.op("load", ring[n], table[n])
+                self.b.op(self._share, ring[n], table[n])
 
     def _weights(self, n: LoopVar, k: LoopVar | slice) -> None:
         """A tile of each weight, one below the other in a slot."""
         with self.b.fill(self.w):
             for index, source in enumerate(self.pw):
-                self.b.op("load", self.w[self._half(index, n), k], source[n, k])
+                self.b.op(self._share, self.w[self._half(index, n), k], source[n, k])
 
     def _half(self, index: int, n: LoopVar) -> slice:
         """Columns of a tile in a ring that holds those of each weight side by side."""
