@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.linear_tiles import Candidate, LinearShape, linear_space
 from vacc_opt.backends.vacc.linear_time import linear_cycles
@@ -42,21 +43,23 @@ class Found:
 _KNOWN: dict[tuple[object, ...], Found] = {}  # one search a signature: parameters and machine
 
 
-def fastest_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Kernel:
+def fastest_linear(
+    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
+) -> Kernel:
     """The kernel of :func:`search_linear`."""
-    return search_linear(x, w, scale, y, target).kernel
+    return search_linear(x, w, scale, y, target, after).kernel
 
 
-def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
+def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN) -> Found:
     """The linear kernel with the fewest simulated cycles, then the fewest DDR bytes, among the best ranked tiles."""
-    signature = (x, w, scale, y, target.sha)
+    signature = (x, w, scale, y, target.sha, after)
     if signature not in _KNOWN:
-        _KNOWN[signature] = _search(x, w, scale, y, target)
+        _KNOWN[signature] = _search(x, w, scale, y, target, after)
     return _KNOWN[signature]
 
 
-def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
-    shape = LinearShape(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None)
+def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue) -> Found:
+    shape = LinearShape.of(x, w, scale, y, after)
     space = linear_space(shape, target, RANKED)
     timed: list[tuple[int, Candidate]] = []
     spent, floor = 0, space.floor
@@ -66,11 +69,11 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -
         if timed and (not (faster or lighter) or len(timed) == TRIED or spent + one.products > PRODUCTS):
             floor = min(floor, one.floor)
             continue
-        timed.append((linear_cycles(x, w, scale, y, one.tiles, target), one))
+        timed.append((linear_cycles(x, w, scale, y, one.tiles, target, after), one))
         spent += one.products
     cycles = {id(one): cycles for cycles, one in timed}
     best, chosen = _pick(timed)
-    kernel = linear(x, w, scale, y, target, chosen.tiles)
+    kernel = linear(x, w, scale, y, target, chosen.tiles, after)
     return Found(kernel, cycles[id(chosen)], space.size, len(timed), min(floor, best))
 
 
