@@ -9,7 +9,7 @@ rounded up to whole passes of the array, and small multiples of a pass; tails ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,7 @@ _M_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 _N_PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _K_PARTS = (1, 2, 3, 4, 6, 8, 16, 32)
 _PASSES = (1, 2, 3, 4, 5, 6, 8, 10)
+_KIND = ("resident", "panels", "by_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +150,13 @@ def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
     Ordered by estimated cycles in steps of 0.05 %, then by products and DDR bytes. Dropped is what moves more than
     `TRAFFIC` times :func:`least_traffic`, unless nothing else fits.
     """
-    space = _Combinations(shape, target)
-    if not space.fits.any():
+    space = _fitting(shape, target)
+    if not len(space.m):
         linear, acc = f"{shape.m}x{shape.n}x{shape.k} linear", target.core.matrix.acc.bytes
         room = f"{target.core.sram.bytes} bytes of SRAM and {acc} bytes of accumulators"
         raise UserError(f"no tile of a {linear} fits {room}")
-    kept = space.fits & (space.ddr <= TRAFFIC * least_traffic(shape, target))
-    rows = np.flatnonzero(kept if kept.any() else space.fits)
+    kept = space.ddr <= TRAFFIC * least_traffic(shape, target)
+    rows = np.flatnonzero(kept if kept.any() else ~kept)
     steps = np.ceil(np.log(space.cycles[rows]) / 0.0005)
     rows = rows[np.lexsort((space.ddr[rows], space.products[rows], steps))]
     rest = float(space.floor[rows[most:]].min(initial=math.inf))
@@ -195,29 +196,47 @@ def _aligned(elements: Numbers, dtype: str) -> Numbers:
     return np.ceil(elements * itemsize(dtype) / ALIGN) * ALIGN
 
 
+def _grid(shape: LinearShape, target: Target, kind: tuple[int, int, int]) -> dict[str, Numbers]:
+    """Every combination of sizes and slots of a `kind`: what is resident, panels of it, whether rows are dealt."""
+    rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
+    parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
+    m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
+    n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
+    n |= {min(shape.n, passes * columns) for passes in _PASSES}
+    n = {shape.after.head} if shape.after.head else n
+    k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
+    k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
+    grid = np.meshgrid(*map(_axis, (m, n, k, (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
+    made = dict(zip(("m", "n", "k", "slots", "streams"), (one.ravel() for one in grid), strict=True))
+    slots = made.pop("slots")
+    results = np.floor(slots)
+    fixed = {name: np.full(len(slots), float(one)) for name, one in zip(_KIND, kind, strict=True)}
+    return made | fixed | {"results": results, "split": np.ceil((slots - results) * made["m"])}
+
+
+def _fitting(shape: LinearShape, target: Target) -> _Combinations:
+    """All combinations that fit; kind by kind, as those that do not are many times more."""
+    kinds = [(resident, panels, 0) for resident, panels in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2))]
+    if target.die.cores > 1 and shape.m > 1:
+        kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
+    found = [_Combinations(shape, target, _grid(shape, target, kind)).fitting() for kind in kinds]
+    return _Combinations(shape, target, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
+
+
 class _Combinations:
     """Every combination of sizes and slots as arrays, one element a combination."""
 
-    def __init__(self, shape: LinearShape, target: Target) -> None:
-        self.shape, self.target = shape, target
-        rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
-        parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
-        m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
-        n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
-        n |= {min(shape.n, passes * columns) for passes in _PASSES}
-        n = {shape.after.head} if shape.after.head else n
-        k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
-        k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
-        kinds = [(0, 1, 0), (1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0)]
-        if cores > 1 and shape.m > 1:
-            kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
-        grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
-        self.m, self.n, self.k, kind, slots, self.streams = (one.ravel() for one in grid)
-        chosen = np.asarray(kinds, np.float64)[kind.astype(np.int64)]
-        self.resident, self.panels, self.by_rows = chosen[:, 0], chosen[:, 1], chosen[:, 2] > 0
-        self.results = np.floor(slots)
-        self.split = np.ceil((slots - self.results) * self.m)
+    def __init__(self, shape: LinearShape, target: Target, base: Mapping[str, Numbers]) -> None:
+        """`base` holds the arrays that :func:`_grid` makes."""
+        self.shape, self.target, self.base = shape, target, base
+        self.m, self.n, self.k = (base[name] for name in "mnk")
+        self.resident, self.panels, self.by_rows = base["resident"], base["panels"], base["by_rows"] > 0
+        self.streams, self.results, self.split = base["streams"], base["results"], base["split"]
         self.wide = self.n * shape.after.weights
+
+    def fitting(self) -> dict[str, Numbers]:
+        """The base of the combinations that fit the machine."""
+        return {name: array[self.fits] for name, array in self.base.items()}
 
     def candidate(self, row: int) -> Candidate:
         """One combination."""
