@@ -20,8 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vacc_opt.backends.vacc.alike import distinct
-from vacc_opt.backends.vacc.binding import Lanes, lanes, scalar_values, tally
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes, scalar_values
 from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
 from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
@@ -34,9 +33,10 @@ from vacc_opt.backends.vacc.timing import CallTiming, EngineAccount, KernelTimin
 from vacc_opt.ir.errors import CheckError
 
 
-def simulate_time(program: Program, target: Target, *, context: int | None = None) -> Timing:
+def simulate_time(program: Program, target: Target, *, context: int | None = None, unroll: Unroll = lanes) -> Timing:
     """Time one pass of `program` with `context` tokens cached (default: none in prefill, a full cache in decode).
 
+    `unroll`: what kept the kernels that were unrolled to verify the program.
     Raises CheckError when engines deadlock or when a time falls below its lower bound, which is a defect of the model.
     """
     timed: dict[tuple[str, tuple[tuple[str, int], ...]], KernelTiming] = {}
@@ -47,7 +47,7 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
         key = (call.kernel, tuple(sorted(values.items())))
         if key not in timed:
             name = call.kernel if call.kernel not in counts else f"{call.kernel}#{len(timed)}"
-            timed[key] = time_kernel(program.kernel[call.kernel], target, values, program.ranks, name)
+            timed[key] = time_kernel(program.kernel[call.kernel], target, values, program.ranks, name, unroll)
         order.append(timed[key])
         counts[timed[key].name] += 1
     calls, now = [], 0
@@ -65,12 +65,16 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
 
 
 def time_kernel(
-    kernel: Kernel, target: Target, scalars: Mapping[str, int], ranks: int = 1, name: str | None = None
+    kernel: Kernel,
+    target: Target,
+    scalars: Mapping[str, int],
+    ranks: int = 1,
+    name: str | None = None,
+    unroll: Unroll = lanes,
 ) -> KernelTiming:
     """Time one run of `kernel` on an idle die for values of its run-time scalars; raises CheckError as above."""
-    unrolled = lanes(kernel, target.die.cores, scalars)
-    counted = tally(unrolled)
-    costs = {id(step): _cost(kernel, engine, step, target, ranks) for engine, step, _ in counted}
+    unrolled = unroll(kernel, target.die.cores, scalars)
+    costs = {id(step): _cost(kernel, engine, step, target, ranks) for engine, step, _ in unrolled.counted}
     streams = [
         Stream(engine, core, _steps(core, events, costs), target.core.dma.max_outstanding)
         for (core, engine), events in unrolled.items()
@@ -79,7 +83,7 @@ def time_kernel(
         streams, _channels(kernel, unrolled), target.die.ddr.effective_bytes_per_cycle, target.core.dma.bytes_per_cycle
     )
     records, cycles = machine.run()
-    product = matrix_product(kernel, distinct(kernel, unrolled))  # its size is told by what any of them multiply
+    product = matrix_product(kernel, unrolled.distinct)  # its size is told by what any of them multiply
     bound = kernel_bound(kernel, unrolled, product.size if product else None, target, ranks)
     if bound.cycles > cycles:
         raise CheckError(f"kernel {kernel.name}: {cycles} cycles are below the lower bound of {bound.cycles}")
@@ -87,8 +91,8 @@ def time_kernel(
         EngineAccount(stream.engine, stream.core, account(record, cycles), tuple(record))
         for stream, record in zip(streams, records, strict=True)
     )
-    moved = sum(work_bytes(kernel, step) * times for _, step, times in counted)
-    macs = sum(work(kernel, step).macs * times for _, step, times in counted)
+    moved = sum(work_bytes(kernel, step) * times for _, step, times in unrolled.counted)
+    macs = sum(work(kernel, step).macs * times for _, step, times in unrolled.counted)
     where = _attribute(engines, bound.binds, cycles)
     return KernelTiming(name or kernel.name, cycles, bound, engines, where, moved, macs, 1)
 
