@@ -1,22 +1,59 @@
-"""Write the layers that were left out of an export: copies of the second one, on their own weights and cache."""
+"""Write the layers that were left out of an export: copies of the second one, on their own weights and cache.
+
+They are written behind the child process that exports, so that neither its time nor its memory depends on how many
+layers there are.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import onnx
 import onnx_ir
 
-from vacc_opt.frontends.same_layers import KEPT, Layers
 from vacc_opt.ir.provenance import Origin
 
+KEPT = 2  # layers that are exported; the second one stands for those behind it
+DATA = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values.",
+)  # what names of inputs but weights begin with
 _CACHE = re.compile(r"(past_key_values|present)\.1\.(key|value)")
 _MODEL = KEPT - 1  # the layer that is copied
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model: a ``ModuleList`` under the name ``path``, and how many they are."""
+
+    path: str
+    count: int
+
+
 class NotRepeatable(Exception):
     """The second layer of a graph cannot be told from what surrounds it."""
+
+
+def is_repeatable(model: onnx.ModelProto, origins: Mapping[str, Origin], layers: Layers) -> bool:
+    """Whether the second layer of an exported model can be copied."""
+    try:
+        _second_layer(onnx_ir.from_proto(model).graph, origins, layers)
+    except NotRepeatable:
+        return False
+    return True
+
+
+def with_all_layers(
+    model: onnx.ModelProto, origins: Mapping[str, Origin], layers: Layers
+) -> tuple[onnx.ModelProto, dict[str, Origin]]:
+    """The exported model of two layers extended to all of them, and the origins of its values."""
+    whole = onnx_ir.from_proto(model)
+    added = repeat_layers(whole.graph, origins, layers)
+    return onnx_ir.to_proto(whole), {**origins, **added}
 
 
 def repeat_layers(graph: onnx_ir.Graph, origins: Mapping[str, Origin], layers: Layers) -> dict[str, Origin]:
@@ -28,8 +65,7 @@ def repeat_layers(graph: onnx_ir.Graph, origins: Mapping[str, Origin], layers: L
     Raises:
         NotRepeatable: not exactly one value goes from layer to layer; the graph is unchanged.
     """
-    copied = _Copied(graph, origins, f"{layers.path}.{_MODEL}")
-    taken, given = copied.hidden(f"{layers.path}.{_MODEL - 1}")
+    copied, taken, given = _second_layer(graph, origins, layers)
     followers = [use for use in given.uses() if use.node not in copied.nodes]
     added: dict[str, Origin] = {}
     hidden = given
@@ -44,6 +80,14 @@ def repeat_layers(graph: onnx_ir.Graph, origins: Mapping[str, Origin], layers: L
         node.replace_input_with(position, hidden)
     graph.sort()
     return added
+
+
+def _second_layer(
+    graph: onnx_ir.Graph, origins: Mapping[str, Origin], layers: Layers
+) -> tuple[_Copied, onnx_ir.Value, onnx_ir.Value]:
+    """The layer that is copied, what it takes from the one before it and what it gives."""
+    copied = _Copied(graph, origins, f"{layers.path}.{_MODEL}")
+    return copied, *copied.hidden(f"{layers.path}.{_MODEL - 1}")
 
 
 class _Copied:
@@ -102,12 +146,15 @@ class _Copied:
         return taken.pop(), given.pop()
 
     def _depends_on(self, path: str) -> set[onnx_ir.Value]:
-        """Values outside the layer that depend on weights of another one."""
+        """Values outside the layer that depend on data and on weights of another one (weights may be shared)."""
         found = {v for v in self.graph.inputs if (v.name or "").startswith(f"{path}.")}
+        data = {v for v in self.graph.inputs if (v.name or "").startswith(DATA)}
         for node in self.graph:
-            if node not in self.nodes and any(value in found for value in node.inputs):
-                found.update(node.outputs)
-        return found - set(self.graph.inputs)
+            if node not in self.nodes:
+                for values in (found, data):
+                    if any(value in values for value in node.inputs):
+                        values.update(node.outputs)
+        return found & data
 
     def renamed(self, name: str, index: int) -> str:
         """A module or weight of the layer as one of layer ``index``; any other name as it is."""

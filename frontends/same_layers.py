@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm
+from vacc_opt.frontends.repeat_layers import KEPT, Layers
 
-KEPT = 2  # layers that are exported; the second one stands for those behind it
 _BATCH = 2
 _SIZES = ((4, 6), (512, 1 << 17))  # tokens of a call and of the past: code may branch on lengths, so also long ones
 _OF_LAYER = ("cache", "layer", "beside")  # kinds of tokens whose second entry is a layer
@@ -31,14 +31,6 @@ Token = tuple[Any, ...]
 
 class _Different(Exception):
     """A layer can be told from the others, or what it runs cannot be seen."""
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The layers of a model: a ``ModuleList`` under the name ``path``, and how many they are."""
-
-    path: str
-    count: int
 
 
 @dataclass

@@ -16,12 +16,13 @@ from typing import Any
 import onnx
 
 from vacc_opt.frontends.origins import origins_from_json
+from vacc_opt.frontends.repeat_layers import DATA, Layers, with_all_layers
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.provenance import Origin
 
 MODEL_FILE, ORIGINS_FILE, ERROR_FILE, REQUEST_FILE = "skeleton.onnx", "origins.json", "error.json", "request.json"
+LAYERS_FILE = "layers.json"  # beside a model of two layers
 STAGE = "stage: "
-_INTERFACE = ("input_ids", "attention_mask", "position_ids", "past_key_values.")
 
 
 class ExportDefect(RuntimeError):
@@ -38,7 +39,7 @@ class SimplifiedSkeleton:
     @property
     def weights(self) -> list[onnx.ValueInfoProto]:
         """The inputs that stand for weights."""
-        return [i for i in self.model.graph.input if not i.name.startswith(_INTERFACE)]
+        return [i for i in self.model.graph.input if not i.name.startswith(DATA)]
 
 
 def export_skeleton(
@@ -56,15 +57,20 @@ def export_skeleton(
     if not isolated:
         from vacc_opt.frontends.worker import make_skeleton
 
-        model, origins = make_skeleton(config, attention, progress, code)
-        return SimplifiedSkeleton(model, origins)
+        return _whole(*make_skeleton(config, attention, progress, code))
     with tempfile.TemporaryDirectory(prefix="vacc-opt-export-") as name:
         folder = Path(name)
         request = {"config": dict(config), "attention": attention, "code": str(code) if code else None}
         (folder / REQUEST_FILE).write_text(json.dumps(request))
         _run_worker(folder, progress)
         origins = origins_from_json((folder / ORIGINS_FILE).read_text())
-        return SimplifiedSkeleton(onnx.load(folder / MODEL_FILE), origins)
+        layers = folder / LAYERS_FILE
+        repeated = Layers(**json.loads(layers.read_text())) if layers.exists() else None
+        return _whole(onnx.load(folder / MODEL_FILE), origins, repeated)
+
+
+def _whole(model: onnx.ModelProto, origins: dict[str, Origin], layers: Layers | None) -> SimplifiedSkeleton:
+    return SimplifiedSkeleton(*(with_all_layers(model, origins, layers) if layers else (model, origins)))
 
 
 def _run_worker(folder: Path, progress: Callable[[str], None]) -> None:

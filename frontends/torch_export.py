@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm, find_cache
 from vacc_opt.frontends.origins import OriginReader
-from vacc_opt.frontends.repeat_layers import NotRepeatable, repeat_layers
+from vacc_opt.frontends.repeat_layers import KEPT, Layers
 from vacc_opt.frontends.rope_lengths import trace_lengths
-from vacc_opt.frontends.same_layers import KEPT, find_same_layers, first_layers
+from vacc_opt.frontends.same_layers import find_same_layers, first_layers
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
@@ -38,10 +38,14 @@ _BATCH, _SEQ, _PAST = 2, 4, 6  # example sizes; every one is symbolic in the res
 
 @dataclass(frozen=True)
 class Skeleton:
-    """An ONNX model whose weights are graph inputs, and where each value comes from."""
+    """An ONNX model whose weights are graph inputs, and where each value comes from.
+
+    With ``layers`` it has two of them; the others are to be copies of the second one.
+    """
 
     model: onnx.ModelProto
     origins: dict[str, Origin]
+    layers: Layers | None = None
 
 
 class _WithCache(nn.Module):  # type: ignore[misc,unused-ignore]
@@ -76,23 +80,21 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
     return inputs, ["logits", *(f"present.{name}" for name in cached)]
 
 
-def export_module(module: nn.Module, mode: FakeTensorMode, opset: int = OPSET) -> Skeleton:
+def export_module(
+    module: nn.Module, mode: FakeTensorMode, opset: int = OPSET, *, every_layer: bool = False
+) -> Skeleton:
     """Export a causal language model that is called as those of transformers are; its cache is found by a run.
 
-    Layers that run the same operations as the second one are not exported but written as copies of it.
+    Layers that run the same operations as the second one are left out, unless ``every_layer`` is wanted.
     """
     trace_lengths(module)
     cache = find_cache(module, mode)
-    layers = find_same_layers(module, mode, cache)
-    if layers is not None:
-        try:
-            with first_layers(module, layers):
-                traced, origins = _trace(module, mode, replace(cache, layers=KEPT), opset)
-            origins |= repeat_layers(traced.graph, origins, layers)
-            return _finished(traced, origins)
-        except NotRepeatable:
-            pass  # the whole model takes longer
-    return _finished(*_trace(module, mode, cache, opset))
+    layers = None if every_layer else find_same_layers(module, mode, cache)
+    if layers is None:
+        return _finished(*_trace(module, mode, cache, opset))
+    with first_layers(module, layers):
+        traced, origins = _trace(module, mode, replace(cache, layers=KEPT), opset)
+    return replace(_finished(traced, origins), layers=layers)
 
 
 def _trace(

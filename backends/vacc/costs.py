@@ -30,9 +30,10 @@ def vector_step(label: str, lane_ops: float, target: Target) -> Step:
     return Step(label, target.core.vector.startup + math.ceil(lane_ops / target.core.vector.lanes))
 
 
-def transfer_step(label: str, moved: int, target: Target, *, load: bool) -> Step:
+def transfer_step(label: str, moved: int, target: Target, *, load: bool, shared: bool = False) -> Step:
     """A transfer of `moved` bytes over the DDR port; what is loaded comes after the latency of the memory."""
-    return Step(label, target.core.dma.issue, bytes=moved, latency=target.die.ddr.latency if load else 0)
+    latency = target.die.ddr.latency if load else 0
+    return Step(label, target.core.dma.issue, bytes=moved, latency=latency, shared=shared)
 
 
 def bursts(size: int, run: int, target: Target) -> int:

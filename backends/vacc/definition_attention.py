@@ -180,11 +180,9 @@ def _keys_problem(
     twice = first_overlap(intervals)
     if twice:
         return "coverage", f"keys {twice[0][0]}:{twice[1][0]} of {source.keys} are attended twice"
-    gap = (
-        first_uncovered([stop - first], [((max(a - first, 0),), (max(b - first, 0),)) for a, b in seen])
-        if stop > first
-        else None
-    )
+    inside = [(max(a, first) - first, min(b, stop) - first) for a, b in seen]
+    cut = [((a,), (b,)) for a, b in inside if a < b]
+    gap = first_uncovered([stop - first], cut) if stop > first else None
     if gap:
         lost = f"{gap[0][0] + first}:{gap[1][0] + first}"
         return "uncovered", f"keys {lost} of {source.keys}, which rows {rows[0]}:{rows[1]} see, are not attended"

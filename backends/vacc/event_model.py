@@ -3,7 +3,10 @@
 An engine takes its steps in order. A step starts when the channels it reads hold a slot for it (RAW) and the channels
 it writes have a free one (WAR). A step that moves DDR bytes occupies its engine only while it is issued; the bytes
 follow after the latency, in order for each engine, at an equal share of the port among the engines that move bytes
-(processor sharing). Times are whole cycles; a transfer that ends inside a cycle ends with it.
+(processor sharing). A shared transfer (a multicast) begins when it is the next one of every engine that takes part,
+counts as one engine at the port, and ends for all of them at once. The link engines of all cores work on the same links
+of their die, one step after the other as they come. Times are whole cycles; a transfer that ends inside a cycle ends
+with it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from vacc_opt.ir.errors import CheckError
 class Step:
     """One operation of an engine: what it needs, what it costs, what it hands on.
 
-    `cycles` occupy the engine. `bytes` then cross the DDR port after `latency`. `commits` take effect `delay` cycles
-    after the end (a pipeline that drains), `releases` at the end.
+    `cycles` occupy the engine. `bytes` then cross the DDR port after `latency`, those of a `shared` step once for all
+    streams that have one. `commits` take effect `delay` cycles after the end (a pipeline that drains), `releases` at
+    the end.
     """
 
     label: str
@@ -34,16 +38,22 @@ class Step:
     bytes: int = 0
     latency: int = 0
     delay: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The steps of one engine of one core; `outstanding` transfers may be in flight at a time."""
+    """The steps of one engine of one core; `outstanding` transfers may be in flight at a time.
+
+    `copies` counts the cores that do the same steps at the same times: they are simulated once, and share the port as
+    so many engines.
+    """
 
     engine: str
     core: int
     steps: Sequence[Step]
     outstanding: int = 1
+    copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,10 @@ class Channel:
 
 @dataclass(slots=True)
 class Record:
-    """What happened to a step: `wants` it could have started, `start` to `end` it worked (or moved bytes)."""
+    """What happened to a step: `wants` it could have started, `start` to `end` it worked (or moved bytes).
+
+    The `bytes` of a shared transfer are with the first of its streams.
+    """
 
     label: str
     wants: int
@@ -103,6 +116,10 @@ class Machine:
         self._events: list[tuple[int, int, str, int, int]] = []
         self._sequence = 0
         self._active: dict[int, float] = {}
+        self._moving = 0  # engines that share the port
+        self._sharing = sum(any(step.shared for step in stream.steps) for stream in streams)
+        self._gathered: list[int] = []  # engines whose next transfer is the shared one
+        self._links_free = 0
         self._served, self._clock, self._version = 0.0, 0, 0
 
     def run(self) -> tuple[list[list[Record]], int]:
@@ -150,9 +167,13 @@ class Machine:
         for name in step.waits:
             self._rings[name].waited[index] += 1
         engine.working = True
-        engine.records.append(Record(step.label, now, now, now, step.bytes, engine.waited))
+        start = now
+        if engine.stream.engine == "link":
+            start = max(now, self._links_free)
+            self._links_free = start + step.cycles
+        engine.records.append(Record(step.label, now, start, start, step.bytes, engine.waited))
         engine.waited = []
-        self._push(now + step.cycles, "done", index, engine.position)
+        self._push(start + step.cycles, "done", index, engine.position)
 
     def _hazard(self, index: int, engine: _Engine, step: Step) -> str:
         """Why the step cannot start: `data`, `slot`, `outstanding` or nothing."""
@@ -210,12 +231,21 @@ class Machine:
         ring.waiting[reason].clear()
 
     def _start_transfer(self, index: int, now: int) -> None:
-        """The head of an engine's queue begins to move."""
+        """The head of an engine's queue begins to move, a shared one when it is the head of all queues."""
+        step = self._engines[index].stream.steps[self._engines[index].queue[0][0]]
+        group = [index]
+        if step.shared:
+            self._gathered.append(index)
+            if len(self._gathered) < self._sharing:
+                return
+            group = self._gathered = sorted(self._gathered)
         self._settle(now)
-        engine = self._engines[index]
-        position = engine.queue[0][0]
-        engine.records[position].start = now
-        self._active[index] = self._served + engine.stream.steps[position].bytes
+        for number, one in enumerate(group):
+            record = self._engines[one].records[self._engines[one].queue[0][0]]
+            record.start = now
+            record.bytes = 0 if number else step.bytes
+        self._active[group[0]] = self._served + step.bytes
+        self._moving += self._shares(group[0], step)
         self._schedule(now)
 
     def _serve(self, now: int) -> None:
@@ -223,18 +253,31 @@ class Machine:
         self._settle(now)
         for index in [one for one, goal in self._active.items() if goal <= self._served + 1e-6]:
             del self._active[index]
-            engine = self._engines[index]
-            position, _ = engine.queue.popleft()
-            engine.records[position].end = now
-            engine.in_flight -= 1
-            if engine.queue:
-                self._push(max(now, engine.queue[0][1]), "start", index)
-            self._hand_on(index, position, now)
-            self._advance(index, now)
+            engine, group = self._engines[index], [index]
+            step = engine.stream.steps[engine.queue[0][0]]
+            self._moving -= self._shares(index, step)
+            if step.shared:
+                group, self._gathered = self._gathered, []
+            for one in group:
+                self._end_transfer(one, now)
         self._schedule(now)
 
+    def _end_transfer(self, index: int, now: int) -> None:
+        engine = self._engines[index]
+        position, _ = engine.queue.popleft()
+        engine.records[position].end = now
+        engine.in_flight -= 1
+        if engine.queue:
+            self._push(max(now, engine.queue[0][1]), "start", index)
+        self._hand_on(index, position, now)
+        self._advance(index, now)
+
+    def _shares(self, index: int, step: Step) -> int:
+        """As how many engines a transfer counts at the port."""
+        return 1 if step.shared else self._engines[index].stream.copies
+
     def _rate(self) -> float:
-        return min(self._port, self._ddr_rate / len(self._active)) if self._active else 0.0
+        return min(self._port, self._ddr_rate / self._moving) if self._moving else 0.0
 
     def _settle(self, now: int) -> None:
         """Bring the bytes served to each active engine up to `now`."""

@@ -13,6 +13,7 @@ from operator import add
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
 from vacc_opt.backends.vacc.expressions import ELEMENTWISE, ROWS, Expressions, Node, Shape
+from vacc_opt.backends.vacc.ops import MOVES
 from vacc_opt.backends.vacc.regions import Region, contains, intersection
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_values import interleave
@@ -117,7 +118,7 @@ class _Core:
             ins, state = [self._read(box) for box in step.ins], [self._read(box) for box in step.outs[1:3]]
             return softmax_step(make, ins, state, step.attributes, [box.shape for box in step.outs])
         ins = [self._read(box) for box in step.ins]
-        if kind in {"load", "store", "cast"}:
+        if kind in MOVES:
             return [self._moved(ins[0], shape)]
         if kind in {"mma", "mma_nn"}:
             product = make.dot(ins[0], ins[1], kind == "mma", shape)

@@ -55,7 +55,8 @@ class LinearTiles:
     `resident` is the operand (`x`, `w` or none) of which panels of all K stay, in `panels` slots; what passes has
     `streams` slots, the sums `results`. The epilogue and the store take `strip` rows of a tile at a time. With `split`
     the sums of the first so many rows have two slots and those of the others one: the others are finished first, and
-    the next tile waits for them alone. Every tile must have more rows.
+    the next tile waits for them alone. Every tile must have more rows. The axis of the result that is `dealt` out to
+    the cores is `n`, or `m`: then all of them receive the same W.
     """
 
     m: int
@@ -67,6 +68,7 @@ class LinearTiles:
     panels: int = 2
     streams: int = 2
     split: int = 0
+    dealt: str = "n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def weave(shape: tuple[int, int], tiles: LinearTiles, cores: int) -> Weave | Non
 
     Piece p of a panel is `rows` rows from p on, so the columns that follow it start at p * (columns * n / rows).
     """
-    if tiles.resident != "x" or tiles.panels < 2 or tiles.m >= shape[0]:
+    if tiles.resident != "x" or tiles.panels < 2 or tiles.m >= shape[0] or tiles.dealt == "m":
         return None
     tail, whole, rows = (shape[0] - 1) % tiles.m + 1, shape[1] // tiles.n, 1
     while rows < tiles.m:
@@ -141,21 +143,25 @@ def least_traffic(shape: LinearShape, target: Target) -> float:
     For each split of the rows, the widest tile of columns that fits beside it; sums stay in f32, chunks of k are of 1.
     """
     x, w, y = (itemsize(one) for one in (shape.x, shape.w, shape.y))
-    cores, sram = min(target.die.cores, shape.n), target.core.sram.bytes
+    cores, sram = target.die.cores, target.core.sram.bytes
     acc = target.core.matrix.acc
     sums = sram if acc.sram_bytes_per_cycle is not None else acc.bytes
     xs, ws, ys = shape.m * shape.k * x, shape.n * shape.k * w, shape.m * shape.n * y
     found = math.inf
     for m in sorted({-(-shape.m // parts) for parts in range(1, shape.m + 1)}):
         rows = -(-shape.m // m)
-        for panel in (False, True):  # of X: read once a core then
-            n = min((sram - m * (shape.k if panel else 1) * x) // (4 * m + w), sums // (4 * m), -(-shape.n // cores))
+        for by_rows in (False, True)[: 2 if rows >= cores > 1 else 1]:  # rows dealt out to the cores, W multicast
+            most = min(sums // (4 * m), shape.n if by_rows else -(-shape.n // cores))
+            passes = -(-rows // cores) if by_rows else rows
+            for panel in (False, True):  # of X: read once a core then
+                n = min((sram - m * (shape.k if panel else 1) * x) // (4 * m + w), most)
+                if n >= 1:
+                    columns = -(-shape.n // n)
+                    times = (1 if by_rows else min(columns, cores)) if panel else columns
+                    found = min(found, xs * times + ws * passes + ys)
+            n = min((sram - m * x) // (4 * m + shape.k * w), most)
             if n >= 1:
-                columns = -(-shape.n // n)
-                found = min(found, xs * (min(columns, cores) if panel else columns) + ws * rows + ys)
-        n = min((sram - m * x) // (4 * m + shape.k * w), sums // (4 * m), -(-shape.n // cores))
-        if n >= 1:
-            found = min(found, xs * -(-shape.n // n) + ws + ys)
+                found = min(found, xs * -(-shape.n // n) + ws + ys)
     return found
 
 
@@ -170,16 +176,18 @@ class _Combinations:
         self.shape, self.target = shape, target
         rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
         parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
-        m = {-(-shape.m // split) for split in _M_PARTS if split <= shape.m}
+        m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
         n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
         n |= {min(shape.n, passes * columns) for passes in _PASSES}
         k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
         k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
-        kinds = [(0, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
+        kinds = [(0, 1, 0), (1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0)]
+        if cores > 1 and shape.m > 1:
+            kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
         grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
         self.m, self.n, self.k, kind, slots, self.streams = (one.ravel() for one in grid)
         chosen = np.asarray(kinds, np.float64)[kind.astype(np.int64)]
-        self.resident, self.panels = chosen[:, 0], chosen[:, 1]
+        self.resident, self.panels, self.by_rows = chosen[:, 0], chosen[:, 1], chosen[:, 2] > 0
         self.results = np.floor(slots)
         self.split = np.ceil((slots - self.results) * self.m)
 
@@ -188,7 +196,8 @@ class _Combinations:
         m, n, k, strip = (int(one[row]) for one in (self.m, self.n, self.k, self.strip))
         results, panels, streams = (int(one[row]) for one in (self.results, self.panels, self.streams))
         kind, split = RESIDENT[int(self.resident[row])], int(self.split[row])
-        tiles = LinearTiles(m, n, k, strip, kind, results, panels, streams, split)
+        dealt = "m" if self.by_rows[row] else "n"
+        tiles = LinearTiles(m, n, k, strip, kind, results, panels, streams, split, dealt)
         return Candidate(
             tiles, int(self.sram[row]), float(self.cycles[row]), int(self.ddr[row]), int(self.products[row]),
             float(self.floor[row]),
@@ -196,7 +205,10 @@ class _Combinations:
 
     @cached_property
     def products(self) -> Numbers:
-        return self.rows * self.columns * self.chunks
+        """Tile products to simulate: cores with the same tiles count once, the first, the last and the others do."""
+        even = np.where(self.by_rows, self.shape.m % self.m == 0, self.columns % self.active == 0)
+        even &= self.by_rows | (self.shape.n % self.n == 0)
+        return self.tiles * self.chunks * np.where(even, 1, np.minimum(self.active, 3))
 
     @cached_property
     def rows(self) -> Numbers:
@@ -212,13 +224,23 @@ class _Combinations:
 
     @cached_property
     def active(self) -> Numbers:
-        """Cores that get a tile of columns."""
-        return np.minimum(self.columns, self.target.die.cores)
+        """Cores that get a tile."""
+        return np.minimum(np.where(self.by_rows, self.rows, self.columns), self.target.die.cores)
 
     @cached_property
-    def busy(self) -> Numbers:
+    def own_rows(self) -> Numbers:
+        """Tiles of rows of the core that gets most."""
+        return np.where(self.by_rows, np.ceil(self.rows / self.target.die.cores), self.rows)
+
+    @cached_property
+    def own_columns(self) -> Numbers:
         """Tiles of columns of the core that gets most."""
-        return np.ceil(self.columns / self.target.die.cores)
+        return np.where(self.by_rows, self.columns, np.ceil(self.columns / self.target.die.cores))
+
+    @cached_property
+    def tiles(self) -> Numbers:
+        """Tiles of the core that gets most."""
+        return self.own_rows * self.own_columns
 
     @cached_property
     def sums(self) -> Numbers:
@@ -244,7 +266,7 @@ class _Combinations:
         fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, rows)
         elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
         small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
-        return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.busy * self.rows > 1), fit, small)))
+        return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.tiles > 1), fit, small)))
 
     @cached_property
     def sram(self) -> Numbers:
@@ -259,6 +281,7 @@ class _Combinations:
     def fits(self) -> npt.NDArray[np.bool_]:
         """Whether SRAM and the accumulators have room, and every slot has a use."""
         room = (self.sram <= self.target.core.sram.bytes) & self._useful
+        room &= ~self.by_rows | (self.rows % self.active == 0)  # a multicast needs all cores each time
         if self.target.core.matrix.acc.sram_bytes_per_cycle is None:
             room &= self.sums <= self.target.core.matrix.acc.bytes
         return room
@@ -266,30 +289,30 @@ class _Combinations:
     @cached_property
     def _useful(self) -> npt.NDArray[np.bool_]:
         """Whether no ring has more slots than a core fills: a second panel needs a swap, second sums a second tile."""
-        passing = self.busy * self.rows * self.chunks
-        needed = (self.results <= self.busy * self.rows) & (self.streams <= np.maximum(passing, 2))
+        needed = (self.results <= self.tiles) & (self.streams <= np.maximum(self.tiles * self.chunks, 2))
         tail = self.shape.m - (self.rows - 1) * self.m
-        split = (self.resident == 0) & (self.busy * self.rows > 1) & (tail > self.split) & self.shape.epilogue
+        split = (self.resident == 0) & (self.tiles > 1) & (tail > self.split) & self.shape.epilogue
         needed &= (self.split == 0) | split
         return np.asarray(needed & ((self.panels == 1) | (self._swaps > 0)))
 
     @cached_property
     def _swaps(self) -> Numbers:
         """How often a core takes a new panel after its first."""
-        return np.select([self.resident == 1, self.resident == 2], [self.rows - 1, self.busy - 1], 0.0)
+        return np.select([self.resident == 1, self.resident == 2], [self.own_rows - 1, self.own_columns - 1], 0.0)
 
     @cached_property
     def ddr(self) -> Numbers:
-        """Bytes over the port: cores that share rows of X read them each."""
+        """Bytes over the port: cores that share rows of X read them each, those that share columns receive W once."""
         one = self.shape
-        x = np.where(self.resident == 1, self.active, self.columns) * (one.m * one.k * itemsize(one.x))
-        w = np.where(self.resident == 2, 1, self.rows) * (one.n * one.k * itemsize(one.w))
-        s = np.where(self.resident == 2, 1, self.rows) * (one.n * itemsize("f32") * one.scaled)
+        x = np.where(self.resident == 1, np.where(self.by_rows, 1, self.active), self.columns)
+        x = x * (one.m * one.k * itemsize(one.x))
+        w = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.k * itemsize(one.w))
+        s = np.where(self.resident == 2, 1, self.own_rows) * (one.n * itemsize("f32") * one.scaled)
         return np.asarray(x + w + s + one.m * one.n * itemsize(one.y))
 
     @cached_property
     def _pass(self) -> tuple[Numbers, Numbers]:
-        """Cycles of a pass of a whole tile of rows, and of one pass of every tile of rows."""
+        """Cycles of a pass of a whole tile of rows, and of one pass of every tile of rows of a core."""
         matrix, one = self.target.core.matrix, self.shape
         dtype = "f32" if "f32" in (one.x, one.w) else one.x
         sizes, place = np.unique(self.m, return_inverse=True)
@@ -299,7 +322,7 @@ class _Combinations:
             whole[index] = matrix.pass_cycles(size, dtype, itemsize(one.w))
             every[index] = full * whole[index]
             every[index] += matrix.pass_cycles(tail, dtype, itemsize(one.w)) if tail else 0
-        return whole[place], every[place]
+        return whole[place], np.where(self.by_rows, self.own_rows * whole[place], every[place])
 
     @cached_property
     def _array(self) -> Numbers:
@@ -308,11 +331,14 @@ class _Combinations:
         tail_k = np.ceil((one.k - (self.chunks - 1) * self.k) / matrix.rows_k)
         tail_n = np.ceil((one.n - (self.columns - 1) * self.n) / matrix.cols_n)
         whole_n = np.ceil(self.n / matrix.cols_n)
-        passes_n = (self.busy - 1) * whole_n + np.where((self.columns - 1) % cores == 0, tail_n, whole_n)
+        last = self.by_rows | ((self.columns - 1) % cores == 0)  # whether the busiest core has the tail
+        passes_n = (self.own_columns - 1) * whole_n + np.where(last, tail_n, whole_n)
         passes_k = (self.chunks - 1) * np.ceil(self.k / matrix.rows_k) + tail_k
         cycles = passes_n * passes_k * self._pass[1]
         if matrix.acc.sram_bytes_per_cycle is not None:
-            moved = (self.chunks * 8 - 4) * one.m * ((self.busy - 1) * self.n + one.n - (self.columns - 1) * self.n)
+            rows = np.where(self.by_rows, self.own_rows * self.m, one.m)
+            columns = (self.own_columns - 1) * self.n + one.n - (self.columns - 1) * self.n
+            moved = (self.chunks * 8 - 4) * rows * columns
             cycles = np.maximum(
                 cycles, np.where(self.sums > matrix.acc.bytes, moved / matrix.acc.sram_bytes_per_cycle, 0)
             )
@@ -322,7 +348,7 @@ class _Combinations:
     def _waiting(self) -> Numbers:
         """Cycles in which the array waits for sums of which there is one slot."""
         share = (self.m - self.split) / self.m
-        waiting = self.busy * self.rows * (self.target.core.matrix.fill + self._finish * share)
+        waiting = self.tiles * (self.target.core.matrix.fill + self._finish * share)
         return np.where(self.results == 1, waiting, 0)
 
     @cached_property
@@ -359,8 +385,9 @@ class _Combinations:
         """Cycles that a combination cannot go below: the first loads and then its array, or its traffic."""
         ddr, port, one = self.target.die.ddr, self.target.core.dma.bytes_per_cycle, self.shape
         first = sum(self._first) / min(ddr.effective_bytes_per_cycle, port)
-        finished = (one.m - self.rows * self.split) * (self.busy * self.n - self.columns * self.n + one.n)
-        waiting = self.busy * self.rows * self.target.core.matrix.fill + finished / self.target.core.vector.lanes
+        rows = np.where(self.by_rows, self.own_rows * self.m, one.m)
+        finished = (rows - self.own_rows * self.split) * ((self.own_columns - self.columns) * self.n + one.n)
+        waiting = self.tiles * self.target.core.matrix.fill + finished / self.target.core.vector.lanes
         array = ddr.latency + self.target.core.dma.issue + first + self._array
         array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
         return np.maximum(array, self.ddr / ddr.effective_bytes_per_cycle)
@@ -369,25 +396,30 @@ class _Combinations:
     def cycles(self) -> Numbers:
         """The larger of array and DDR time, what nothing overlaps at both ends, and what a new panel holds up."""
         one, ddr, issue, rate = self.shape, self.target.die.ddr, self.target.core.dma.issue, self._rate
+        w_rate = np.where(self.by_rows, min(ddr.effective_bytes_per_cycle, self.target.core.dma.bytes_per_cycle), rate)
         matrix = self.target.core.matrix
         x, w = self._first
         chunk = self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
-        panel = np.select([self.resident == 1, self.resident == 2], [x, w]) / rate
-        woven = (self.resident == 1) & (self.panels == 2) & (self.columns >= 4 * self.target.die.cores)
+        panel = np.select([self.resident == 1, self.resident == 2], [x / rate, w / w_rate])
+        woven = (self.resident == 1) & (self.panels == 2) & ~self.by_rows & (self.columns >= 4 * self.target.die.cores)
         ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
         held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
-        tiles = self.busy * self.rows
+        tiles = self.tiles
         compute = np.maximum(self._array + self._waiting + held_up, tiles * self._vector)
         passing = np.where(self.resident == 1, 0, np.ceil(x / rate)) + np.where(
-            self.resident == 2, 0, np.ceil(w / rate)
+            self.resident == 2, 0, np.ceil(w / w_rate)
         )
         loads = tiles * self.chunks * passing
         # as many chunks are in flight as there are slots, each for a latency and its own transfer (Little's law)
         transfers = np.where(self.resident == 0, 2, 1)
-        flight = tiles * self.chunks * (ddr.latency + transfers * issue + passing) / self.streams
+        held = np.where(self.by_rows, chunk, 0)  # a slot of a multicast, until the slowest core is done with it
+        flight = tiles * self.chunks * (ddr.latency + transfers * issue + passing + held) / self.streams
         stored = self.m * self.n * itemsize(one.y) / rate
         strip = self.strip * self.n * itemsize(one.y) / rate if one.epilogue else 0
-        first, last = ddr.latency + issue + (x + w) / rate, matrix.fill + np.maximum(self._vector, stored) + strip
+        first, last = (
+            ddr.latency + issue + x / rate + w / w_rate,
+            matrix.fill + np.maximum(self._vector, stored) + strip,
+        )
         # while a tile is stored, loads have half the rate; what then lacks must have been loaded ahead, and of the
         # slots the array holds one and the DMA fills one
         lacks = (passing / np.maximum(chunk, 1) - 0.5) * 2 * stored - (self.streams - 1.8) * passing
@@ -398,6 +430,9 @@ class _Combinations:
         # the port is idle for the latency of the first load, and while the last chunk becomes the first strip
         idle = ddr.latency + chunk + matrix.fill + self._vector / np.ceil(self.m / self.strip)
         port = np.maximum(loads + stored, self.ddr / ddr.effective_bytes_per_cycle)
+        # cores that receive the same W finish their tiles together: what all of them store holds up the next chunks
+        alone = np.select([self.resident == 1, self.resident == 2], [self.own_rows, self.own_columns]) * panel
+        port = np.maximum(port, np.where(self.by_rows, alone + np.maximum(loads, flight) + tiles * stored, 0))
         return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle))
 
 

@@ -34,7 +34,11 @@ class _Linear:
     target: Target
 
     def machine(self) -> Machine:
-        """The engines of every core that gets a column."""
+        """The engines of every core that gets a tile; cores with tiles of the same sizes keep step, as one."""
+        alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for core in range(min(self.target.die.cores, self._dealt)):
+            rows, columns = self._axes(core)
+            alike.setdefault((tuple(rows), tuple(columns)), []).append(core)
         streams: list[Stream] = []
         channels: dict[str, Channel] = {}
         engines: list[tuple[str, Callable[[int], Iterator[Step]]]] = [
@@ -43,11 +47,12 @@ class _Linear:
         ]
         engines += [("vector", self._finish)] if self._epilogue else []
         engines += [("dma_out", self._store)]
-        for core in range(min(self.target.die.cores, len(self._tiles(self.w.shape[0], self.t.n)))):
+        outstanding = self.target.core.dma.max_outstanding
+        for core, *copies in alike.values():
             index = {}
             for engine, steps in engines:
                 index[engine] = len(streams)
-                streams.append(Stream(engine, core, list(steps(core)), self.target.core.dma.max_outstanding))
+                streams.append(Stream(engine, core, list(steps(core)), outstanding, 1 + len(copies)))
             for name, depth, consumer in self._rings():
                 channels[f"{name}.{core}"] = Channel(depth, (index[consumer],))
         ddr = self.target.die.ddr.effective_bytes_per_cycle
@@ -69,6 +74,18 @@ class _Linear:
         if self._epilogue:
             yield "y", 2, "dma_out"
 
+    @property
+    def _dealt(self) -> int:
+        """Tiles along the axis that is dealt out to the cores."""
+        size, step = (self.x.shape[0], self.t.m) if self.t.dealt == "m" else (self.w.shape[0], self.t.n)
+        return -(-size // step)
+
+    def _axes(self, core: int) -> tuple[list[int], list[int]]:
+        """Rows and columns of the tiles of a core."""
+        rows, columns = self._tiles(self.x.shape[0], self.t.m), self._tiles(self.w.shape[0], self.t.n)
+        own = slice(core, None, self.target.die.cores)
+        return (rows[own], columns) if self.t.dealt == "m" else (rows, columns[own])
+
     def _tiles(self, size: int, step: int) -> list[int]:
         return [min(step, size - start) for start in range(0, size, step)]
 
@@ -78,8 +95,7 @@ class _Linear:
 
     def _places(self, core: int) -> Iterator[tuple[int, int, bool, bool]]:
         """(rows, columns) of each tile of a core in order, and whether it is the first and the last of a panel."""
-        rows = self._tiles(self.x.shape[0], self.t.m)
-        columns = self._tiles(self.w.shape[0], self.t.n)[core :: self.target.die.cores]
+        rows, columns = self._axes(core)
         outer, inner = (columns, rows) if self.t.resident == "w" else (rows, columns)
         for one in outer:
             for index, other in enumerate(inner):
@@ -91,7 +107,8 @@ class _Linear:
         return bursts(tile.bytes, tile.run_bytes, self.target)
 
     def _transfer(self, param: Param, shape: tuple[int, ...], ring: str, load: bool) -> Step:
-        step = transfer_step("", self._moved(param, shape), self.target, load=load)
+        shared = load and self.t.dealt == "m" and param is not self.x
+        step = transfer_step("", self._moved(param, shape), self.target, load=load, shared=shared)
         return (
             replace(step, acquires=(ring,), commits=(ring,)) if load else replace(step, waits=(ring,), releases=(ring,))
         )
@@ -99,7 +116,7 @@ class _Linear:
     def _load(self, core: int) -> Iterator[Step]:
         t, depth, resident = self.t, self.x.shape[1], self.t.resident
         rings = {name: f"{name}.{core}" for name in "xws"}
-        columns = self._tiles(self.w.shape[0], t.n)[core :: self.target.die.cores]
+        columns = self._axes(core)[1]
         made: dict[tuple[str, int, int], Step] = {}
 
         def load(param: Param, name: str, *shape: int) -> Step:

@@ -82,7 +82,8 @@ class Primitive:
     `cost`: lane operations for each element of the largest operand (vector engine); each of the `optional` attributes
     adds its own when it is given. `form`: `elementwise`, inputs broadcast to the output; `rows`, the last axis is
     reduced to one element; else its own. `updates`: the outs are read too; a product overwrites where its attribute
-    `first` is 0. A collective gets outs[rank], ins[rank] of all ranks.
+    `first` is 0. A collective gets outs[rank], ins[rank] of all ranks. `shared`: the cores of a die receive one
+    transfer that crosses the port once.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Primitive:
     cost: float = 0.0
     updates: bool = False
     collective: bool = False
+    shared: bool = False
     optional: tuple[tuple[str, float], ...] = ()  # attribute, lane operations an element
     form: str = ""
 
@@ -306,6 +308,7 @@ _SOFTMAX = (("window", 1.0), ("clamp", 2.0), ("softcap", 6.0), ("slopes", 2.0))
 _DMA_IN, _DMA_OUT, _MATRIX, _VECTOR, _LINK = ("dma_in",), ("dma_out",), ("matrix",), ("vector",), ("link",)
 _TABLE = (
     Primitive("load", _DMA_IN, (1, 1), 1, (), _copy),
+    Primitive("multicast", _DMA_IN, (1, 1), 1, (), _copy, shared=True),  # a load that all cores of a die receive
     Primitive("gather", _DMA_IN, (2, 3), 1, (), _gather),  # table [V,...], rows i64, its first row
     Primitive("store", _DMA_OUT, (1, 1), 1, (), _copy),
     Primitive("mma", _MATRIX, (2, 2), 1, ("first",), _mma, updates=True),  # [...,k], [(1,)n,k]
@@ -335,3 +338,4 @@ _TABLE = (
     Primitive("all_gather", _LINK, (1, 1), 1, (), _all_gather, collective=True),  # [rows, n] -> [rows, ranks, n]
 )
 PRIMITIVES: Mapping[str, Primitive] = {one.name: one for one in _TABLE}
+MOVES = frozenset({"load", "multicast", "store", "cast"})  # whose result is their operand, perhaps in another type

@@ -164,7 +164,7 @@ def source_of(
     shifts: set[tuple[str, tuple[int, ...]]] = set()
     for step in slots[number]:
         target, source = step.outs[0], step.ins[0]
-        if step.op.kind != "load" or source.ref not in kernel.param:
+        if step.op.kind not in {"load", "multicast"} or source.ref not in kernel.param:
             return None
         if contains((target.start, target.stop), (box.start, box.stop)):
             return _shift(target, source, box)

@@ -5,11 +5,12 @@ other: a call starts when the one before has moved its last byte. Costs of an op
 
 load, store   `issue` cycles of the DMA engine, then the DDR latency, then the bytes (each contiguous run rounded up to
               whole bursts) at the share of the port that the DMA engines which are moving bytes leave each other
+multicast     a load that all cores receive: it waits for the slowest of them, and its bytes cross the port once
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
               results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
-collective    the links are busy for the cheaper of ring and direct exchange (`bounds.link_cost`); after the hops, for
-              which the next one does not wait, its DDR bytes
+collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`bounds.link_cost`);
+              after the hops, for which the next one does not wait, its DDR bytes
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vacc_opt.backends.vacc.alike import Alike
 from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes, scalar_values
 from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
 from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
@@ -74,27 +76,42 @@ def time_kernel(
 ) -> KernelTiming:
     """Time one run of `kernel` on an idle die for values of its run-time scalars; raises CheckError as above."""
     unrolled = unroll(kernel, target.die.cores, scalars)
-    costs = {id(step): _cost(kernel, engine, step, target, ranks) for engine, step, _ in unrolled.counted}
+    counted = unrolled.counted
+    collectives = sum(times for _, step, times in counted if step.primitive.collective)
+    costs = {id(step): _cost(kernel, engine, step, target, ranks, collectives) for engine, step, _ in counted}
+    cores = sorted({core for core, _ in unrolled})
+    # cores that do the same keep step, but for those that take turns on the links
+    copied = unrolled.alike if not collectives else [Alike(core, core, {}) for core in cores]
+    copies = Counter(one.first for one in copied)
+    few = Lanes(kernel, {lane: events for lane, events in unrolled.items() if lane[0] in copies})
     streams = [
-        Stream(engine, core, _steps(core, events, costs), target.core.dma.max_outstanding)
-        for (core, engine), events in unrolled.items()
+        Stream(engine, core, _steps(core, events, costs), target.core.dma.max_outstanding, copies[core])
+        for (core, engine), events in few.items()
     ]
     machine = Machine(
-        streams, _channels(kernel, unrolled), target.die.ddr.effective_bytes_per_cycle, target.core.dma.bytes_per_cycle
+        streams, _channels(kernel, few), target.die.ddr.effective_bytes_per_cycle, target.core.dma.bytes_per_cycle
     )
     records, cycles = machine.run()
-    product = matrix_product(kernel, unrolled.distinct)  # its size is told by what any of them multiply
+    product = matrix_product(kernel, few)  # its size is told by what any of them multiply
     bound = kernel_bound(kernel, unrolled, product.size if product else None, target, ranks)
     if bound.cycles > cycles:
         raise CheckError(f"kernel {kernel.name}: {cycles} cycles are below the lower bound of {bound.cycles}")
-    engines = tuple(
+    engines = [
         EngineAccount(stream.engine, stream.core, account(record, cycles), tuple(record))
         for stream, record in zip(streams, records, strict=True)
-    )
-    moved = sum(work_bytes(kernel, step) * times for _, step, times in unrolled.counted)
-    macs = sum(work(kernel, step).macs * times for _, step, times in unrolled.counted)
+    ]
+    moved = _moved(kernel, counted, len(cores))
+    macs = sum(work(kernel, step).macs * times for _, step, times in counted)
     where = _attribute(engines, bound.binds, cycles)
-    return KernelTiming(name or kernel.name, cycles, bound, engines, where, moved, macs, 1)
+    every = tuple(replace(engine, core=one.core) for one in copied for engine in engines if engine.core == one.first)
+    return KernelTiming(name or kernel.name, cycles, bound, every, where, moved, macs, 1)
+
+
+def _moved(kernel: Kernel, counted: Sequence[tuple[str, Step, int]], cores: int) -> int:
+    """Bytes over the DDR port of a die: what its cores share moves once."""
+    return sum(
+        work_bytes(kernel, step) * (times // cores if step.primitive.shared else times) for _, step, times in counted
+    )
 
 
 RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "vector", "link": "link"}
@@ -171,8 +188,8 @@ def _steps(core: int, events: Sequence[Event], costs: Mapping[int, TimedStep]) -
 _SYNC = TimedStep("sync", 0)
 
 
-def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -> TimedStep:
-    """What one tile operation costs on its engine."""
+def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int, collectives: int) -> TimedStep:
+    """What one tile operation costs on its engine, which does so many `collectives` in all."""
     cost = work(kernel, step)
     label = f"{step.op.kind} {step.outs[0].ref}"
     if engine == "matrix":
@@ -182,9 +199,9 @@ def _cost(kernel: Kernel, engine: str, step: Step, target: Target, ranks: int) -
     if engine == "vector":
         return vector_step(label, cost.lane_ops, target)
     if engine == "link":
-        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links)
+        busy, hops = link_cost(step.op.kind, cost.link_bytes, ranks, target.links, collectives)
         moved = work_bytes(kernel, step)
         return TimedStep(label, busy if moved else busy + hops, bytes=moved, latency=hops)
     indices = work_bytes(kernel, step) - cost.bytes
     moved = bursts(cost.bytes, cost.run_bytes, target) + bursts(indices, indices, target)
-    return transfer_step(label, moved, target, load=engine == "dma_in")
+    return transfer_step(label, moved, target, load=engine == "dma_in", shared=step.primitive.shared)

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from vacc_opt.backends.vacc.binding import lanes
 from vacc_opt.backends.vacc.dies import POISON, Array, Dies
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
+from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.schedule import (
     DTYPES,
     Buffer,
@@ -28,6 +29,7 @@ from vacc_opt.backends.vacc.schedule import (
 from vacc_opt.backends.vacc.text import print_op
 
 Arguments = Sequence[Array]
+Bytes = npt.NDArray[np.uint8]
 Action = Callable[[Sequence[Arguments]], None]  # takes the arguments of every rank that it runs for
 
 
@@ -43,14 +45,17 @@ def _poisoning(view: Array) -> Action:
 class Plan:
     """The operations of a kernel for given scalars, in a legal order; `tiles` of them are tile operations."""
 
-    def __init__(self, kernel: Kernel, cores: int, scalars: Mapping[str, int], sram: npt.NDArray[np.uint8], order: int):
-        """`order` picks one of the legal interleavings of engines."""
-        self._kernel, self._sram = kernel, sram
+    def __init__(self, kernel: Kernel, cores: int, scalars: Mapping[str, int], sram: Sequence[Bytes], order: int):
+        """`order` picks one of the legal interleavings of engines; `sram` is that of each rank that runs in step."""
+        self._kernel = kernel
         self._position = {one.name: index for index, one in enumerate(kernel.params)}
-        self._slots = {one.name: [_slot(one, slot, sram) for slot in range(one.depth)] for one in kernel.buffers}
+        self._slots = {
+            one.name: [[_slot(one, slot, memory) for memory in sram] for slot in range(one.depth)]
+            for one in kernel.buffers
+        }
         self.actions: list[tuple[Action, Step | None]] = []
         self.tiles: int = 0
-        self.collective: bool = False
+        self.collective: bool = exchanges(kernel)
         streams: dict[int, dict[str, Iterator[Event]]] = {}
         for (core, engine), events in lanes(kernel, cores, scalars).items():
             streams.setdefault(core, {})[engine] = iter(events)
@@ -62,38 +67,41 @@ class Plan:
         for event in interleave(self._kernel, streams, order):
             if not started:
                 started = True
-                for slots in self._slots.values():
-                    self.actions += [(_poisoning(view), None) for view in slots]
+                views = [view for slots in self._slots.values() for slot in slots for view in slot]
+                self.actions += [(_poisoning(view), None) for view in views]
             if isinstance(event, Step):
                 self.actions.append((self._action(event), event))
                 self.tiles += 1
-                self.collective |= event.primitive.collective
             elif event.action == "acquire":
-                self.actions.append((_poisoning(self._slots[event.ring][event.slot]), None))
+                self.actions += [(_poisoning(view), None) for view in self._slots[event.ring][event.slot]]
 
     def _action(self, step: Step) -> Action:
         outs, ins = [self._operand(box) for box in step.outs], [self._operand(box) for box in step.ins]
         body, attributes = step.primitive.body, step.attributes
         if step.primitive.collective:
             (to,), (source,) = outs, ins
-            return lambda ranks: body([to(one) for one in ranks], [source(one) for one in ranks], attributes)
-        if all(box.slot >= 0 for box in (*step.outs, *step.ins)):
-            fixed_outs, fixed_ins = [one(()) for one in outs], [one(()) for one in ins]
+            return lambda ranks: body(
+                [to(one, rank) for rank, one in enumerate(ranks)],
+                [source(one, rank) for rank, one in enumerate(ranks)],
+                attributes,
+            )
+        if not self.collective and all(box.slot >= 0 for box in (*step.outs, *step.ins)):
+            fixed_outs, fixed_ins = [one((), 0) for one in outs], [one((), 0) for one in ins]
             return lambda ranks: body(fixed_outs, fixed_ins, attributes)
 
         def act(ranks: Sequence[Arguments]) -> None:
-            for arguments in ranks:
-                body([one(arguments) for one in outs], [one(arguments) for one in ins], attributes)
+            for rank, arguments in enumerate(ranks):
+                body([one(arguments, rank) for one in outs], [one(arguments, rank) for one in ins], attributes)
 
         return act
 
-    def _operand(self, box: Box) -> Callable[[Arguments], Array]:
+    def _operand(self, box: Box) -> Callable[[Arguments, int], Array]:
         index = tuple(map(slice, box.start, box.stop))
         if box.slot >= 0:
-            view = self._slots[box.ref][box.slot][index]
-            return lambda arguments: view
+            views = [view[index] for view in self._slots[box.ref][box.slot]]
+            return lambda arguments, rank: views[rank]
         position = self._position[box.ref]
-        return lambda arguments: arguments[position][index]
+        return lambda arguments, rank: arguments[position][index]
 
 
 def _slot(buffer: Buffer, slot: int, sram: npt.NDArray[np.uint8]) -> Array:
@@ -101,6 +109,11 @@ def _slot(buffer: Buffer, slot: int, sram: npt.NDArray[np.uint8]) -> Array:
         raise ScheduleError([Violation("bounds", buffer.name, None, f"starts at byte {buffer.offset} of SRAM")])
     dtype = DTYPES[buffer.dtype]
     return np.ndarray(buffer.shape, dtype, sram.data, buffer.offset + slot * buffer.slot_bytes)
+
+
+def exchanges(kernel: Kernel) -> bool:
+    """Whether ranks meet in a kernel, so that they run it in step."""
+    return any(PRIMITIVES[op.kind].collective for _, op in kernel.operations() if op.kind in PRIMITIVES)
 
 
 def interleave(kernel: Kernel, streams: Mapping[str, Iterator[Event]], order: int = 0) -> Iterator[Event]:
@@ -190,7 +203,10 @@ class ValueSimulator:
         self.program = program
         self.tiles_executed: int = 0
         self._order = order
-        self._sram = np.zeros(max((k.sram_bytes for k in program.kernels), default=0), np.uint8)
+        largest = max((k.sram_bytes for k in program.kernels), default=0)
+        self._sram = [np.zeros(largest, np.uint8)]  # of a core; ranks that exchange have one each
+        if any(exchanges(kernel) for kernel in program.kernels):
+            self._sram += [np.zeros(largest, np.uint8) for _ in range(program.ranks - 1)]
         self._plans: dict[str, dict[tuple[int, ...], Plan]] = {one.name: {} for one in program.kernels}
         self._dies = Dies(program, weights)
 
@@ -235,5 +251,6 @@ class ValueSimulator:
                 del plans[next(iter(plans))]
             names = {one.name: value for one, value in zip(call.scalars, scalars, strict=True)}
             kernel = self.program.kernel[call.kernel]
-            plans[scalars] = Plan(kernel, self.program.cores, names, self._sram, self._order)
+            sram = self._sram if exchanges(kernel) else self._sram[:1]
+            plans[scalars] = Plan(kernel, self.program.cores, names, sram, self._order)
         return plans[scalars]

@@ -10,7 +10,7 @@ import numpy as np
 
 from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
-from vacc_opt.backends.vacc.ops import PRIMITIVES
+from vacc_opt.backends.vacc.ops import MOVES, PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
 from vacc_opt.backends.vacc.schedule import ALIGN, Kernel, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
@@ -35,7 +35,7 @@ def kernel_violations(
         except ScheduleError as error:
             found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
             continue
-        found |= dict.fromkeys(_shapes(unrolled))
+        found |= dict.fromkeys((*_shapes(unrolled), *_multicasts(unrolled)))
         few = unrolled.distinct  # for what happens in SRAM alone
         protocol = dict.fromkeys(_protocol(kernel, few))
         found |= protocol
@@ -91,10 +91,30 @@ def _shapes(unrolled: Lanes) -> Iterator[Problem]:
         seen.add(shapes)
 
 
+def _multicasts(unrolled: Lanes) -> Iterator[Problem]:
+    """Every core that takes part receives the same multicasts in the same order: each waits for all of them."""
+    received = {
+        core: [step for step in events if isinstance(step, Step) and step.primitive.shared]
+        for (core, engine), events in unrolled.items()
+        if engine == "dma_in"
+    }
+    first = min(received, default=0)
+    for core, steps in received.items():
+        other = received[first]
+        if len(steps) != len(other):
+            yield "multicast", f"core {first} receives {len(other)} multicasts, core {core} {len(steps)}"
+            return
+        for number, (one, same) in enumerate(zip(steps, other, strict=True)):
+            if one.ins != same.ins:
+                what = f"as number {number} core {first} receives {same.ins[0]}, core {core} {one.ins[0]}"
+                yield "multicast", f"`{print_op(one.op)}`: {what}"
+                return
+
+
 def _conform(kind: str, outs: Sequence[tuple[int, ...]], ins: Sequence[tuple[int, ...]]) -> bool:
     if any(0 in shape for shape in (*outs, *ins)):
         return False
-    if kind in {"load", "store", "cast"}:
+    if kind in MOVES:
         return _squeezed(outs[0]) == _squeezed(ins[0])
     if kind == "gather":
         return outs[0] == (*ins[1], *ins[0][1:])

@@ -78,6 +78,11 @@ def test_a_small_reduction_is_exchanged_directly() -> None:
     assert link_cost("all_reduce", 1024, 4, LINKS) == (4 * 1024 // 64, 2 * 700)
 
 
+def test_many_small_steps_of_a_reduction_take_the_ring() -> None:
+    """The hops of a step pass while the links are busy with the next one, so what counts is how long they are busy."""
+    assert link_cost("all_reduce", 1024, 4, LINKS, steps=1000) == (6 * 256 // 64, 6 * 700)
+
+
 def test_one_rank_needs_no_link() -> None:
     assert link_cost("all_reduce", 1024, 1, LINKS) == (0, 0)
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from vacc_opt.frontends import same_layers, torch_export
+from vacc_opt.frontends import torch_export
 from vacc_opt.frontends.caches import find_cache
 from vacc_opt.frontends.families import structures
 from vacc_opt.frontends.huggingface import build_module
+from vacc_opt.frontends.repeat_layers import KEPT, Layers
 from vacc_opt.frontends.rope_lengths import trace_lengths
-from vacc_opt.frontends.same_layers import Layers, find_same_layers
-from vacc_opt.frontends.worker import make_skeleton
+from vacc_opt.frontends.same_layers import find_same_layers
+from vacc_opt.frontends.skeleton import export_skeleton
 from vacc_opt.ir import Seeded, from_onnx
 from vacc_opt.ir.evaluate import Executable
 
@@ -52,9 +53,9 @@ def skeleton(name: str, monkeypatch: pytest.MonkeyPatch, *, whole: bool) -> onnx
     """The exported model; ``whole`` exports every layer."""
     if whole:
         monkeypatch.setattr(torch_export, "find_same_layers", lambda *_: None)
-    model, origins = make_skeleton(config(name), "eager", lambda _: None)
+    found = export_skeleton(config(name), "eager", isolated=False, progress=lambda _: None)
     monkeypatch.undo()
-    modules = {origin.module for origin in origins.values()}
+    model, modules = found.model, {origin.module for origin in found.origins.values()}
     assert any(f".{COUNT - 1}.self_att" in module for module in modules)
     assert whole != any(output.endswith(f".{COUNT - 1}") for node in model.graph.node for output in node.output)
     return model
@@ -98,7 +99,7 @@ def test_copied_layers_are_what_the_export_of_all_layers_gives(name: str, monkey
 
 
 def test_few_layers_are_exported_as_they_are() -> None:
-    module, mode = build_module(config("llama") | {"num_hidden_layers": same_layers.KEPT + 1})
+    module, mode = build_module(config("llama") | {"num_hidden_layers": KEPT + 1})
     assert find_same_layers(module, mode, find_cache(module, mode)) is None
 
 

@@ -1,7 +1,8 @@
 """Causal grouped-query attention over a KV cache: online softmax, the query heads of a group stacked.
 
 Query row i of this call is at position `pos + i` and sees cache positions up to it, with a window only the last ones;
-blocks behind the diagonal and before the window are not visited.
+blocks behind the diagonal and before the window are not visited. Where the rows fill all cores, as many tiles of them
+as there are cores go over the cache together: each block is one multicast, and all cores have the same work.
 
 An int8 cache is never dequantized: with `k = qk * ks + kz` and `v = qv * vs + vz` for each channel,
 
@@ -14,7 +15,8 @@ scores pass through a clamp or a soft cap, which are not linear.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
@@ -79,13 +81,32 @@ def attention(params: AttentionParams, scores: Scores, target: Target) -> Kernel
     return _Attention(params, scores, target).build()
 
 
-def _tiles(p: AttentionParams, target: Target) -> tuple[int, int]:
-    """Query rows and cache rows of a tile that fit SRAM and, as f32 scores and products, the accumulators.
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Query rows and cache rows of a tile; `together`: the cores take a tile each of the rows that pass the cache."""
 
-    Queries are shared out to the cores, then come long cache blocks.
-    """
-    heads, group, length, width = p.q.shape
-    query = min(length, 64) if heads >= target.die.cores else min(64, -(-length // target.die.cores))
+    query: int
+    block: int
+    together: bool
+
+
+def _tiles(p: AttentionParams, target: Target) -> _Tiles:
+    """Tiles that fit SRAM and, as f32 scores and products, the accumulators: queries first, then long cache blocks."""
+    heads, _, length, _ = p.q.shape
+    cores = target.die.cores
+    shared = min(length, 64) if heads >= cores else min(64, -(-length // cores))
+    query, block = _fitting(p, target, shared)
+    if length >= cores > 1:
+        most, _ = _fitting(p, target, min(64, -(-length // cores)))
+        together = next((one for one in range(most, 0, -1) if -(-length // one) % cores == 0), 0)
+        if 2 * together > most:
+            return _Tiles(together, _fitting(p, target, together)[1], True)
+    return _Tiles(query, block, False)
+
+
+def _fitting(p: AttentionParams, target: Target, query: int) -> tuple[int, int]:
+    """At most `query` rows, halved until a block of the cache fits beside them, and the rows of that block."""
+    group, width = p.q.shape[1], p.q.shape[3]
     while query:
         block = min(512, p.k.shape[1])
         while block:
@@ -110,9 +131,9 @@ class _Attention:
         self.params, self.scores = params, scores
         heads, group, length, width = params.q.shape
         self.heads, self.length = heads, length
-        self.tile, self.block = _tiles(params, target)
-        by_head = heads >= target.die.cores
-        self.parallel = by_head, not by_head
+        tiles = _tiles(params, target)
+        self.tile, self.block, self.together = tiles.query, tiles.block, tiles.together
+        self.cores = target.die.cores
         q = params.quantization
         b = self.b = KernelBuilder("attention_i8" if q else "attention")
         self.q, self.k, self.v, self.y = (b.param(one) for one in (params.q, params.k, params.v, params.y))
@@ -152,21 +173,37 @@ class _Attention:
     def build(self) -> Kernel:
         """All trees."""
         writers = {"dma_in": self._load, "matrix": self._matrix, "vector": self._vector, "dma_out": self._store}
-        by_head, by_row = self.parallel
         for engine, write in writers.items():
-            with self.b.engine(engine), self.b.loop("h", 0, self.heads, 1, parallel=by_head) as h:  # noqa: SIM117
-                with self.b.loop("m", 0, self.length, self.tile, parallel=by_row) as m:
-                    write(h, m)
+            with self.b.engine(engine), self._rows_of_cores() as (h, g, m):
+                write(h, g, m)
         return self.b.build()
 
-    def _old_stop(self, m: LoopVar) -> Affine:
-        """Cache rows to visit: those before this call, and its own too when they are not given apart."""
-        return self.pos if self.new else self.pos + m.stop
+    @contextmanager
+    def _rows_of_cores(self) -> Iterator[tuple[LoopVar, LoopVar, LoopVar]]:
+        """A head, the rows that pass the cache together, and the rows of a core among them."""
+        b = self.b
+        if self.together:
+            together = self.tile * self.cores
+            with (
+                b.loop("h", 0, self.heads, 1) as h,
+                b.loop("g", 0, self.length, together) as g,
+                b.loop("m", g.start, g.stop, self.tile, parallel=True) as m,
+            ):
+                yield h, g, m
+        else:
+            by_head = self.heads >= self.cores
+            with b.loop("h", 0, self.heads, 1, parallel=by_head) as h:  # noqa: SIM117
+                with b.loop("m", 0, self.length, self.tile, parallel=not by_head) as m:
+                    yield h, m, m
 
-    def _blocks(self, var: str, m: LoopVar) -> AbstractContextManager[LoopVar]:
-        """The loop over blocks of keys that rows `m` may see: of the cache (`j`), or of the keys of this call (`i`)."""
-        first = self._first(var, m)
-        stop = m.stop if var == "i" else self._old_stop(m)
+    def _old_stop(self, g: LoopVar) -> Affine:
+        """Cache rows to visit: those before this call, and its own too when they are not given apart."""
+        return self.pos if self.new else self.pos + g.stop
+
+    def _blocks(self, var: str, g: LoopVar) -> AbstractContextManager[LoopVar]:
+        """The loop over blocks of keys that rows `g` may see: of the cache (`j`), or of the keys of this call (`i`)."""
+        first = self._first(var, g)
+        stop = g.stop if var == "i" else self._old_stop(g)
         if not self.scores.window:
             return self.b.loop(var, 0, stop, self.block)
         return self.b.loop(var, first - (self.scores.window - 1), stop, self.block, clipped=True)
@@ -175,7 +212,7 @@ class _Attention:
         """The position of the first of rows `m` among the keys of a loop."""
         return m.start if var == "i" else self.pos + m.start
 
-    def _load(self, h: LoopVar, m: LoopVar) -> None:
+    def _load(self, h: LoopVar, g: LoopVar, m: LoopVar) -> None:
         b = self.b
         with b.fill(self.rq):
             b.op("load", self.rq[h, :, m, :], self.q[h, :, m, :])
@@ -185,62 +222,63 @@ class _Attention:
         if self.slopes and self.rslopes:
             with b.fill(self.rslopes):
                 b.op("load", self.rslopes[h, ...], self.slopes[h, ...])
-        self._load_blocks("j", m, h, (self.rk, self.rv), (self.k, self.v))
+        self._load_blocks("j", g, h, (self.rk, self.rv), (self.k, self.v))
         if self.new:
-            self._load_blocks("i", m, h, self.rnew, self.new)
+            self._load_blocks("i", g, h, self.rnew, self.new)
 
     def _load_blocks(
         self,
         var: str,
-        m: LoopVar,
+        g: LoopVar,
         h: LoopVar,
         rings: tuple[Handle, ...] | list[Handle],
         params: tuple[Handle, ...] | list[Handle],
     ) -> None:
-        with self._blocks(var, m) as j:
+        kind = "multicast" if self.together else "load"
+        with self._blocks(var, g) as j:
             for ring, param in zip(rings, params, strict=True):
                 with self.b.fill(ring):
-                    self.b.op("load", ring[h, j, :], param[h, j, :])
+                    self.b.op(kind, ring[h, j, :], param[h, j, :])
 
-    def _matrix(self, h: LoopVar, m: LoopVar) -> None:
+    def _matrix(self, h: LoopVar, g: LoopVar, m: LoopVar) -> None:
         with self.b.use(self.rqs):
-            self._products("j", m, self.rqs, self.rk, self.rv)
+            self._products("j", g, m, self.rqs, (self.rk, self.rv))
         if self.new:
             with self.b.use(self.rq):
-                self._products("i", m, self.rq, *self.rnew)
+                self._products("i", g, m, self.rq, (self.rnew[0], self.rnew[1]))
 
-    def _products(self, var: str, m: LoopVar, query: Handle, keys: Handle, values: Handle) -> None:
-        b = self.b
-        with self._blocks(var, m) as j:
+    def _products(self, var: str, g: LoopVar, m: LoopVar, query: Handle, cache: tuple[Handle, Handle]) -> None:
+        b, (keys, values) = self.b, cache
+        with self._blocks(var, g) as j:
             with b.use(keys), b.fill(self.rs):
                 b.op("mma", self.rs[:, :, m, j], query[:, :, m, :], keys[:, j, :], first=0)
             with b.use(self.rp, values), b.fill(self.ro):
                 b.op("mma_nn", self.ro[:, :, m, :], self.rp[:, :, m, j], values[:, j, :], first=0)
 
-    def _vector(self, h: LoopVar, m: LoopVar) -> None:
+    def _vector(self, h: LoopVar, g: LoopVar, m: LoopVar) -> None:
         b = self.b
         b.op("constant", self.maximum[:, :, m, :], value=float("-inf"))
         b.op("constant", self.sum[:, :, m, :], value=0.0)
         b.op("constant", self.total[:, :, m, :], value=0.0)
         if self.rslopes:
             with b.use(self.rslopes):
-                self._rows(m)
+                self._rows(g, m)
         else:
-            self._rows(m)
+            self._rows(g, m)
         with b.fill(self.ry):
             b.op("div", self.ry[:, :, m, :], self.total[:, :, m, :], self.sum[:, :, m, :])
 
-    def _rows(self, m: LoopVar) -> None:
+    def _rows(self, g: LoopVar, m: LoopVar) -> None:
         """Rows `m` over the cache, then over the float keys of this call."""
         if not self.rtables:
-            self._softmax("j", m, False)
+            self._softmax("j", g, m, False)
         else:
             with self.b.use(*self.rtables):
-                self._quantized(m)
+                self._quantized(g, m)
         if self.new:
-            self._softmax("i", m, False)
+            self._softmax("i", g, m, False)
 
-    def _quantized(self, m: LoopVar) -> None:
+    def _quantized(self, g: LoopVar, m: LoopVar) -> None:
         """The int8 blocks, with K scale and zero folded into the queries, V scale and zero into the output."""
         b = self.b
         k_scale, v_scale, v_zero, *k_zero = (ring[...] for ring in self.rtables)
@@ -248,13 +286,13 @@ class _Attention:
             b.op("mul", self.rqs[:, :, m, :], self.rq[:, :, m, :], k_scale)
             if self.offset:
                 b.op("row_dot", self.offset[:, :, m, :], self.rq[:, :, m, :], *k_zero)
-        self._softmax("j", m, True)
+        self._softmax("j", g, m, True)
         assert self.zeros
         total, zeros = self.total[:, :, m, :], self.zeros[:, :, m, :]
         b.op("mul", zeros, self.sum[:, :, m, :], v_zero)
         b.op("mul_add", total, total, v_scale, zeros)
 
-    def _softmax(self, var: str, m: LoopVar, quantized: bool) -> None:
+    def _softmax(self, var: str, g: LoopVar, m: LoopVar, quantized: bool) -> None:
         """Consume scores block by block."""
         b, first = self.b, self._first(var, m)
         state = self.maximum[:, :, m, :], self.sum[:, :, m, :], self.factor[:, :, m, :]
@@ -263,7 +301,7 @@ class _Attention:
         if self.rslopes:
             added.append(self.rslopes[...])
             attributes["slopes"] = 1
-        with self._blocks(var, m) as j:
+        with self._blocks(var, g) as j:
             with b.use(self.rs), b.fill(self.rp):
                 outs = (self.rp[:, :, m, j], *state)
                 scores = self.rs[:, :, m, j]
@@ -272,6 +310,6 @@ class _Attention:
                 total = self.total[:, :, m, :]
                 b.op("mul_add", total, total, self.factor[:, :, m, :], self.ro[:, :, m, :])
 
-    def _store(self, h: LoopVar, m: LoopVar) -> None:
+    def _store(self, h: LoopVar, _: LoopVar, m: LoopVar) -> None:
         with self.b.use(self.ry):
             self.b.op("store", self.y[h, :, m, :], self.ry[:, :, m, :])

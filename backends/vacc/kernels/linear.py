@@ -1,4 +1,6 @@
-"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights, columns dealt out to the cores.
+"""`Y[M, N] = X[M, K] @ W[N, K]^T (* S[N])`: GEMM and GEMV with float or int8 weights.
+
+Columns or rows are dealt out to the cores; where they are rows, all cores receive W as one multicast.
 
 int8 weights are cast on their way into the array (exact) and the scale of a column multiplies the f32 accumulator once.
 """
@@ -69,10 +71,10 @@ class _Linear:
     def _loop(self, outer: bool) -> Iterator[LoopVar]:
         """The loop over tiles of the panels' axis, or the one inside it."""
         if outer is self._by_columns:
-            with self.b.loop("n", 0, self.columns, self.t.n, parallel=True) as var:
+            with self.b.loop("n", 0, self.columns, self.t.n, parallel=self.t.dealt == "n") as var:
                 yield var
         else:
-            with self.b.loop("m", 0, self.rows, self.t.m) as var:
+            with self.b.loop("m", 0, self.rows, self.t.m, parallel=self.t.dealt == "m") as var:
                 yield var
 
     @contextmanager
@@ -85,10 +87,15 @@ class _Linear:
         ):
             yield (inner, outer) if self._by_columns else (outer, inner)
 
+    @property
+    def _share(self) -> str:
+        """How a core loads what belongs to columns."""
+        return "multicast" if self.t.dealt == "m" else "load"
+
     def _scales(self, n: LoopVar) -> None:
         if self.s and self.ps:
             with self.b.fill(self.s):
-                self.b.op("load", self.s[n], self.ps[n])
+                self.b.op(self._share, self.s[n], self.ps[n])
 
     def _load(self) -> None:
         b, woven = self.b, weave((self.rows, self.columns), self.t, self.cores)
@@ -98,8 +105,8 @@ class _Linear:
         with b.engine("dma_in"), self._loop(True) as outer:
             if self.panel:
                 with b.fill(self.panel):
-                    source = self.pw if self._by_columns else self.px
-                    b.op("load", self.panel[outer, ...], source[outer, ...])
+                    kind, source = (self._share, self.pw) if self._by_columns else ("load", self.px)
+                    b.op(kind, self.panel[outer, ...], source[outer, ...])
             if self._by_columns:
                 self._scales(outer)
             with self._loop(False) as inner:
@@ -131,10 +138,10 @@ class _Linear:
         if not self._by_columns:
             self._scales(n)
         with b.loop("k", 0, self.depth, self.t.k) as k:
-            for ring, source, at in ((self.x, self.px, m), (self.w, self.pw, n)):
+            for kind, ring, source, at in (("load", self.x, self.px, m), (self._share, self.w, self.pw, n)):
                 if ring is not self.panel and at:
                     with b.fill(ring):
-                        b.op("load", ring[at, k], source[at, k])
+                        b.op(kind, ring[at, k], source[at, k])
 
     def _parts(self, m: LoopVar) -> list[tuple[Handle, LoopVar | slice]]:
         """The rings of the sums of a tile, each with its rows of the tile, in the order in which they are finished."""

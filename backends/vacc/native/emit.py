@@ -60,8 +60,6 @@ class _Kernel:
         for buffer in kernel.buffers:
             if buffer.offset < 0:
                 raise error(kernel, "bounds", f"`{buffer.name}` starts at byte {buffer.offset} of SRAM")
-        if self.collective and {engine for engine, _ in kinds} != {"link"}:
-            raise error(kernel, "operands", "the native engine expects exchanges of ranks in kernels of their own")
         self.engines, first = [], 0
         for engine, tree in kernel.trees:
             self.engines.append(Engine(kernel, engine, tree, first, self.collective))

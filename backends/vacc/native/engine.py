@@ -84,16 +84,18 @@ class Engine:
             full = [f"s->acquired_{name} - s->released_{name}_{one} >= {ring.depth}" for one in ring.consumers]
             yield f"{indent}if ({' || '.join(full)}) {{ e->at = {self._cases}; return 0; }}"
             yield f"{indent}s->acquired_{name}++, r->moves++;"
-            yield f"{indent}POISON({self._slot(name)}, {ring.slot_bytes});"
+            every = "for (long d = 0; d < r->ranks; d++) " if self._collective else ""
+            yield f"{indent}{every}POISON({self._slot(name)}, {ring.slot_bytes});"
         else:
             empty = f"s->waited_{name}_{self.name} >= s->committed_{name}"
             yield f"{indent}if ({empty}) {{ e->at = {self._cases}; return 0; }}"
             yield f"{indent}s->waited_{name}_{self.name}++, r->moves++;"
 
     def _slot(self, name: str) -> str:
-        """Address of the present slot of a buffer."""
+        """Address of the present slot of a buffer; where ranks run in step, in the memory of rank `d`."""
         buffer = self._kernel.buffer[name]
-        base = f"r->sram + {buffer.offset}"
+        rank = f"d * {self._kernel.sram_bytes} + " if self._collective else ""
+        base = f"r->sram + {rank}{buffer.offset}"
         if buffer.depth == 1:
             return base
         counter = f"s->acquired_{name}" if self.name == buffer.producer else f"s->waited_{name}_{self.name}"
@@ -119,8 +121,14 @@ class Engine:
         yield f"{indent}{{ /* {number}: {comment_text(print_op(op))} */"
         if bounds:
             yield f"{inside}if (!({' && '.join(dict.fromkeys(bounds))})) return fail(r, BOUNDS, {number});"
-        yield from (inside + line for line in before)
-        yield f"{inside}int done = {call};"
+        if self._collective and not primitive.collective:
+            yield f"{inside}int done = 1;"
+            yield f"{inside}for (long d = 0; d < r->ranks && done == 1; d++) {{"
+            yield from (inside + "    " + line for line in (*before, f"done = {call};"))
+            yield f"{inside}}}"
+        else:
+            yield from (inside + line for line in before)
+            yield f"{inside}int done = {call};"
         yield f"{inside}if (done != 1) return fail(r, done ? ROW : OPERANDS, {number});"
         yield f"{inside}r->tiles++;"
         yield f"{indent}}}"

@@ -141,6 +141,7 @@ def _all_gather(outs: Operands, ins: Operands, attributes: Attributes) -> list[s
 
 OPERATIONS: Mapping[str, Writer] = {
     "load": _move,
+    "multicast": _move,
     "store": _move,
     "cast": _move,
     "gather": _gather,

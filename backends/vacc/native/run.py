@@ -15,6 +15,7 @@ from vacc_opt.backends.vacc.dies import Dies
 from vacc_opt.backends.vacc.native.build import build
 from vacc_opt.backends.vacc.native.emit import Source, emit
 from vacc_opt.backends.vacc.schedule import ALIGN, Call, Program, ScheduleError, Violation
+from vacc_opt.backends.vacc.simulate_values import exchanges
 from vacc_opt.backends.vacc.text import print_op
 from vacc_opt.ir.errors import UserError
 
@@ -64,7 +65,9 @@ class NativeProgram:
         self._dies = Dies(program, weights)
         self._threads = threads or min(_usable_cpus(), program.ranks * program.cores)
         self._run: Any = _load(self.library)
-        sram = max((-(-kernel.sram_bytes // ALIGN) * ALIGN for kernel in program.kernels), default=0)
+        ranks = {kernel.name: program.ranks if exchanges(kernel) else 1 for kernel in program.kernels}  # in step
+        sram = max((kernel.sram_bytes * ranks[kernel.name] for kernel in program.kernels), default=0)
+        sram = -(-sram // ALIGN) * ALIGN
         self._sram, self._sram_bytes = _aligned(sram * self._threads, np.uint8), sram
         self._work_floats = -(-self.source.work_floats // ALIGN) * ALIGN
         self._work = _aligned(self._work_floats * self._threads, np.float32)
