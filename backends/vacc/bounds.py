@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vacc_opt.backends.vacc.binding import Lanes, tally
+from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Step, work
 from vacc_opt.backends.vacc.ops import Work
 from vacc_opt.backends.vacc.regions import Region, union_volume
@@ -37,8 +37,7 @@ class Product:
 
 def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
     """The bound of one run of `kernel` on a die, from its unrolled `lanes`; `product` if it is one matrix product."""
-    counted = tally(lanes)
-    costs = [(engine, work(kernel, step), times) for engine, step, times in counted]
+    costs = [(engine, work(kernel, step), times) for engine, step, times in lanes.counted]
     rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
     lane_ops = sum(cost.lane_ops * times for engine, cost, times in costs if engine == "vector")
     loads = any(engine == "dma_in" for engine, _, _ in costs)
@@ -73,7 +72,7 @@ def compulsory_bytes(kernel: Kernel, lanes: Lanes) -> int:
     reads: dict[str, set[Region]] = {}
     writes: dict[str, set[Region]] = {}
     total = 0
-    for _, step, times in tally(lanes):
+    for _, step, times in lanes.counted:
         gathers = step.op.kind == "gather"
         if gathers:
             total += work(kernel, step).bytes * times
