@@ -89,6 +89,8 @@ def _linear(w: Wanted) -> Node:
     if "SCALE" in given:
         node = _as_given(w, "quantize", node, w.of("SCALE", columns), w.of("ZERO", columns))
     node = w.stored(node)
+    if "all_reduce" in fused:
+        node = w.stored(w.make.apply("all_reduce", (node,), (), node.shape))
     return node if w.shape == node.shape else w.make.make("reshape", (), (node,), w.shape, node.dtype)
 
 
@@ -174,7 +176,7 @@ def _all_gather(w: Wanted) -> Node:
     return w.make.make("all_gather", (), (w.of("X", rows, columns),), w.shape)
 
 
-_FUSED = {"bias", *GATES, "rotary", "append"}  # what the name of a linear may list, each behind a `+`
+_FUSED = {"bias", *GATES, "rotary", "append", "all_reduce"}  # what the name of a linear may list, each behind a `+`
 
 DEFINITIONS: Mapping[str, Definition] = {
     "linear": _linear,

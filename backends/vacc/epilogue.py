@@ -2,7 +2,8 @@
 
 The order is fixed: the factor of a column (int8 weights), its bias, the product of an activated gate with the sums of a
 second weight, the turn of a rotary embedding, the codes of a cache. Sums stay f32 through all of it and are rounded
-once, by the store.
+once, by the store. Instead of being stored, the strips of all ranks may be added up on the links, each as soon as it is
+finished: the same bits as a reduction of its own gives, without a way to DDR and back.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Epilogue:
     """What is fused into a linear; nothing by default.
 
     `codes` are scale and zero [N] of an int8 result. `head`: Y is [N / head, rows, head], and a tile of columns is one
-    head. `append`: Y is a cache, of which the rows from run-time scalar `pos` on are written.
+    head. `append`: Y is a cache, of which the rows from run-time scalar `pos` on are written. `ranks`: of so many the
+    results are added up.
     """
 
     bias: Param | None = None
@@ -66,12 +68,14 @@ class Epilogue:
     codes: tuple[Param, Param] | None = None
     append: bool = False
     head: int = 0
+    ranks: int = 0
 
     @property
     def name(self) -> str:
         """What it adds to the name of a kernel."""
         parts = ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate), ("rotary", self.turn)
-        return "".join(f"+{name}" for name, given in (*parts, ("append", self.append)) if given)
+        ends = ("append", self.append), ("all_reduce", self.ranks)
+        return "".join(f"+{name}" for name, given in (*parts, *ends) if given)
 
     @property
     def weights(self) -> int:
@@ -107,7 +111,7 @@ class Epilogue:
         if self.codes:
             steps.append(Operation("quantize", (source, "scale", "zero"), "sum"))
         if not steps:
-            return (Operation("cast", ("acc",), "y"),) if rounded else ()
+            return (Operation("cast", ("acc",), "y"),) if rounded or self.ranks else ()
         last = steps.pop()
         return (*steps, Operation(last.kind, last.ins, "y", last.attributes))
 

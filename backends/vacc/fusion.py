@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vacc_opt.backends.vacc.assemble import Operand
 from vacc_opt.backends.vacc.epilogue import GATES, Epilogue, Gate, Turn
+from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.refs import Ref
@@ -33,6 +34,7 @@ class Fusion(Enum):
     BIAS = "bias"
     ROTARY = "rotary"
     APPEND = "append"  # new rows of a KV cache, quantized on the way when it is int8
+    ALL_REDUCE = "all-reduce"  # of the ranks' parts of a product
 
 
 EVERY: Collection[Fusion] = tuple(Fusion)
@@ -43,6 +45,7 @@ _READERS = {
     "RotaryEmbedding": {Fusion.ROTARY},
     "Vastai::QuantizeKV": {Fusion.APPEND},
     "TensorScatter": {Fusion.APPEND},
+    "Vastai::AllReduce": {Fusion.ALL_REDUCE},
 }
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
@@ -63,11 +66,12 @@ class Sums:
     gate: tuple[str, int, Sums] | None = None  # kind, form of the GELU, the other sums
     turn: tuple[Ref, Ref, bool] | None = None
     codes: tuple[Ref, Ref] | None = None  # scale and zero [H, D]
+    ranks: int = 0  # that add up their parts
 
     @property
     def plain(self) -> bool:
         """Whether these are still sums of columns, to which more may be added."""
-        return not (self.gate or self.turn or self.codes)
+        return not (self.gate or self.turn or self.codes or self.ranks)
 
     @property
     def heads(self) -> tuple[int, int] | None:
@@ -149,11 +153,27 @@ def turned(low: Lowering, node: Node, cos: Ref, sin: Ref, interleaved: bool) -> 
     return fused if _pays(low, fused, [found], apart) else None
 
 
+def reduced(low: Lowering, node: Node) -> Sums | None:
+    """The sums of a linear of which `node` (AllReduce) adds up those of all ranks; None where it reads others."""
+    found = pending(low, node.inputs[0])
+    if not found or not found.plain or Fusion.ALL_REDUCE not in low.fusions:
+        return None
+    size = (found.x.shape[0] * found.w.shape[0],)
+
+    def apart() -> Kernel:
+        x, y = (Param(name, found.view.dtype, size, (1,), mode) for name, mode in (("X", "in"), ("Y", "out")))
+        return all_reduce(x, y)
+
+    fused = replace(found, ranks=low.graph.ranks, node=node)
+    return fused if _pays(low, fused, [found], apart) else None
+
+
 def _pays(low: Lowering, fused: Sums, parts: list[Sums], apart: Callable[[], Kernel]) -> bool:
     """Whether a fusion that narrows the choice of tiles takes no longer than its parts and the kernel behind them."""
-    key = repr((_params(fused), fused.gate[:2] if fused.gate else fused.turn))
+    key = repr((_params(fused), fused.gate[:2] if fused.gate else fused.turn, fused.ranks))
     if key not in low.pays:
-        whole = sum(cycles(low, one) for one in parts) + time_kernel(apart(), low.target, {"pos": 0}).cycles
+        behind = time_kernel(apart(), low.target, {"pos": 0}, low.graph.ranks).cycles
+        whole = sum(cycles(low, one) for one in parts) + behind
         low.pays[key] = cycles(low, fused) <= whole
     return low.pays[key]
 
@@ -182,7 +202,7 @@ def store(low: Lowering, sums: Sums, cache: Ref | None = None) -> Ref:
     """Call the kernel of a linear and what is fused into it: into a new tensor, or a cache [H, C, D] from `pos` on."""
     y = cache or low.out.temp(sums.view.dtype, (sums.x.shape[0], sums.w.shape[0]))
     operands = _operands(sums, y)
-    key = "linear", sums.gate[:2] if sums.gate else None, sums.turn[2] if sums.turn else None
+    key = "linear", sums.gate[:2] if sums.gate else None, sums.turn[2] if sums.turn else None, sums.ranks
     scalars = {"pos": ("pos", 0)} if sums.turn or cache else {}
     low.emit(key, lambda *params: _found(low, sums, params).kernel, operands, first=sums.node, **scalars)
     return y if cache else replace(sums.view, tensor=y.tensor)
@@ -208,7 +228,7 @@ def _found(low: Lowering, sums: Sums, params: Sequence[Param]) -> Found:
     turn = Turn(given["COS"], given["SIN"], sums.turn[2]) if sums.turn else None
     codes = (given["SCALE"], given["ZERO"]) if sums.codes else None
     head = y.shape[2] if len(y.shape) == 3 else 0
-    after = Epilogue(given.get("B"), gate, turn, codes, y.name == "CACHE", head)
+    after = Epilogue(given.get("B"), gate, turn, codes, y.name == "CACHE", head, sums.ranks)
     return search_linear(given["X"], given["W"], given.get("S"), y, low.target, after)
 
 

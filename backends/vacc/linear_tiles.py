@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.backends.vacc.costs import link_cost
 from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, Operation, lane_operations, scratches
 from vacc_opt.backends.vacc.schedule import ALIGN, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
@@ -450,7 +451,13 @@ class _Combinations:
         )
         array = ddr.latency + self.target.core.dma.issue + first + self._array
         array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
-        return np.maximum(array, self.ddr / ddr.effective_bytes_per_cycle)
+        return np.maximum(np.maximum(array, self._links), self.ddr / ddr.effective_bytes_per_cycle)
+
+    @property
+    def _links(self) -> float:
+        """Cycles in which the links add up the results of all ranks."""
+        ranks, size = self.shape.after.ranks, self.shape.m * self.shape.n * itemsize(self.shape.y)
+        return link_cost("all_reduce", size, ranks, self.target.links)[0] if ranks else 0.0
 
     @cached_property
     def cycles(self) -> Numbers:

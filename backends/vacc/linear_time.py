@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
+from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, Operation
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream
 from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, weave
@@ -39,10 +39,11 @@ class _Linear:
 
     def machine(self) -> Machine:
         """The engines of every core that gets a tile; cores with tiles of the same sizes keep step, as one."""
-        alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        alike: dict[tuple[tuple[int, ...], tuple[int, ...], int], list[int]] = {}
         for core in range(min(self.target.die.cores, self._dealt)):
             rows, columns = self._axes(core)
-            alike.setdefault((tuple(rows), tuple(columns)), []).append(core)
+            alone = core if self.after.ranks else 0  # cores take turns on the links
+            alike.setdefault((tuple(rows), tuple(columns), alone), []).append(core)
         streams: list[Stream] = []
         channels: dict[str, Channel] = {}
         engines: list[tuple[str, Callable[[int], Iterator[Step]]]] = [
@@ -50,7 +51,7 @@ class _Linear:
             ("matrix", self._multiply),
         ]
         engines += [("vector", self._finish)] if self._epilogue else []
-        engines += [("dma_out", self._store)]
+        engines += [(self._out, self._store)]
         outstanding = self.target.core.dma.max_outstanding
         for core, *copies in alike.values():
             index = {}
@@ -70,6 +71,10 @@ class _Linear:
     def _epilogue(self) -> bool:
         return bool(self._operations)
 
+    @property
+    def _out(self) -> str:
+        return "link" if self.after.ranks else "dma_out"
+
     @cached_property
     def _columns(self) -> tuple[Param, ...]:
         return self.after.columns(self.scale)
@@ -84,7 +89,7 @@ class _Linear:
         for one in (*self._columns, *self.after.rows):
             yield one.name.lower(), 2, "vector"
         if self._epilogue:
-            yield "y", 2, "dma_out"
+            yield "y", 2, self._out
 
     @property
     def _dealt(self) -> int:
@@ -250,4 +255,18 @@ class _Linear:
                 if (rows, n) not in made:
                     shape = (1, rows, n) if self.after.head else (rows, n)
                     made[rows, n] = self._transfer(self.y, shape, ring, False)
+                    if self.after.ranks:
+                        made[rows, n] = self._reduction(rows, n, ring)
                 yield made[rows, n]
+
+    def _reduction(self, rows: int, n: int, ring: str) -> Step:
+        size = rows * n * itemsize(self.y.dtype)
+        busy, hops = link_cost("all_reduce", size, self.after.ranks, self.target.links, self._strips_of_all)
+        return Step("", busy, waits=(ring,), releases=(ring,), bytes=size, latency=hops)
+
+    @cached_property
+    def _strips_of_all(self) -> int:
+        """Strips of all cores."""
+        cores = range(min(self.target.die.cores, self._dealt))
+        places = (m for core in cores for m, _, _, _ in self._places(core))
+        return sum(len(strips) for m in places for _, strips in self._strips(m))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
-from vacc_opt.backends.vacc.fusion import EVERY, Fusion, gated, pending, reshaped, sums_of, with_bias
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion, gated, pending, reduced, reshaped, sums_of, with_bias
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -243,7 +243,10 @@ def _first(ref: Ref, axes: int) -> Ref:
     return ref
 
 
-def _all_reduce(low: Lowering, node: Node) -> Ref:
+def _all_reduce(low: Lowering, node: Node) -> Known:
+    sums = reduced(low, node)
+    if sums:
+        return low.waiting(node.output, sums)
     source = low.ref(node.inputs[0])
     x = low.view(source, (prod(source.shape),))
     y = low.out.temp(x.dtype, x.shape)

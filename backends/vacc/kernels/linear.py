@@ -63,7 +63,8 @@ class _Linear:
             (b.ring(p.name.lower(), p.dtype, (t.m, p.shape[1]), "dma_in", "vector"), given[p.name]) for p in rows
         ]
         self.scratch = {name: b.scratch(name, "f32", (t.strip, t.n), "vector") for name in scratches(self.steps)}
-        self.y = b.ring("y", y.dtype, (t.strip, t.n), "vector", "dma_out") if shape.epilogue else None
+        self.out, self.store = ("link", "all_reduce") if self.after.ranks else ("dma_out", "store")
+        self.y = b.ring("y", y.dtype, (t.strip, t.n), "vector", self.out) if shape.epilogue else None
         self.panel = {"x": self.x, "w": self.w}.get(t.resident)
         self.passing = [one for one in (self.x, self.w) if one is not self.panel]
 
@@ -236,13 +237,13 @@ class _Linear:
 
     def _store(self) -> None:
         b = self.b
-        with b.engine("dma_out"), self._tiles() as (m, n):
+        with b.engine(self.out), self._tiles() as (m, n):
             ready = self.y or self.acc
             for _, rows in self._parts(m):
                 first = m.start + (rows.start if isinstance(rows, slice) else 0)
                 with self._strips(rows) if self.y else nullcontext() as r, b.use(ready):
                     place = slice(first + r.start, first + r.stop) if r else slice(m.start, m.stop)
-                    b.op("store", self._place(place, n), ready[r or m, n])
+                    b.op(self.store, self._place(place, n), ready[r or m, n])
 
     def _place(self, rows: slice, n: LoopVar) -> View:
         """Where rows of a tile lie in Y."""
