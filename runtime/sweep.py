@@ -191,11 +191,13 @@ def source_of(
 
 def _times(graphs: Mapping[str, Graph], target: Target) -> Iterator[PhaseTime]:
     from vacc_opt.backends.vacc import lower, simulate_time, verify
+    from vacc_opt.backends.vacc.binding import Unrolled
 
     for phase, graph in graphs.items():
         program = lower(graph, target, phase=phase)
-        verify(program, target)
-        timing = simulate_time(program, target)
+        unrolled = Unrolled()
+        verify(program, target, unrolled)
+        timing = simulate_time(program, target, unroll=unrolled)
         yield PhaseTime(
             phase=phase,
             milliseconds=timing.milliseconds,
