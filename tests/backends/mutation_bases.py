@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.backends.vacc.epilogue import Epilogue
 from vacc_opt.backends.vacc.fusion import EVERY
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.attention import Scores
@@ -77,6 +78,7 @@ def bases() -> list[Base]:
         Base("linear_resident", _gemm("f16", None, 10000), machine(10000)),
         Base("linear_f16", _gemm("f16", None, 4000), machine(4000)),
         Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
+        Base("linear+all_reduce", _gemm("f32", None, 8000, 3), machine(8000), ranks=3),
         Base("linear+bias+swiglu", _fused(["bias", "swiglu"], 10_000), machine(10_000)),
         Base("linear_w8+swiglu", _fused(["swiglu"], 8000, "i8"), machine(8000)),
         Base("linear+bias+rotary", _fused(["bias", "rotary"], 8000), machine(8000), at),
@@ -127,7 +129,7 @@ def bases() -> list[Base]:
     ]  # fmt: skip
 
 
-def _gemm(activations: str, weights: str | None, sram: int) -> Kernel:
+def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0) -> Kernel:
     """Y[10, 37] = X[10, 130] @ W[37, 130]^T in several tiles."""
     rows, columns, depth = 10, 37, 130
     x, y = (
@@ -135,7 +137,7 @@ def _gemm(activations: str, weights: str | None, sram: int) -> Kernel:
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return fastest_linear(x, w, scale, y, machine(sram))
+    return fastest_linear(x, w, scale, y, machine(sram), Epilogue(ranks=ranks))
 
 
 def _fused(steps: list[str], sram: int, weights: str = "f32") -> Kernel:
