@@ -45,6 +45,12 @@ def test_a_layer_becomes_one_kernel_a_linear_and_what_is_no_epilogue() -> None:
     assert found[3:] == ["attention", "linear", "add", "rms_norm", "linear+swiglu", "linear"]
 
 
+@pytest.mark.parametrize("length", [5, 1], ids=["prefill", "decode"])
+def test_a_phase_of_any_depth_takes_at_most_16_kernels(length: int) -> None:
+    program = lower(Llama(layers=3, length=length, ranks=3).graph(), TARGET, phase="prefill")
+    assert len(program.kernels) <= 16
+
+
 def test_without_fusions_every_operator_is_a_kernel() -> None:
     qk = ["linear", "bias", "rotary"]
     feed = ["linear", "linear", "swiglu", "linear"]
