@@ -93,25 +93,6 @@ def work_bytes(kernel: Kernel, step: Step) -> int:
     return work(kernel, step).bytes + sum(math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes)
 
 
-def link_cost(kind: str, size: int, ranks: int, links: Links | None, steps: int = 1) -> tuple[int, int]:
-    """(cycles that a die's links are busy, cycles of hops) of one of `steps` collectives on `size` bytes a rank.
-
-    The cheaper of two for all steps, of which the hops of one pass while the links are busy with the next. Ring:
-    2(N-1) turns of size/N bytes to reduce for all, N-1 of them to reduce a part for each, N-1 turns of `size` to
-    gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter way round, floor(N*N/4)
-    hops in total for each die, and sums what it receives in the order of the ranks. Two link
-    engines use both directions of the ring.
-    """
-    if ranks == 1 or links is None:
-        return 0, 0
-    ways = min(links.engines, 2) * links.bytes_per_cycle
-    turns = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
-    ring = math.ceil(turns * (size if kind == "all_gather" else size / ranks) / ways), turns * links.hop_latency
-    sent = size / ranks if kind == "reduce_scatter" else size
-    direct = math.ceil((ranks * ranks // 4) * sent / ways), (ranks // 2) * links.hop_latency
-    return min(ring, direct, key=lambda cost: steps * cost[0] + cost[1])
-
-
 def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> int:
     """Cycles below which no collectives (kind, bytes a rank) go: bytes out of a die, and the hop of the last one."""
     if not costs or ranks == 1 or links is None:

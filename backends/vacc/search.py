@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.linear_tiles import Candidate, LinearShape, LinearTiles, linear_space
 from vacc_opt.backends.vacc.linear_time import linear_cycles
@@ -45,7 +46,7 @@ class Found:
         return f"within {100 * (self.cycles / self.floor - 1):.1f} % of the optimum of {space}"
 
 
-Signature = tuple[Param, Param, Param | None, Param, str]
+Signature = tuple[Param, Param, Param | None, Param, str, Epilogue]
 _KNOWN: dict[Signature, Found] = {}  # one search a signature: parameters and machine
 
 
@@ -72,19 +73,21 @@ def remembering(memory: Memory) -> Iterator[None]:
         _memory.reset(token)
 
 
-def fastest_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Kernel:
+def fastest_linear(
+    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
+) -> Kernel:
     """The kernel of :func:`search_linear`."""
-    return search_linear(x, w, scale, y, target).kernel
+    return search_linear(x, w, scale, y, target, after).kernel
 
 
-def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
+def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN) -> Found:
     """The linear kernel with the fewest simulated cycles, then the fewest DDR bytes, among the best ranked tiles."""
-    signature = (x, w, scale, y, target.sha)
+    signature = (x, w, scale, y, target.sha, after)
     if signature not in _KNOWN:
         memory = _memory.get()
         kept = memory.get(repr(signature)) if memory else None
         found = _recalled(kept, signature, target) if kept else None
-        _KNOWN[signature] = found or _search(x, w, scale, y, target)
+        _KNOWN[signature] = found or _search(x, w, scale, y, target, after)
         if memory and not found:
             memory.put(repr(signature), _noted(_KNOWN[signature]))
     return _KNOWN[signature]
@@ -100,13 +103,13 @@ def _recalled(kept: bytes, signature: Signature, target: Target) -> Found | None
     try:
         data = json.loads(kept)
         tiles = LinearTiles(**data.pop("tiles"))
-        return Found(**{**data, "tiles": tiles, "kernel": linear(*signature[:-1], target, tiles)})
+        return Found(**{**data, "tiles": tiles, "kernel": linear(*signature[:4], target, tiles, signature[-1])})
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
-    shape = LinearShape(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None)
+def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue) -> Found:
+    shape = LinearShape.of(x, w, scale, y, after)
     space = linear_space(shape, target, RANKED)
     timed: list[tuple[int, Candidate]] = []
     spent, floor = 0, space.floor
@@ -116,11 +119,11 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -
         if timed and (not (faster or lighter) or len(timed) == TRIED or spent + one.products > PRODUCTS):
             floor = min(floor, one.floor)
             continue
-        timed.append((linear_cycles(x, w, scale, y, one.tiles, target), one))
+        timed.append((linear_cycles(x, w, scale, y, one.tiles, target, after), one))
         spent += one.products
     cycles = {id(one): cycles for cycles, one in timed}
     best, chosen = _pick(timed)
-    kernel = linear(x, w, scale, y, target, chosen.tiles)
+    kernel = linear(x, w, scale, y, target, chosen.tiles, after)
     return Found(kernel, chosen.tiles, cycles[id(chosen)], space.size, len(timed), min(floor, best))
 
 

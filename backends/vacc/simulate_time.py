@@ -9,7 +9,7 @@ multicast     a load that all cores receive: it waits for the slowest of them, a
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
               results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
-collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`bounds.link_cost`);
+collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`costs.link_cost`);
               after the hops, for which the next one does not wait, its DDR bytes
 """
 
@@ -23,8 +23,8 @@ import numpy as np
 
 from vacc_opt.backends.vacc.alike import Alike
 from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes, scalar_values
-from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
-from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
+from vacc_opt.backends.vacc.bounds import kernel_bound, program_bound, work_bytes
+from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
 from vacc_opt.backends.vacc.event_model import Step as TimedStep
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, work

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.ops import MOVES, PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
@@ -63,8 +63,6 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
     engines = [engine for engine, _ in kernel.trees]
     for listed in (names, engines):
         yield from (("name", f"`{name}` is given twice") for name, times in Counter(listed).items() if times > 1)
-    if is_parallel(dict(kernel.trees).get("link", ())):
-        yield "op", "a die has one link engine: its loops cannot be parallel"
     accumulators = target.core.matrix.acc
     if kernel.accumulator_bytes > accumulators.bytes and accumulators.sram_bytes_per_cycle is None:
         yield "capacity", f"accumulators need {kernel.accumulator_bytes} bytes of {accumulators.bytes}"

@@ -16,7 +16,7 @@ from vacc_opt.backends.vacc.text import print_op
 Problem = tuple[str, str]  # (kind, message)
 Slot = tuple[int, str, int]  # (core, buffer, number of the fill)
 Slots = Sequence[tuple[str, list[Region], list[Region]]]  # (ring, regions written, regions read) of each fill
-_READERS = ("matrix", "vector", "dma_out")
+_READERS = ("matrix", "vector", "dma_out", "link")
 
 
 @dataclass(frozen=True, slots=True)
