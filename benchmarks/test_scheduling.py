@@ -22,7 +22,7 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.runtime.models import load_model
 from vacc_opt.runtime.plan import plan_compilation
 
-COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 20  # seconds of both phases; bytes and kernels of each
+COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 20  # seconds of one core for both phases; bytes, kernels of each
 YAML = """\
 name: chatglm2
 frontend:
