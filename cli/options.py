@@ -64,6 +64,16 @@ def optional_value(group: str, *names: str, **kwargs: Any) -> Callable[[_F], _F]
     return click.option(*names, cls=OptionalValue, group=group, **kwargs)
 
 
+def what_if_option(command: _F) -> _F:
+    """``--what-if`` of the commands that take a target."""
+    return click.option(
+        "--what-if",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Another number of the target; repeatable: ddr.bytes_per_cycle=200.",
+    )(command)
+
+
 def trust_option(command: _F) -> _F:
     """``--trust-remote-code`` of the commands that export a checkpoint."""
     return click.option(

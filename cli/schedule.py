@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vacc_opt.cli.options import what_if_option
+
 if TYPE_CHECKING:
     from vacc_opt.runtime.schedule import Scheduled
-
-_what_if = click.option(
-    "--what-if", multiple=True, metavar="KEY=VALUE", help="Another number of the target; repeatable: ddr.latency=500."
-)
 
 
 @click.group("schedule")
@@ -28,7 +26,7 @@ def command() -> None:
 @click.option("--k", type=int, required=True, help="Input channels.")
 @click.option("--weights", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
 @click.option("--target", required=True, metavar="NAME|FILE", help="The machine: a shipped target or a YAML file.")
-@_what_if
+@what_if_option
 @click.option("-o", "out", metavar="FILE", help="Write the schedule text here instead of to stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the text is under `schedule`.")
 def gemm(
@@ -49,7 +47,7 @@ def gemm(
 @command.command("check")
 @click.argument("schedule", metavar="FILE")
 @click.option("--target", required=True, metavar="NAME|FILE", help="The machine that the schedule was written for.")
-@_what_if
+@what_if_option
 @click.option("--execute", is_flag=True, help="Run it on random values in four interleavings, which must agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(schedule: str, target: str, what_if: tuple[str, ...], execute: bool, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from vacc_opt.runtime.cache import Cache, kept_graph, kept_schedule
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
 from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
 from vacc_opt.runtime.kept_weights import KeptWeights
+from vacc_opt.runtime.machine import machine
 from vacc_opt.runtime.measure import cache_bytes, weight_bytes
 from vacc_opt.runtime.memory import PeakMemory
 from vacc_opt.runtime.models import describe, format_bytes, load_model
@@ -103,10 +104,16 @@ class _Lowered:
 
 
 def compile_model(
-    file: Path, overrides: Sequence[str], listener: Listener, *, plan_only: bool = False
+    file: Path,
+    overrides: Sequence[str],
+    listener: Listener,
+    *,
+    plan_only: bool = False,
+    what_if: Sequence[str] = (),
 ) -> CompileReport:
     """Compile as the YAML ``file`` says, with ``dotted.key=value`` overrides, and write the artifact.
 
+    With ``what_if``, ``KEY=VALUE`` numbers of the target, it is compiled for that machine, whose file is written.
     With ``plan_only`` everything is done but what reads weights: nothing is calibrated (scales have made-up values
     and every linear is taken for one that becomes int8, which is what sizes and times depend on), nothing is written.
 
@@ -119,11 +126,11 @@ def compile_model(
         plan = plan_compilation(file, overrides)
         if not plan_only:
             check_place(plan.output, is_artifact)
-        target = load_target(plan.config.backend.target)
+        target = machine(plan.config.backend.target, what_if)
         run = _Run(plan, listener, Cache.of(plan.config.workspace.path, keeps=not plan_only))
         listener.line(plan.config.name)
         _note_keys(run)
-        key = "" if plan_only else artifact_key(plan)
+        key = "" if plan_only else artifact_key(plan, target)
         unchanged = None if plan_only else unchanged_artifact(plan, run.cache, key)
         if unchanged is not None:
             return _unchanged(run, unchanged, peak, started)
@@ -145,7 +152,7 @@ def compile_model(
             if plan_only:
                 files = planned_files([_phase_model(one) for one in lowered])
             else:
-                files = _write(run, lowered, facts, tokenizer, calibrated).files
+                files = _write(run, lowered, facts, target, tokenizer, calibrated).files
         if not plan_only:
             remember_artifact(plan, run.cache, key, [step.name for step in run.steps if step.name != "config"])
     seconds = time.perf_counter() - started
@@ -314,6 +321,7 @@ def _write(
     run: _Run,
     lowered: Sequence[_Lowered],
     facts: ModelFacts,
+    target: Target,
     tokenizer: Tokenizer | None,
     calibrated: Calibrated,
 ) -> Artifact:
@@ -337,7 +345,7 @@ def _write(
             texts={
                 REPORT: report,
                 REMARKS: to_yaml(run.remarks),
-                TARGET: target_file(plan.config.backend.target).read_text(encoding="utf-8"),
+                TARGET: _target_text(plan, target),
                 **({LAYERS_FILE: layers_text(calibrated.layers)} if calibrated.layers else {}),
             },
             files=[calibrated.scales] if calibrated.scales is not None else [],
@@ -348,6 +356,12 @@ def _write(
         cached = f", {len(kept.linked)} of them cached" if kept.linked else ""
         said.append(f"{artifact.ranks} ranks x {format_bytes(_rank_bytes(artifact))}{cached}")
     return artifact
+
+
+def _target_text(plan: Plan, target: Target) -> str:
+    """The file of the target as it was written; that of a changed machine is written here."""
+    file = target_file(plan.config.backend.target)
+    return file.read_text(encoding="utf-8") if load_target(file).sha == target.sha else target.to_yaml()
 
 
 def _phase_model(one: _Lowered) -> PhaseModel:

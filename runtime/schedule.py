@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.runtime.machine import machine
 
 ORDERS = 4  # interleavings of the engines that `run_orders` compares
 
@@ -40,8 +41,8 @@ class Scheduled:
 def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str, what_if: Sequence[str] = ()) -> Scheduled:
     """Search a schedule of `Y[m, n] = X[m, k] @ W[n, k]^T`; X, Y float16, `weights`: float16, or int8 with scales.
 
-    `what_if` changes numbers of the target, as :func:`machine` does. Raises UserError for sizes below 1, unknown
-    weights, targets or numbers, and where no tile fits.
+    `what_if` changes numbers of the target, as :func:`vacc_opt.runtime.machine.changed` does. Raises UserError for
+    sizes below 1, unknown weights, targets or numbers, and where no tile fits.
     """
     from vacc_opt.backends.vacc.kernels.builder import param
     from vacc_opt.backends.vacc.search import search_linear
@@ -67,25 +68,6 @@ def check_schedule(path: Path, *, target: str, what_if: Sequence[str] = ()) -> S
     Raises UserError for text that cannot be read, and ScheduleError with every violation.
     """
     return _scheduled(_read(path), machine(target, what_if))
-
-
-def machine(target: str, what_if: Sequence[str] = ()) -> Any:
-    """A target with the numbers of `what_if`, each `KEY=VALUE`: its name and hash tell it from the target itself.
-
-    A key is the dotted path of a number, or the end of one: `ddr.bytes_per_cycle=200`, `sram.bytes=2MiB`. Raises
-    UserError.
-    """
-    from vacc_opt.backends.vacc.target import load_target, overlay, parse_bytes
-
-    changes: dict[str, Any] = {}
-    for text in what_if:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not (key and equals and value):
-            raise UserError(f"--what-if {text}: no KEY=VALUE", "such as --what-if ddr.bytes_per_cycle=200")
-        if key in changes:
-            raise UserError(f"--what-if {key} is given twice", "a number has one value; `vacc-opt sweep` tries several")
-        changes[key] = parse_bytes(value)
-    return overlay(load_target(target), changes)
 
 
 def run_orders(found: Scheduled, seed: int = 0) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import TARGET, open_artifact
+from vacc_opt.runtime.machine import changed
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Predicted time of one call of a phase with ``context`` tokens cached, and where the cycles went."""
+    """Predicted time of one call of a phase with ``context`` tokens cached, and where the cycles went.
+
+    ``tiles_of`` is the machine that the schedule was made for, when the one that it is timed on is another.
+    """
 
     phase: str
     ranks: int
@@ -38,6 +43,7 @@ class Simulation:
     account: dict[str, int]
     target: str
     assumed: int
+    tiles_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``."""
@@ -58,14 +64,26 @@ class Simulation:
                 f"  {kernel.name:<{width}}  {kernel.calls:>5} {kernel.cycles:>9} {share:>6.1%}  {ratio}  {kernel.binds}"
             )
         lines.append(f"  target {self.target}, {self.assumed} of its numbers are assumed")
+        if self.tiles_of is not None:
+            lines.append(f"  tiles are those that were chosen for {self.tiles_of}: `sweep` and `compile` choose anew")
         return "\n".join(lines)
 
 
-def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path | None = None) -> Simulation:
+def simulate(
+    path: Path,
+    phase: str,
+    *,
+    context: int | None = None,
+    trace: Path | None = None,
+    what_if: Sequence[str] = (),
+) -> Simulation:
     """Predict the time of a phase; ``trace`` receives a Chrome trace.
 
+    With ``what_if``, ``KEY=VALUE`` numbers of the target, the schedule is timed on that machine as it stands.
+
     Raises:
-        UserError: no such artifact or phase, a context that does not fit, or a target that has changed since.
+        UserError: no such artifact or phase, a context that does not fit, or no such number of the target.
+        ScheduleError: the schedule breaks a rule on its target or on the changed one.
     """
     from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify, write_trace
 
@@ -79,7 +97,10 @@ def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path 
         raise UserError(
             f"context {context} does not fit: {entry.name} starts after 0 to {most} of {entry.context} tokens"
         )
-    target = load_target(artifact.path / TARGET)
+    compiled_for = load_target(artifact.path / TARGET)
+    target = changed(compiled_for, what_if)
+    if what_if and program.target_sha == compiled_for.sha:  # the same text, for the machine that it is timed on
+        program = replace(program, target=target.name, target_sha=target.sha)
     verify(program, target)
     timing = simulate_time(program, target, context=context)
     if trace is not None:
@@ -102,4 +123,5 @@ def simulate(path: Path, phase: str, *, context: int | None = None, trace: Path 
         account=dict(timing.account),
         target=f"{target.name} v{target.version}",
         assumed=len(target.assumed),
+        tiles_of=None if target.sha == compiled_for.sha else f"{compiled_for.name} v{compiled_for.version}",
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vacc_opt.backends.vacc import target_file
+from vacc_opt.backends.vacc import Target, target_file
 from vacc_opt.frontends.checkpoint import resolve_path
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import MANIFEST, Artifact, open_artifact
@@ -56,8 +56,8 @@ def _times(artifact: Artifact) -> dict[str, int]:
     return {name: (artifact.path / name).stat().st_mtime_ns for name in artifact.files}
 
 
-def artifact_key(plan: Plan) -> str:
-    """What decides the bytes of the plan's artifact, and its place."""
+def artifact_key(plan: Plan, target: Target) -> str:
+    """What decides the bytes of the plan's artifact for a machine, and its place."""
     config = plan.config
     scales, data = plan.kv_scales, config.dataset
     return key_of(
@@ -65,6 +65,7 @@ def artifact_key(plan: Plan) -> str:
         config.model_dump(mode="json", exclude={"workspace"}),
         checkpoint_stamp(resolve_path(config.frontend.checkpoint)),
         stamp(target_file(config.backend.target)),
+        target.sha,
         stamp(scales) if scales is not None else "",
         stamp(Path(data.path), deep=True) if data is not None else "",
     )

@@ -178,6 +178,11 @@ class Target(_Section):
         """Time of `cycles` at the core clock."""
         return cycles / (self.clock_mhz * 1e6)
 
+    def to_yaml(self) -> str:
+        """A target file that loads as this machine, the provenance of each number beside it."""
+        tree = self.model_dump(exclude={"numbers_from"})
+        return "".join(f"{line}\n" for line in _file_lines(tree, self.numbers_from))
+
     def numbers(self) -> Iterator[tuple[str, float, str]]:
         """(dotted path, value, provenance) of every number, in the order of the file."""
         for path, value in _leaves(self.model_dump(exclude={"numbers_from", "name", "version"})):
@@ -332,6 +337,23 @@ def _check_littles_law(target: Target, where: str) -> None:
             f" at {target.die.ddr.effective_bytes_per_cycle:g} B/cycle ({needed:.0f} bytes needed)",
             "raise core.dma.max_outstanding or core.dma.chunk",
         )
+
+
+def _file_lines(tree: Mapping[str, Any], sources: Mapping[str, str], path: str = "", indent: str = "") -> Iterator[str]:
+    """Lines of YAML, in which texts and numbers are written as in JSON."""
+    for key, value in tree.items():
+        full = f"{path}.{key}" if path else key
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}:"
+            yield from _file_lines(value, sources, full, f"{indent}  ")
+        elif full in sources:
+            yield f"{indent}{key}: {{value: {json.dumps(value)}, provenance: {_quoted(sources[full])}}}"
+        else:
+            yield f"{indent}{key}: {_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

@@ -132,6 +132,16 @@ def test_an_overlay_changes_one_number_which_then_counts_as_assumed() -> None:
     assert load_target("vacc-reference") == target
 
 
+@pytest.mark.parametrize("name", target_names())
+def test_the_file_that_a_machine_writes_is_that_machine(name: str, tmp_path: Path) -> None:
+    """Every number with its provenance, and no links as no links; of a changed one too."""
+    for number, target in enumerate((load_target(name), overlay(load_target(name), {"ddr.bytes_per_cycle": 72.5}))):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(target.to_yaml(), encoding="utf-8")
+        assert load_target(path) == target
+        assert load_target(path).sha == target.sha
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [
