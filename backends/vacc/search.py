@@ -11,7 +11,8 @@ from typing import Protocol
 
 from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import Candidate, LinearShape, LinearTiles, linear_space
+from vacc_opt.backends.vacc.linear_space import Candidate, linear_space
+from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles
 from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import Kernel, Param
 from vacc_opt.backends.vacc.target import Target

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from vacc_opt.backends.vacc import Program, Target, load_target
 from vacc_opt.backends.vacc.epilogue import Epilogue
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, linear_space
+from vacc_opt.backends.vacc.linear_space import linear_space
+from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles
 from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import DTYPES, Param
 from vacc_opt.backends.vacc.search import fastest_linear

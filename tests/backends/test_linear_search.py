@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from vacc_opt.backends.vacc import Program, load_target, simulate_time
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, linear_space, weave
+from vacc_opt.backends.vacc.linear_space import linear_space
+from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, weave
 from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import Kernel, Param
 from vacc_opt.backends.vacc.search import TIED, fastest_linear, search_linear

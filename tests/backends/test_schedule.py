@@ -11,7 +11,8 @@ from vacc_opt.backends.vacc import ScheduleError, load_target, simulate_time
 from vacc_opt.backends.vacc.expand import RingEvent, Step, expand, work
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder, param
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import LinearShape, linear_space
+from vacc_opt.backends.vacc.linear_space import linear_space
+from vacc_opt.backends.vacc.linear_tiles import LinearShape
 from vacc_opt.backends.vacc.schedule import Buffer, Kernel, Param, Violation, affine, row_major
 from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.single import single

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, scratches
 from vacc_opt.backends.vacc.kernels.builder import Handle, Head, KernelBuilder, LoopVar
-from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, Weave, linear_space, weave
+from vacc_opt.backends.vacc.linear_space import linear_space
+from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, Weave, weave
 from vacc_opt.backends.vacc.schedule import Kernel, Param, View
 from vacc_opt.backends.vacc.target import Target
 
