@@ -17,8 +17,8 @@ from vacc_opt.cli.console import Steps
 def command(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Predict what each fusion gains: cycles and DDR bytes of a model without it.
 
-    A bias, SwiGLU and GeGLU, rotary embeddings and writes into KV caches are fused into the linear before them. The
-    model is lowered and timed with all of these, without each in turn, and without any; no weight is read.
+    A bias, SwiGLU and GeGLU, rotary embeddings, writes into KV caches and all-reduces are fused into the linear before
+    them. The model is lowered and timed with all of these, without each in turn, and without any; no weight is read.
     """
     from vacc_opt.runtime.fusions import HEAD, fusion_gains
 
