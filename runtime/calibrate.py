@@ -125,7 +125,7 @@ def _scales(plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path, base: str
         ids,
         symmetric=args.symmetric,
         envelope=args.envelope,
-        progress=lambda done, of: say(f"calibrate: ranges of {done} of {of} layers", done, of),
+        progress=lambda done, of: say(f"calibrate: ranges, {done} of {of} parts", done, of),
     )
     part = target.with_name(target.name + ".tmp")
     found.save(part)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vacc_opt.backends.vacc import Program, Target, load_target, simulate_time, target_file
+from vacc_opt.backends.vacc import Program, Target, load_target, target_file
+from vacc_opt.backends.vacc.timing import Timing
 from vacc_opt.frontends.checkpoint import resolve_path
 from vacc_opt.frontends.config_notes import notes
 from vacc_opt.ir.errors import UserError
@@ -25,7 +26,7 @@ from vacc_opt.passes.infra.show.remarks import Entry, entries, to_yaml
 from vacc_opt.passes.shard.split_tp import head_plans
 from vacc_opt.runtime import plan as planning
 from vacc_opt.runtime.artifact import REMARKS, TARGET, Artifact, is_artifact, write_artifact
-from vacc_opt.runtime.cache import Cache, kept_graph, kept_program
+from vacc_opt.runtime.cache import Cache, kept_graph, kept_schedule
 from vacc_opt.runtime.calibrate import LAYERS_FILE, Calibrated, calibrate, layers_text
 from vacc_opt.runtime.files import check_place, remove_abandoned, scratch_directory
 from vacc_opt.runtime.kept_weights import KeptWeights
@@ -304,13 +305,12 @@ def _schedule(run: _Run, graph: Graph, target: Target) -> list[_Lowered]:
         phases = list(graph.phases.items())
         run.listener.running(f"schedule: {', '.join(graph.phases)}")
 
-        def one(index: int) -> tuple[Program, bool, Any]:
+        def one(index: int) -> tuple[Program, Timing, bool]:
             phase, bound = phases[index]
-            program, kept = kept_program(run.cache, bound, target, phase)
-            return program, kept, simulate_time(program, target)
+            return kept_schedule(run.cache, bound, target, phase)
 
         made = each(one, range(len(phases)), run.plan.config.workspace.workers)
-        for (phase, bound), (program, kept, timing) in zip(phases, made, strict=True):
+        for (phase, bound), (program, timing, kept) in zip(phases, made, strict=True):
             lowered.append(_Lowered(bound, program, timing))
             facts = f"{'cached, ' if kept else ''}{_phase_facts(run, lowered[-1])}"
             said.append(f"{phase:<{max(map(len, graph.phases))}}  {facts}")

@@ -102,10 +102,12 @@ def run_orders(found: Scheduled, seed: int = 0) -> int:
 def _scheduled(text: str, target: Any, spent: float = 0.0, search: str = "") -> Scheduled:
     """What the text itself shows: it is parsed, verified and timed as anyone's would be."""
     from vacc_opt.backends.vacc import Program, simulate_time, verify
+    from vacc_opt.backends.vacc.binding import Unrolled
 
     program = Program.from_text(text)
-    verify(program, target)
-    timing = simulate_time(program, target)
+    unrolled = Unrolled()
+    verify(program, target, unrolled)
+    timing = simulate_time(program, target, unroll=unrolled)
     return Scheduled(
         cycles=timing.cycles,
         bound=timing.bound.cycles,

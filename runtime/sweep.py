@@ -144,7 +144,7 @@ def sweep(
     """
     from vacc_opt.backends.vacc.target import number_path, overlay
 
-    name, target, load = _source(source, overrides, progress)
+    name, target, load = source_of(source, overrides, progress)
     paths = [number_path(target, key) for key in over]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
@@ -164,7 +164,7 @@ def sweep(
     return Sweep(name, f"{target.name} v{target.version} ({target.sha})", tuple(paths), tuple(points))
 
 
-def _source(
+def source_of(
     source: Path, overrides: Sequence[str], progress: Progress
 ) -> tuple[str, Target, Callable[[], Mapping[str, Graph]]]:
     """Name, target, and what makes the graphs of the phases: keys are checked before that, it may take long."""
@@ -191,11 +191,13 @@ def _source(
 
 def _times(graphs: Mapping[str, Graph], target: Target) -> Iterator[PhaseTime]:
     from vacc_opt.backends.vacc import lower, simulate_time, verify
+    from vacc_opt.backends.vacc.binding import Unrolled
 
     for phase, graph in graphs.items():
         program = lower(graph, target, phase=phase)
-        verify(program, target)
-        timing = simulate_time(program, target)
+        unrolled = Unrolled()
+        verify(program, target, unrolled)
+        timing = simulate_time(program, target, unroll=unrolled)
         yield PhaseTime(
             phase=phase,
             milliseconds=timing.milliseconds,

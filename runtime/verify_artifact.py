@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from vacc_opt.backends.vacc import Program, Target, load_target, simulate_time, verify
+from vacc_opt.backends.vacc.binding import Unrolled
 from vacc_opt.frontends import load_onnx
 from vacc_opt.frontends.vamc_config import CompileConfig
 from vacc_opt.ir.errors import UserError, VaccError
@@ -274,8 +275,9 @@ def _schedule(subject: Subject, phase: str, cycles: int) -> tuple[list[str], str
     text = file.read_text(encoding="utf-8")
     try:
         program = Program.from_text(text)
-        verify(program, subject.target)
-        timing = simulate_time(program, subject.target)
+        unrolled = Unrolled()
+        verify(program, subject.target, unrolled)
+        timing = simulate_time(program, subject.target, unroll=unrolled)
     except VaccError as error:
         return [f"{file.name}: {error.message}"], ""
     found = []

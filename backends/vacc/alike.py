@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step
 from vacc_opt.backends.vacc.schedule import Kernel
 
@@ -28,7 +27,7 @@ class Alike:
     shift: Shift
 
 
-def alike(kernel: Kernel, lanes: Lanes) -> list[Alike]:
+def alike(kernel: Kernel, lanes: Mapping[tuple[int, str], Sequence[Event]]) -> list[Alike]:
     """For each core in order the first one that it is like: itself, without a shift, where there is none before it."""
     numbers = _Numbers(kernel)
     by_core: dict[int, dict[str, Sequence[Event]]] = {}
@@ -45,12 +44,6 @@ def alike(kernel: Kernel, lanes: Lanes) -> list[Alike]:
             before.append(core)
         found.append(like or Alike(core, core, {}))
     return found
-
-
-def distinct(kernel: Kernel, lanes: Lanes) -> Lanes:
-    """The lanes of the first of each set of cores that are alike."""
-    firsts = {one.first for one in alike(kernel, lanes)}
-    return {lane: events for lane, events in lanes.items() if lane[0] in firsts}
 
 
 class _Numbers:

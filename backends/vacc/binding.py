@@ -4,12 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from vacc_opt.backends.vacc.alike import Alike, alike
 from vacc_opt.backends.vacc.expand import Event, Step, Unroller
 from vacc_opt.backends.vacc.schedule import Call, Kernel, Loop, Op, Program, ScheduleError, Statement, Violation
 
-Lanes = Mapping[tuple[int, str], Sequence[Event]]  # (core, engine) -> events in order
+
+class Lanes(dict[tuple[int, str], Sequence[Event]]):
+    """(core, engine) -> events in order, of a kernel; what is worked out of all of them is kept here."""
+
+    def __init__(self, kernel: Kernel, events: Mapping[tuple[int, str], Sequence[Event]]) -> None:
+        super().__init__(events)
+        self._kernel = kernel
+
+    @cached_property
+    def counted(self) -> Sequence[tuple[str, Step, int]]:
+        """(engine, step, how often it is done) of the steps of all cores, each once, told apart by identity."""
+        found: dict[int, list[Any]] = {}
+        for (_, engine), events in self.items():
+            once = dict(zip(map(id, events), events, strict=True))
+            for key, times in Counter(map(id, events)).items():
+                if isinstance(once[key], Step):
+                    found.setdefault(key, [engine, once[key], 0])[2] += times
+        return [(engine, step, times) for engine, step, times in found.values()]
+
+    @cached_property
+    def alike(self) -> Sequence[Alike]:
+        """For each core the first one that does the same on other parts of the parameters."""
+        return alike(self._kernel, self)
+
+    @cached_property
+    def distinct(self) -> Lanes:
+        """The lanes of the first of each set of cores that are alike."""
+        firsts = {one.first for one in self.alike}
+        return Lanes(self._kernel, {lane: events for lane, events in self.items() if lane[0] in firsts})
+
+
 Unroll = Callable[[Kernel, int, Mapping[str, int]], Lanes]  # `lanes`, or what keeps its results
 
 
@@ -23,7 +55,7 @@ def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
     trees = {engine: Unroller(kernel, engine, scalars) for engine, _ in kernel.trees}
     every = {(core, engine): tree.events(core, used) for core in range(used) for engine, tree in trees.items()}
     active = {core for (core, engine), events in every.items() if engine != "dma_in" and _works(events)}
-    return {lane: events for lane, events in every.items() if events and lane[0] in active}
+    return Lanes(kernel, {lane: events for lane, events in every.items() if events and lane[0] in active})
 
 
 class Unrolled:
@@ -38,20 +70,6 @@ class Unrolled:
         if key not in self._known:
             self._known[key] = lanes(kernel, cores, scalars)
         return self._known[key]
-
-
-def tally(lanes: Lanes) -> list[tuple[str, Step, int]]:
-    """(engine, step, how often it is done) of the steps of all cores, each once.
-
-    Steps are told apart by identity; those of one kernel repeat a few tiles many times.
-    """
-    found: dict[int, list[Any]] = {}
-    for (_, engine), events in lanes.items():
-        once = dict(zip(map(id, events), events, strict=True))
-        for key, times in Counter(map(id, events)).items():
-            if isinstance(once[key], Step):
-                found.setdefault(key, [engine, once[key], 0])[2] += times
-    return [(engine, step, times) for engine, step, times in found.values()]
 
 
 def _works(events: Sequence[Event]) -> bool:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vacc_opt.backends.vacc.binding import Lanes, tally
+from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Step, work
 from vacc_opt.backends.vacc.ops import Work
 from vacc_opt.backends.vacc.regions import Region, union_volume
@@ -37,8 +37,7 @@ class Product:
 
 def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
     """The bound of one run of `kernel` on a die, from its unrolled `lanes`; `product` if it is one matrix product."""
-    counted = tally(lanes)
-    costs = [(engine, work(kernel, step), times) for engine, step, times in counted]
+    costs = [(engine, work(kernel, step), times) for engine, step, times in lanes.counted]
     rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
     lane_ops = sum(cost.lane_ops * times for engine, cost, times in costs if engine == "vector")
     loads = any(engine == "dma_in" for engine, _, _ in costs)
@@ -73,7 +72,7 @@ def compulsory_bytes(kernel: Kernel, lanes: Lanes) -> int:
     reads: dict[str, set[Region]] = {}
     writes: dict[str, set[Region]] = {}
     total = 0
-    for _, step, times in tally(lanes):
+    for _, step, times in lanes.counted:
         gathers = step.op.kind == "gather"
         if gathers:
             total += work(kernel, step).bytes * times
@@ -92,25 +91,6 @@ def work_bytes(kernel: Kernel, step: Step) -> int:
     extra = (*step.ins, *step.outs) if step.primitive.collective else step.ins[1:]
     boxes = [box for box in extra if box.ref in kernel.param]
     return work(kernel, step).bytes + sum(math.prod(box.shape) * itemsize(kernel.param[box.ref].dtype) for box in boxes)
-
-
-def link_cost(kind: str, size: int, ranks: int, links: Links | None, steps: int = 1) -> tuple[int, int]:
-    """(cycles that a die's links are busy, cycles of hops) of one of `steps` collectives on `size` bytes a rank.
-
-    The cheaper of two for all steps, of which the hops of one pass while the links are busy with the next. Ring:
-    2(N-1) turns of size/N bytes to reduce for all, N-1 of them to reduce a part for each, N-1 turns of `size` to
-    gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter way round, floor(N*N/4)
-    hops in total for each die, and sums what it receives in the order of the ranks. Two link
-    engines use both directions of the ring.
-    """
-    if ranks == 1 or links is None:
-        return 0, 0
-    ways = min(links.engines, 2) * links.bytes_per_cycle
-    turns = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
-    ring = math.ceil(turns * (size if kind == "all_gather" else size / ranks) / ways), turns * links.hop_latency
-    sent = size / ranks if kind == "reduce_scatter" else size
-    direct = math.ceil((ranks * ranks // 4) * sent / ways), (ranks // 2) * links.hop_latency
-    return min(ring, direct, key=lambda cost: steps * cost[0] + cost[1])
 
 
 def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from vacc_opt.backends.vacc.event_model import Step
-from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.target import Links, Target
 
 
 def product_step(
@@ -40,3 +40,22 @@ def bursts(size: int, run: int, target: Target) -> int:
     """Bytes that cross the port: every contiguous run takes whole bursts."""
     burst = target.die.ddr.burst
     return -(-size // max(run, 1)) * -(-run // burst) * burst if size else 0
+
+
+def link_cost(kind: str, size: int, ranks: int, links: Links | None, steps: int = 1) -> tuple[int, int]:
+    """(cycles that a die's links are busy, cycles of hops) of one of `steps` collectives on `size` bytes a rank.
+
+    The cheaper of two for all steps, of which the hops of one pass while the links are busy with the next. Ring:
+    2(N-1) turns of size/N bytes to reduce for all, N-1 of them to reduce a part for each, N-1 turns of `size` to
+    gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter way round, floor(N*N/4)
+    hops in total for each die, and sums what it receives in the order of the ranks. Two link
+    engines use both directions of the ring.
+    """
+    if ranks == 1 or links is None:
+        return 0, 0
+    ways = min(links.engines, 2) * links.bytes_per_cycle
+    turns = 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
+    ring = math.ceil(turns * (size if kind == "all_gather" else size / ranks) / ways), turns * links.hop_latency
+    sent = size / ranks if kind == "reduce_scatter" else size
+    direct = math.ceil((ranks * ranks // 4) * sent / ways), (ranks // 2) * links.hop_latency
+    return min(ring, direct, key=lambda cost: steps * cost[0] + cost[1])

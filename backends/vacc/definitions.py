@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from vacc_opt.backends.vacc.epilogue import GATES
 from vacc_opt.backends.vacc.expressions import Expressions, Node
 from vacc_opt.backends.vacc.schedule import Kernel, Op
 
@@ -62,9 +63,42 @@ Definition = Callable[[Wanted], Node]
 
 
 def _linear(w: Wanted) -> Node:
-    rows, columns = w.box
-    product = w.make.dot(w.of("X", rows, None), w.of("W", columns, None), True, w.shape)
-    return w.stored(w.apply("mul", product, w.of("S", columns)) if "S" in w.kernel.param else product)
+    """Sums of a weight with their scale and bias; what the name of the kernel lists is done to them, in its order."""
+    rows, (first, last) = w.box[-2:]
+    fused, given = family(w.kernel.name).split("+")[1:], w.kernel.param
+    if len(w.box) == 3:  # rows of a head
+        start = w.box[0][0] * given[w.name].shape[2]
+        first, last = start + first, start + last
+    columns = first, last
+    at = w.scalars["pos"] if "append" in fused else 0
+    shape = rows[1] - rows[0], last - first
+    x = w.of("X", (rows[0] - at, rows[1] - at), None)
+
+    def sums(weight: str, scale: str, bias: str) -> Node:
+        found = w.make.dot(x, w.of(weight, columns, None), True, shape)
+        found = w.make.apply("mul", (found, w.of(scale, columns)), (), shape) if scale in given else found
+        return w.make.apply("add", (found, w.of(bias, columns)), (), shape) if "bias" in fused else found
+
+    node = sums("W", "S", "B")
+    for one in fused:
+        if one in GATES:
+            node = _as_given(w, GATES[one], node, sums("U", "SU", "BU"))
+        elif one == "rotary":
+            turned = rows[0] - at + w.scalars["pos"], rows[1] - at + w.scalars["pos"]
+            node = _as_given(w, "rotary", node, w.of("COS", turned, None), w.of("SIN", turned, None))
+    if "SCALE" in given:
+        node = _as_given(w, "quantize", node, w.of("SCALE", columns), w.of("ZERO", columns))
+    node = w.stored(node)
+    if "all_reduce" in fused:
+        node = w.stored(w.make.apply("all_reduce", (node,), (), node.shape))
+    return node if w.shape == node.shape else w.make.make("reshape", (), (node,), w.shape, node.dtype)
+
+
+def _as_given(w: Wanted, kind: str, *parts: Node) -> Node:
+    """An operation with the attributes that the kernel gives it, on parts of the shape of the first."""
+    op = w.operation(kind)
+    data = tuple(_number(value) for _, value in sorted(op.attributes)) if op else ()
+    return w.make.make(kind, data, parts, parts[0].shape)
 
 
 def _elementwise(kind: str) -> Definition:
@@ -142,6 +176,8 @@ def _all_gather(w: Wanted) -> Node:
     return w.make.make("all_gather", (), (w.of("X", rows, columns),), w.shape)
 
 
+_FUSED = {"bias", *GATES, "rotary", "append", "all_reduce"}  # what the name of a linear may list, each behind a `+`
+
 DEFINITIONS: Mapping[str, Definition] = {
     "linear": _linear,
     "linear_w8": _linear,
@@ -163,6 +199,13 @@ DEFINITIONS: Mapping[str, Definition] = {
     "reduce_scatter": lambda w: w.stored(w.make.make("reduce_scatter", (), (w.of("X", None, *w.box),), w.shape)),
     "all_gather": lambda w: w.stored(_all_gather(w)),
 }
+
+
+def definition(name: str) -> Definition | None:
+    """The definition of a kernel's family; None for a family that has none."""
+    base, *fused = family(name).split("+")
+    known = not fused or (base in {"linear", "linear_w8"} and _FUSED.issuperset(fused))
+    return DEFINITIONS.get(base) if known else None
 
 
 def family(name: str) -> str:

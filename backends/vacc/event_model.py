@@ -86,7 +86,8 @@ class _Ring:
     committed: int = 0
     waited: dict[int, int] = field(default_factory=dict)
     released: dict[int, int] = field(default_factory=dict)
-    blocked: list[int] = field(default_factory=list)
+    freed: int = 0  # slots that every consumer has released
+    waiting: dict[str, list[int]] = field(default_factory=lambda: {"data": [], "slot": []})  # engines, by what for
 
 
 @dataclass(slots=True)
@@ -182,13 +183,13 @@ class Machine:
                 return self._block(ring, index, "data")
         for name in step.acquires:
             ring = self._rings[name]
-            if ring.acquired - min(ring.released.values(), default=ring.acquired) >= ring.depth:
+            if ring.released and ring.acquired - ring.freed >= ring.depth:
                 return self._block(ring, index, "slot")
         return "outstanding" if step.bytes and engine.in_flight >= engine.stream.outstanding else ""
 
     def _block(self, ring: _Ring, index: int, reason: str) -> str:
-        if index not in ring.blocked:
-            ring.blocked.append(index)
+        if index not in ring.waiting[reason]:
+            ring.waiting[reason].append(index)
         return reason
 
     def _finish(self, index: int, position: int, now: int) -> None:
@@ -210,8 +211,10 @@ class Machine:
     def _hand_on(self, index: int, position: int, now: int) -> None:
         step = self._engines[index].stream.steps[position]
         for name in step.releases:
-            self._rings[name].released[index] += 1
-            self._wake(self._rings[name], now)
+            ring = self._rings[name]
+            ring.released[index] += 1
+            ring.freed = min(ring.released.values())
+            self._wake(ring, "slot", now)
         if step.commits and step.delay:
             self._push(now + step.delay, "commit", index, position)
         elif step.commits:
@@ -220,12 +223,12 @@ class Machine:
     def _commit(self, index: int, position: int, now: int) -> None:
         for name in self._engines[index].stream.steps[position].commits:
             self._rings[name].committed += 1
-            self._wake(self._rings[name], now)
+            self._wake(self._rings[name], "data", now)
 
-    def _wake(self, ring: _Ring, now: int) -> None:
-        for other in ring.blocked:
+    def _wake(self, ring: _Ring, reason: str, now: int) -> None:
+        for other in ring.waiting[reason]:
             self._push(now, "wake", other)
-        ring.blocked.clear()
+        ring.waiting[reason].clear()
 
     def _start_transfer(self, index: int, now: int) -> None:
         """The head of an engine's queue begins to move, a shared one when it is the head of all queues."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vacc_opt.backends.vacc.ops import PRIMITIVES, Primitive, Tile, Work
+from vacc_opt.backends.vacc.regions import Region
 from vacc_opt.backends.vacc.schedule import (
     Affine,
     Kernel,
@@ -34,15 +35,14 @@ class Box:
     stop: tuple[int, ...]
 
     shape: tuple[int, ...] = field(init=False, compare=False, repr=False)  # elements an axis
+    empty: bool = field(init=False, compare=False, repr=False)  # whether it has no element
+    region: Region = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = tuple([stop - start for start, stop in zip(self.start, self.stop, strict=True)])
         object.__setattr__(self, "shape", sizes)
-
-    @property
-    def empty(self) -> bool:
-        """Whether it has no element."""
-        return bool(self.shape) and min(self.shape) <= 0
+        object.__setattr__(self, "empty", bool(sizes) and min(sizes) <= 0)
+        object.__setattr__(self, "region", (self.start, self.stop))
 
     def __str__(self) -> str:
         spans = ", ".join(f"{start}:{stop}" for start, stop in zip(self.start, self.stop, strict=True))

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import add
 
-from vacc_opt.backends.vacc.alike import alike
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Box, Event, RingEvent, Step
 from vacc_opt.backends.vacc.expressions import ELEMENTWISE, ROWS, Expressions, Node, Shape
@@ -20,7 +19,7 @@ from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_values import interleave
 from vacc_opt.backends.vacc.softmax import softmax_step, weighted
 
-Pieces = list[tuple[Region, Node]]
+Pieces = dict[Region, Node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Stored:
 def stores(kernel: Kernel, lanes: Lanes, make: Expressions) -> Iterator[Stored]:
     """Every write to a parameter, core after core."""
     found: dict[int, list[Stored]] = {}
-    for one in alike(kernel, lanes):
+    for one in lanes.alike:
         if one.first == one.core:
             streams = {engine: iter(events) for (owner, engine), events in lanes.items() if owner == one.core}
             found[one.core] = list(_Core(kernel, make).run(interleave(kernel, streams)))
@@ -50,41 +49,50 @@ def stores(kernel: Kernel, lanes: Lanes, make: Expressions) -> Iterator[Stored]:
 
 
 class _Core:
-    """The buffers of one core; a slot is told by its ring and number."""
+    """The buffers of one core; a slot is told by its ring and number. Pieces of a slot do not overlap."""
 
     def __init__(self, kernel: Kernel, make: Expressions) -> None:
         self._kernel, self._make = kernel, make
         self._content: dict[tuple[str, int], Pieces] = {}
+        self._loaded: dict[int, Node] = {}  # box of a parameter, by identity -> its node
         self._unknown = 0
 
     def run(self, events: Iterable[Event]) -> Iterator[Stored]:
+        params, buffers, rounded = self._kernel.param, self._kernel.buffer, self._make.rounded
         for event in events:
             if isinstance(event, RingEvent):
                 if event.action == "acquire":
-                    self._content[event.ring, event.slot] = []
+                    self._content[event.ring, event.slot] = {}
                 continue
             for box, node in zip(event.outs, self._results(event), strict=True):
-                if box.ref in self._kernel.param:
-                    yield Stored(event, box, self._make.rounded(node, self._kernel.param[box.ref].dtype))
+                if box.ref in params:
+                    yield Stored(event, box, rounded(node, params[box.ref].dtype))
                 elif not box.empty:
-                    self._write(box, self._make.rounded(node, self._kernel.buffer[box.ref].dtype))
+                    self._write(box, rounded(node, buffers[box.ref].dtype))
 
     def _write(self, box: Box, node: Node) -> None:
-        region = box.start, box.stop
-        pieces = self._content.setdefault((box.ref, box.slot), [])
-        kept = [one for one in pieces if not intersection(one[0], region)]
-        # what is partly overwritten cannot be told any more
-        self._content[box.ref, box.slot] = [*kept, (region, node)]
+        pieces = self._content.setdefault((box.ref, box.slot), {})
+        region = box.region
+        if pieces and region not in pieces:
+            # what is partly overwritten cannot be told any more
+            for place in [one for one in pieces if intersection(one, region)]:
+                del pieces[place]
+        pieces[region] = node
 
     def _read(self, box: Box) -> Node:
-        param = self._kernel.param.get(box.ref)
-        if param:
-            return self._make.box(box.ref, param.dtype, box.start, box.stop)
-        region = box.start, box.stop
+        if box.slot < 0:
+            if id(box) not in self._loaded:
+                dtype = self._kernel.param[box.ref].dtype
+                self._loaded[id(box)] = self._make.box(box.ref, dtype, box.start, box.stop)
+            return self._loaded[id(box)]
+        region, pieces = box.region, self._content.get((box.ref, box.slot), {})
+        whole = pieces.get(region)
+        return whole or self._part(box, region, pieces)
+
+    def _part(self, box: Box, region: Region, pieces: Pieces) -> Node:
+        """A box that is not written as one piece: a part of one, or of several that lie side by side."""
         found = []
-        for place, node in self._content.get((box.ref, box.slot), ()):
-            if place == region:
-                return node
+        for place, node in pieces.items():
             if contains(place, region):
                 offset = tuple(a - b for a, b in zip(box.start, place[0], strict=True))
                 return self._cut(node, offset, box.shape) or self._nothing(box.shape)

@@ -9,14 +9,16 @@ rounded up to whole passes of the array, and small multiples of a pass; tails ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from vacc_opt.backends.vacc.schedule import ALIGN, itemsize
+from vacc_opt.backends.vacc.costs import link_cost
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, Operation, lane_operations, scratches
+from vacc_opt.backends.vacc.schedule import ALIGN, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.ir.errors import UserError
@@ -28,11 +30,14 @@ _M_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 _N_PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _K_PARTS = (1, 2, 3, 4, 6, 8, 16, 32)
 _PASSES = (1, 2, 3, 4, 5, 6, 8, 10)
+_KIND = ("resident", "panels", "by_rows")
 
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """`Y[m, n] = X[m, k] @ W[n, k]^T` with the types of X, W and Y; `scaled`: a f32 factor a column."""
+    """`Y[m, n] = X[m, k] @ W[n, k]^T` with the types of X, W and Y; `scaled`: a f32 factor a column, before what
+    `after` lists.
+    """
 
     m: int
     n: int
@@ -41,11 +46,33 @@ class LinearShape:
     w: str
     y: str
     scaled: bool
+    after: Epilogue = PLAIN
+
+    @classmethod
+    def of(cls, x: Param, w: Param, scale: Param | None, y: Param, after: Epilogue = PLAIN) -> LinearShape:
+        """The shape of a linear of these parameters."""
+        return cls(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None, after)
 
     @property
     def epilogue(self) -> bool:
         """Whether the vector engine works on the product before it is stored."""
-        return self.scaled or self.y != "f32"
+        return bool(self.operations)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """What the vector engine does with the sums of a strip."""
+        return self.after.operations(self.scaled, self.y != "f32")
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of the tables of one column."""
+        tables = self.after.columns(None)
+        return sum(itemsize(one.dtype) for one in tables) + (itemsize("f32") if self.scaled else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the tables of one row."""
+        return sum(one.shape[1] * itemsize(one.dtype) for one in self.after.rows)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -124,13 +151,13 @@ def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
     Ordered by estimated cycles in steps of 0.05 %, then by products and DDR bytes. Dropped is what moves more than
     `TRAFFIC` times :func:`least_traffic`, unless nothing else fits.
     """
-    space = _Combinations(shape, target)
-    if not space.fits.any():
+    space = _fitting(shape, target)
+    if not len(space.m):
         linear, acc = f"{shape.m}x{shape.n}x{shape.k} linear", target.core.matrix.acc.bytes
         room = f"{target.core.sram.bytes} bytes of SRAM and {acc} bytes of accumulators"
         raise UserError(f"no tile of a {linear} fits {room}")
-    kept = space.fits & (space.ddr <= TRAFFIC * least_traffic(shape, target))
-    rows = np.flatnonzero(kept if kept.any() else space.fits)
+    kept = space.ddr <= TRAFFIC * least_traffic(shape, target)
+    rows = np.flatnonzero(kept if kept.any() else ~kept)
     steps = np.ceil(np.log(space.cycles[rows]) / 0.0005)
     rows = rows[np.lexsort((space.ddr[rows], space.products[rows], steps))]
     rest = float(space.floor[rows[most:]].min(initial=math.inf))
@@ -142,7 +169,8 @@ def least_traffic(shape: LinearShape, target: Target) -> float:
 
     For each split of the rows, the widest tile of columns that fits beside it; sums stay in f32, chunks of k are of 1.
     """
-    x, w, y = (itemsize(one) for one in (shape.x, shape.w, shape.y))
+    x, y, each = itemsize(shape.x), itemsize(shape.y), shape.after.weights
+    w, sum_bytes = each * itemsize(shape.w), each * itemsize("f32")
     cores, sram = target.die.cores, target.core.sram.bytes
     acc = target.core.matrix.acc
     sums = sram if acc.sram_bytes_per_cycle is not None else acc.bytes
@@ -151,15 +179,15 @@ def least_traffic(shape: LinearShape, target: Target) -> float:
     for m in sorted({-(-shape.m // parts) for parts in range(1, shape.m + 1)}):
         rows = -(-shape.m // m)
         for by_rows in (False, True)[: 2 if rows >= cores > 1 else 1]:  # rows dealt out to the cores, W multicast
-            most = min(sums // (4 * m), shape.n if by_rows else -(-shape.n // cores))
+            most = min(sums // (sum_bytes * m), shape.n if by_rows else -(-shape.n // cores))
             passes = -(-rows // cores) if by_rows else rows
             for panel in (False, True):  # of X: read once a core then
-                n = min((sram - m * (shape.k if panel else 1) * x) // (4 * m + w), most)
+                n = min((sram - m * (shape.k if panel else 1) * x) // (sum_bytes * m + w), most)
                 if n >= 1:
                     columns = -(-shape.n // n)
                     times = (1 if by_rows else min(columns, cores)) if panel else columns
                     found = min(found, xs * times + ws * passes + ys)
-            n = min((sram - m * x) // (4 * m + shape.k * w), most)
+            n = min((sram - m * x) // (sum_bytes * m + shape.k * w), most)
             if n >= 1:
                 found = min(found, xs * -(-shape.n // n) + ws + ys)
     return found
@@ -169,27 +197,47 @@ def _aligned(elements: Numbers, dtype: str) -> Numbers:
     return np.ceil(elements * itemsize(dtype) / ALIGN) * ALIGN
 
 
+def _grid(shape: LinearShape, target: Target, kind: tuple[int, int, int]) -> dict[str, Numbers]:
+    """Every combination of sizes and slots of a `kind`: what is resident, panels of it, whether rows are dealt."""
+    rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
+    parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
+    m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
+    n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
+    n |= {min(shape.n, passes * columns) for passes in _PASSES}
+    n = {shape.after.head} if shape.after.head else n
+    k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
+    k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
+    grid = np.meshgrid(*map(_axis, (m, n, k, (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
+    made = dict(zip(("m", "n", "k", "slots", "streams"), (one.ravel() for one in grid), strict=True))
+    slots = made.pop("slots")
+    results = np.floor(slots)
+    fixed = {name: np.full(len(slots), float(one)) for name, one in zip(_KIND, kind, strict=True)}
+    return made | fixed | {"results": results, "split": np.ceil((slots - results) * made["m"])}
+
+
+def _fitting(shape: LinearShape, target: Target) -> _Combinations:
+    """All combinations that fit; kind by kind, as those that do not are many times more."""
+    kinds = [(resident, panels, 0) for resident, panels in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2))]
+    if target.die.cores > 1 and shape.m > 1:
+        kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
+    found = [_Combinations(shape, target, _grid(shape, target, kind)).fitting() for kind in kinds]
+    return _Combinations(shape, target, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
+
+
 class _Combinations:
     """Every combination of sizes and slots as arrays, one element a combination."""
 
-    def __init__(self, shape: LinearShape, target: Target) -> None:
-        self.shape, self.target = shape, target
-        rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
-        parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
-        m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
-        n = {min(shape.n, round_up(-(-shape.n // count), unit)) for count in parts for unit in (columns, 8)}
-        n |= {min(shape.n, passes * columns) for passes in _PASSES}
-        k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
-        k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
-        kinds = [(0, 1, 0), (1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0)]
-        if cores > 1 and shape.m > 1:
-            kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
-        grid = np.meshgrid(*map(_axis, (m, n, k, range(len(kinds)), (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
-        self.m, self.n, self.k, kind, slots, self.streams = (one.ravel() for one in grid)
-        chosen = np.asarray(kinds, np.float64)[kind.astype(np.int64)]
-        self.resident, self.panels, self.by_rows = chosen[:, 0], chosen[:, 1], chosen[:, 2] > 0
-        self.results = np.floor(slots)
-        self.split = np.ceil((slots - self.results) * self.m)
+    def __init__(self, shape: LinearShape, target: Target, base: Mapping[str, Numbers]) -> None:
+        """`base` holds the arrays that :func:`_grid` makes."""
+        self.shape, self.target, self.base = shape, target, base
+        self.m, self.n, self.k = (base[name] for name in "mnk")
+        self.resident, self.panels, self.by_rows = base["resident"], base["panels"], base["by_rows"] > 0
+        self.streams, self.results, self.split = base["streams"], base["results"], base["split"]
+        self.wide = self.n * shape.after.weights
+
+    def fitting(self) -> dict[str, Numbers]:
+        """The base of the combinations that fit the machine."""
+        return {name: array[self.fits] for name, array in self.base.items()}
 
     def candidate(self, row: int) -> Candidate:
         """One combination."""
@@ -245,14 +293,17 @@ class _Combinations:
     @cached_property
     def sums(self) -> Numbers:
         """Bytes of the accumulators."""
-        one, rest = (_aligned(rows * self.n, "f32") for rows in (self.split, self.m - self.split))
+        one, rest = (_aligned(rows * self.wide, "f32") for rows in (self.split, self.m - self.split))
         return np.where(self.split > 0, 2 * one + rest, self.results * rest)
 
     @cached_property
     def _rings(self) -> Numbers:
         """Bytes of all rings of a core but that of the finished strips."""
-        x, w = self._operand(1, self.m, self.shape.x), self._operand(2, self.n, self.shape.w)
-        return x + w + self.sums + (2 * _aligned(self.n, "f32") if self.shape.scaled else 0)
+        x, w = self._operand(1, self.m, self.shape.x), self._operand(2, self.wide, self.shape.w)
+        tables = 2 * _aligned(self.n, "f32") if self.shape.scaled else 0
+        tables += sum(2 * _aligned(self.n, one.dtype) for one in self.shape.after.columns(None))
+        tables += sum(2 * _aligned(self.m * one.shape[1], one.dtype) for one in self.shape.after.rows)
+        return x + w + self.sums + tables
 
     @cached_property
     def strip(self) -> Numbers:
@@ -261,9 +312,10 @@ class _Combinations:
         Where the next tile has sums of its own, parts are small, but take the vector engine 16 times its start-up;
         where it waits for the sums, they take the SRAM that is left. At least one row.
         """
-        left = self.target.core.sram.bytes - self._rings - 2 * ALIGN
+        kept = len(scratches(self.shape.operations))
+        left = self.target.core.sram.bytes - self._rings - (2 + kept) * ALIGN
         rows = np.maximum(self.split, self.m - self.split)
-        fit = np.clip(np.floor(left / (2 * self.n * itemsize(self.shape.y))), 1, rows)
+        fit = np.clip(np.floor(left / (self.n * (2 * itemsize(self.shape.y) + kept * itemsize("f32")))), 1, rows)
         elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
         small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
         return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.tiles > 1), fit, small)))
@@ -271,7 +323,12 @@ class _Combinations:
     @cached_property
     def sram(self) -> Numbers:
         """Bytes of all rings of a core."""
-        return self._rings + (2 * _aligned(self.strip * self.n, self.shape.y) if self.shape.epilogue else 0)
+        strip, kept = self.strip * self.n, len(scratches(self.shape.operations))
+        return (
+            self._rings
+            + kept * _aligned(strip, "f32")
+            + (2 * _aligned(strip, self.shape.y) if self.shape.epilogue else 0)
+        )
 
     def _operand(self, number: int, size: Numbers, dtype: str) -> Numbers:
         panel = self.panels * _aligned(size * self.shape.k, dtype)
@@ -306,8 +363,9 @@ class _Combinations:
         one = self.shape
         x = np.where(self.resident == 1, np.where(self.by_rows, 1, self.active), self.columns)
         x = x * (one.m * one.k * itemsize(one.x))
-        w = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.k * itemsize(one.w))
-        s = np.where(self.resident == 2, 1, self.own_rows) * (one.n * itemsize("f32") * one.scaled)
+        w = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.after.weights * one.k * itemsize(one.w))
+        s = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.column_bytes)
+        s = s + self.columns * one.m * one.row_bytes
         return np.asarray(x + w + s + one.m * one.n * itemsize(one.y))
 
     @cached_property
@@ -334,11 +392,11 @@ class _Combinations:
         last = self.by_rows | ((self.columns - 1) % cores == 0)  # whether the busiest core has the tail
         passes_n = (self.own_columns - 1) * whole_n + np.where(last, tail_n, whole_n)
         passes_k = (self.chunks - 1) * np.ceil(self.k / matrix.rows_k) + tail_k
-        cycles = passes_n * passes_k * self._pass[1]
+        cycles = one.after.weights * passes_n * passes_k * self._pass[1]
         if matrix.acc.sram_bytes_per_cycle is not None:
             rows = np.where(self.by_rows, self.own_rows * self.m, one.m)
             columns = (self.own_columns - 1) * self.n + one.n - (self.columns - 1) * self.n
-            moved = (self.chunks * 8 - 4) * rows * columns
+            moved = (self.chunks * 8 - 4) * rows * columns * one.after.weights
             cycles = np.maximum(
                 cycles, np.where(self.sums > matrix.acc.bytes, moved / matrix.acc.sram_bytes_per_cycle, 0)
             )
@@ -363,8 +421,9 @@ class _Combinations:
     @cached_property
     def _vector(self) -> Numbers:
         """Cycles of the vector engine on a tile."""
-        vector = self.target.core.vector
-        return np.ceil(self.m / self.strip) * vector.startup + self.m * self.n / vector.lanes * self.shape.epilogue
+        vector, steps = self.target.core.vector, self.shape.operations
+        started = len(steps) * np.ceil(self.m / self.strip) * vector.startup
+        return started + self.m * self.n / vector.lanes * lane_operations(steps)
 
     @cached_property
     def _rate(self) -> Numbers:
@@ -378,7 +437,7 @@ class _Combinations:
         """Bytes of X and of W that a core loads before its first product."""
         one = self.shape
         x = self.m * np.where(self.resident == 1, one.k, self.k) * itemsize(one.x)
-        return x, self.n * np.where(self.resident == 2, one.k, self.k) * itemsize(one.w)
+        return x, self.wide * np.where(self.resident == 2, one.k, self.k) * itemsize(one.w)
 
     @cached_property
     def floor(self) -> Numbers:
@@ -387,10 +446,18 @@ class _Combinations:
         first = sum(self._first) / min(ddr.effective_bytes_per_cycle, port)
         rows = np.where(self.by_rows, self.own_rows * self.m, one.m)
         finished = (rows - self.own_rows * self.split) * ((self.own_columns - self.columns) * self.n + one.n)
-        waiting = self.tiles * self.target.core.matrix.fill + finished / self.target.core.vector.lanes
+        waiting = self.tiles * self.target.core.matrix.fill + (
+            finished / self.target.core.vector.lanes * lane_operations(one.operations)
+        )
         array = ddr.latency + self.target.core.dma.issue + first + self._array
         array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
-        return np.maximum(array, self.ddr / ddr.effective_bytes_per_cycle)
+        return np.maximum(np.maximum(array, self._links), self.ddr / ddr.effective_bytes_per_cycle)
+
+    @property
+    def _links(self) -> float:
+        """Cycles in which the links add up the results of all ranks."""
+        ranks, size = self.shape.after.ranks, self.shape.m * self.shape.n * itemsize(self.shape.y)
+        return link_cost("all_reduce", size, ranks, self.target.links)[0] if ranks else 0.0
 
     @cached_property
     def cycles(self) -> Numbers:
@@ -399,9 +466,10 @@ class _Combinations:
         w_rate = np.where(self.by_rows, min(ddr.effective_bytes_per_cycle, self.target.core.dma.bytes_per_cycle), rate)
         matrix = self.target.core.matrix
         x, w = self._first
-        chunk = self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
+        chunk = one.after.weights * self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
         panel = np.select([self.resident == 1, self.resident == 2], [x / rate, w / w_rate])
         woven = (self.resident == 1) & (self.panels == 2) & ~self.by_rows & (self.columns >= 4 * self.target.die.cores)
+        woven &= one.after.head == 0
         ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
         held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
         tiles = self.tiles

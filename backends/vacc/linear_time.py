@@ -9,19 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
+from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, Operation
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream
-from vacc_opt.backends.vacc.linear_tiles import LinearTiles, weave
-from vacc_opt.backends.vacc.ops import Tile
+from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, weave
+from vacc_opt.backends.vacc.ops import PRIMITIVES, Tile
 from vacc_opt.backends.vacc.schedule import ALIGN, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
 
 Ring = Sequence[str]
 
 
-def linear_cycles(x: Param, w: Param, scale: Param | None, y: Param, tiles: LinearTiles, target: Target) -> int:
+def linear_cycles(
+    x: Param, w: Param, scale: Param | None, y: Param, tiles: LinearTiles, target: Target, after: Epilogue = PLAIN
+) -> int:
     """Cycles of the kernel that :func:`kernels.linear.linear` builds of the same arguments, on an idle die."""
-    return _Linear(x, w, scale, y, tiles, target).machine().run()[1]
+    return _Linear(x, w, scale, y, tiles, target, after).machine().run()[1]
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class _Linear:
     y: Param
     t: LinearTiles
     target: Target
+    after: Epilogue
 
     def machine(self) -> Machine:
         """The engines of every core that gets a tile; cores with tiles of the same sizes keep step, as one."""
-        alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        alike: dict[tuple[tuple[int, ...], tuple[int, ...], int], list[int]] = {}
         for core in range(min(self.target.die.cores, self._dealt)):
             rows, columns = self._axes(core)
-            alike.setdefault((tuple(rows), tuple(columns)), []).append(core)
+            alone = core if self.after.ranks else 0  # cores take turns on the links
+            alike.setdefault((tuple(rows), tuple(columns), alone), []).append(core)
         streams: list[Stream] = []
         channels: dict[str, Channel] = {}
         engines: list[tuple[str, Callable[[int], Iterator[Step]]]] = [
@@ -46,7 +51,7 @@ class _Linear:
             ("matrix", self._multiply),
         ]
         engines += [("vector", self._finish)] if self._epilogue else []
-        engines += [("dma_out", self._store)]
+        engines += [(self._out, self._store)]
         outstanding = self.target.core.dma.max_outstanding
         for core, *copies in alike.values():
             index = {}
@@ -58,9 +63,21 @@ class _Linear:
         ddr = self.target.die.ddr.effective_bytes_per_cycle
         return Machine(streams, channels, ddr, self.target.core.dma.bytes_per_cycle)
 
+    @cached_property
+    def _operations(self) -> tuple[Operation, ...]:
+        return LinearShape.of(self.x, self.w, self.scale, self.y, self.after).operations
+
     @property
     def _epilogue(self) -> bool:
-        return self.scale is not None or self.y.dtype != "f32"
+        return bool(self._operations)
+
+    @property
+    def _out(self) -> str:
+        return "link" if self.after.ranks else "dma_out"
+
+    @cached_property
+    def _columns(self) -> tuple[Param, ...]:
+        return self.after.columns(self.scale)
 
     def _rings(self) -> Iterator[tuple[str, int, str]]:
         t = self.t
@@ -69,10 +86,10 @@ class _Linear:
         yield "acc", 2 if t.split else t.results, "vector" if self._epilogue else "dma_out"
         if t.split:
             yield "rest", 1, "vector"
-        if self.scale:
-            yield "s", 2, "vector"
+        for one in (*self._columns, *self.after.rows):
+            yield one.name.lower(), 2, "vector"
         if self._epilogue:
-            yield "y", 2, "dma_out"
+            yield "y", 2, self._out
 
     @property
     def _dealt(self) -> int:
@@ -107,7 +124,7 @@ class _Linear:
         return bursts(tile.bytes, tile.run_bytes, self.target)
 
     def _transfer(self, param: Param, shape: tuple[int, ...], ring: str, load: bool) -> Step:
-        shared = load and self.t.dealt == "m" and param is not self.x
+        shared = load and self.t.dealt == "m" and param is not self.x and param not in self.after.rows
         step = transfer_step("", self._moved(param, shape), self.target, load=load, shared=shared)
         return (
             replace(step, acquires=(ring,), commits=(ring,)) if load else replace(step, waits=(ring,), releases=(ring,))
@@ -115,37 +132,44 @@ class _Linear:
 
     def _load(self, core: int) -> Iterator[Step]:
         t, depth, resident = self.t, self.x.shape[1], self.t.resident
-        rings = {name: f"{name}.{core}" for name in "xws"}
         columns = self._axes(core)[1]
         made: dict[tuple[str, int, int], Step] = {}
+        weights = (self.w, *((self.after.gate.weight,) if self.after.gate else ()))
 
         def load(param: Param, name: str, *shape: int) -> Step:
-            key = (name, shape[0], shape[-1])
+            key = (param.name, shape[0], shape[-1])
             if key not in made:
-                made[key] = self._transfer(param, shape, rings[name], True)
+                made[key] = self._transfer(param, shape, f"{name}.{core}", True)
             return made[key]
 
+        def weight(n: int, k: int) -> Iterator[Step]:
+            steps = [load(one, "w", n, k) for one in weights]
+            for index, one in enumerate(steps):
+                first, last = not index, index == len(steps) - 1
+                yield replace(one, acquires=one.acquires if first else (), commits=one.commits if last else ())
+
         def tile(m: int, n: int, first: bool) -> Iterator[Step]:
-            if self.scale and (first or resident != "w"):
-                yield load(self.scale, "s", n)
+            if first or resident != "w":
+                yield from (load(one, one.name.lower(), n) for one in self._columns)
+            yield from (load(one, one.name.lower(), m, one.shape[1]) for one in self.after.rows)
             for k in self._chunks:
                 if resident != "x":
                     yield load(self.x, "x", m, k)
                 if resident != "w":
-                    yield load(self.w, "w", n, k)
+                    yield from weight(n, k)
 
-        woven = weave((self.x.shape[0], self.w.shape[0]), t, self.target.die.cores)
+        woven = weave((self.x.shape[0], self.w.shape[0]), t, self.target.die.cores) if not self.after.head else None
         if not woven:
             for m, n, first, _ in self._places(core):
                 if first and resident:
-                    yield load(self.x, "x", m, depth) if resident == "x" else load(self.w, "w", n, depth)
+                    yield from [load(self.x, "x", m, depth)] if resident == "x" else weight(n, depth)
                 yield from tile(m, n, first)
             return
-        panels, each, ring = self._tiles(self.x.shape[0], t.m), woven.columns // self.target.die.cores, (rings["x"],)
+        panels, each, ring = self._tiles(self.x.shape[0], t.m), woven.columns // self.target.die.cores, (f"x.{core}",)
         yield load(self.x, "x", panels[0], depth)
         for m in panels[1:]:
             for piece, rows in enumerate(self._tiles(m, woven.rows)):
-                moved = replace(self._transfer(self.x, (rows, depth), rings["x"], True), commits=())
+                moved = replace(self._transfer(self.x, (rows, depth), f"x.{core}", True), commits=())
                 yield moved if not piece else replace(moved, acquires=())
                 steps = [one for n in columns[piece * each : (piece + 1) * each] for one in tile(m, n, False)]
                 yield from steps[:-1]
@@ -157,7 +181,8 @@ class _Linear:
     @cached_property
     def _spilled(self) -> bool:
         sizes = [(self.t.split, 2), (self.t.m - self.t.split, 1)] if self.t.split else [(self.t.m, self.t.results)]
-        sums = sum(slots * -(-rows * self.t.n * itemsize("f32") // ALIGN) * ALIGN for rows, slots in sizes)
+        wide = self.t.n * self.after.weights * itemsize("f32")
+        sums = sum(slots * -(-rows * wide // ALIGN) * ALIGN for rows, slots in sizes)
         return sums > self.target.core.matrix.acc.bytes
 
     def _multiply(self, core: int) -> Iterator[Step]:
@@ -175,6 +200,7 @@ class _Linear:
                     target=self.target,
                 )
                 for rows in parts
+                for _ in range(self.after.weights)
             ]  # fmt: skip
             waits, acquires = (panel if opens else ()) + passing, () if index else sums
             steps[0] = replace(steps[0], waits=waits, acquires=acquires)
@@ -198,23 +224,28 @@ class _Linear:
 
     def _finish(self, core: int) -> Iterator[Step]:
         y, by_columns = (f"y.{core}",), self.t.resident == "w"
-        scale = (f"s.{core}",) if self.scale else ()
-        made: dict[tuple[str, int, int, bool, bool, bool, bool], Step] = {}
+        columns = tuple(f"{one.name.lower()}.{core}" for one in self._columns)
+        tables = tuple(f"{one.name.lower()}.{core}" for one in self.after.rows)
+        made: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[Step]] = {}
         for m, n, begins, ends in self._places(core):
             parts = self._strips(m)
+            opened = tables + (columns if begins or not by_columns else ())
+            closed = tables + (columns if ends or not by_columns else ())
             for name, strips in parts:
-                ring = (f"{name}.{core}",)
                 for index, rows in enumerate(strips):
                     first, last = not index, index == len(strips) - 1
-                    opens = first and name == parts[0][0] and (begins or not by_columns)
-                    closes = last and name == parts[-1][0] and (ends or not by_columns)
-                    key = (name, rows, n, first, last, opens, closes)
+                    waits = ((f"{name}.{core}",) if first else ()) + (opened if first and name == parts[0][0] else ())
+                    releases = ((f"{name}.{core}",) if last else ()) + (closed if last and name == parts[-1][0] else ())
+                    key = (name, rows, n, waits, releases)
                     if key not in made:
-                        waits = (ring if first else ()) + (scale if opens else ())
-                        releases = (ring if last else ()) + (scale if closes else ())
-                        step = vector_step("", rows * n, self.target)
-                        made[key] = replace(step, waits=waits, acquires=y, commits=y, releases=releases)
-                    yield made[key]
+                        steps = [vector_step("", cost * rows * n, self.target) for cost in self._costs]
+                        steps[0] = replace(steps[0], waits=waits, acquires=y)
+                        made[key] = [*steps[:-1], replace(steps[-1], commits=y, releases=releases)]
+                    yield from made[key]
+
+    @cached_property
+    def _costs(self) -> list[float]:
+        return [PRIMITIVES[one.kind].cost for one in self._operations]
 
     def _store(self, core: int) -> Iterator[Step]:
         ring = f"y.{core}" if self._epilogue else f"acc.{core}"
@@ -222,5 +253,20 @@ class _Linear:
         for m, n, _, _ in self._places(core):
             for rows in [one for _, strips in self._strips(m) for one in strips] if self._epilogue else [m]:
                 if (rows, n) not in made:
-                    made[rows, n] = self._transfer(self.y, (rows, n), ring, False)
+                    shape = (1, rows, n) if self.after.head else (rows, n)
+                    made[rows, n] = self._transfer(self.y, shape, ring, False)
+                    if self.after.ranks:
+                        made[rows, n] = self._reduction(rows, n, ring)
                 yield made[rows, n]
+
+    def _reduction(self, rows: int, n: int, ring: str) -> Step:
+        size = rows * n * itemsize(self.y.dtype)
+        busy, hops = link_cost("all_reduce", size, self.after.ranks, self.target.links, self._strips_of_all)
+        return Step("", busy, waits=(ring,), releases=(ring,), bytes=size, latency=hops)
+
+    @cached_property
+    def _strips_of_all(self) -> int:
+        """Strips of all cores."""
+        cores = range(min(self.target.die.cores, self._dealt))
+        places = (m for core in cores for m, _, _, _ in self._places(core))
+        return sum(len(strips) for m in places for _, strips in self._strips(m))

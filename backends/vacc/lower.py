@@ -5,10 +5,12 @@ Reshapes, transposes and slices become strides. Index arithmetic on `pos` and `v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion, gated, pending, reduced, reshaped, sums_of, with_bias
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -20,7 +22,6 @@ from vacc_opt.backends.vacc.lower_attention import lower_attention, lower_quanti
 from vacc_opt.backends.vacc.lowering import Known, Lowering, is_cache
 from vacc_opt.backends.vacc.refs import Ref, inverse
 from vacc_opt.backends.vacc.schedule import Kernel, Param, Program
-from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph, Node, Value
@@ -29,12 +30,13 @@ from vacc_opt.ir.types import DType
 _INDICES = (DType.INT64, DType.INT32, DType.BOOL)
 
 
-def lower(graph: Graph, target: Target, *, phase: str) -> Program:
+def lower(graph: Graph, target: Target, *, phase: str, fusions: Collection[Fusion] = EVERY) -> Program:
     """The program of `graph` on `target`; `phase` is `prefill` or `decode`, or begins so.
 
-    The graph is legalized and all its shapes are numbers. UserError names a node that no kernel covers.
+    The graph is legalized and all its shapes are numbers. `fusions`: what may be fused into linears. UserError names a
+    node that no kernel covers.
     """
-    low = Lowering(graph, target)
+    low = Lowering(graph, target, fusions)
     for node in graph.nodes():
         if all(one.type.dtype in _INDICES for one in node.outputs):
             continue  # evaluated where an index is understood
@@ -150,28 +152,16 @@ def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
     return low.view(y, moved.shape).transposed(back), low.view(s, moved.shape).transposed(back)
 
 
-def _matmul(low: Lowering, node: Node) -> Ref:
+def _matmul(low: Lowering, node: Node) -> Known:
     weight = low.ref(node.inputs[1])
     if len(weight.shape) != 2:
         raise UserError(f"no kernel for a product of two activations (`{node.name}`)", "fuse-gqa covers attention")
-    return _linear(low, node, weight.transposed((1, 0)), [])
+    return low.waiting(node.output, sums_of(low, node, weight.transposed((1, 0)), None))
 
 
-def _quantized_linear(low: Lowering, node: Node) -> Ref:
-    return _linear(low, node, low.ref(node.inputs[1]), [Operand("S", "in", low.ref(node.inputs[2]))])
-
-
-def _linear(low: Lowering, node: Node, weight: Ref, scale: list[Operand]) -> Ref:
-    source = low.ref(node.inputs[0])
-    x = low.rows(source)
-    y = low.out.temp(low.dtype(node), (x.shape[0], weight.shape[0]))
-    operands = [Operand("X", "in", x), Operand("W", "in", weight), *scale, Operand("Y", "out", y)]
-
-    def build(a: Param, w: Param, *rest: Param) -> Kernel:
-        return fastest_linear(a, w, rest[0] if scale else None, rest[-1], low.target)
-
-    low.emit("linear", build, operands)
-    return low.view(y, (*source.shape[:-1], weight.shape[0]))
+def _quantized_linear(low: Lowering, node: Node) -> Known:
+    weight, scale = low.ref(node.inputs[1]), low.ref(node.inputs[2])
+    return low.waiting(node.output, sums_of(low, node, weight, scale))
 
 
 def _cast(low: Lowering, node: Node) -> Ref:
@@ -191,6 +181,16 @@ _ELEMENTWISE = {
     "Vastai::GeGLU": "gelu_mul",
     "Vastai::SwiGLU": "silu_mul",
 }
+
+
+def _add(low: Lowering, node: Node) -> Known:
+    sums = with_bias(low, node)
+    return low.waiting(node.output, sums) if sums else _elementwise(low, node)
+
+
+def _gated(low: Lowering, node: Node) -> Known:
+    sums = gated(low, node)
+    return low.waiting(node.output, sums) if sums else _elementwise(low, node)
 
 
 def _elementwise(low: Lowering, node: Node) -> Ref:
@@ -243,7 +243,10 @@ def _first(ref: Ref, axes: int) -> Ref:
     return ref
 
 
-def _all_reduce(low: Lowering, node: Node) -> Ref:
+def _all_reduce(low: Lowering, node: Node) -> Known:
+    sums = reduced(low, node)
+    if sums:
+        return low.waiting(node.output, sums)
     source = low.ref(node.inputs[0])
     x = low.view(source, (prod(source.shape),))
     y = low.out.temp(x.dtype, x.shape)
@@ -271,13 +274,17 @@ def _all_gather(low: Lowering, node: Node) -> Ref:
     return low.view(y, low.type(node.outputs[0])[1])
 
 
-def _reshape(low: Lowering, node: Node) -> Ref:
-    return low.view(low.ref(node.inputs[0]), low.type(node.outputs[0])[1])
+def _reshape(low: Lowering, node: Node) -> Known:
+    shape, sums = low.type(node.outputs[0])[1], pending(low, node.inputs[0])
+    seen = reshaped(sums, shape) if sums else None
+    return low.waiting(node.output, seen) if seen else low.view(low.ref(node.inputs[0]), shape)
 
 
-def _transpose(low: Lowering, node: Node) -> Ref:
-    ref = low.ref(node.inputs[0])
-    return ref.transposed(node.attributes.get("perm") or tuple(reversed(range(len(ref.shape)))))
+def _transpose(low: Lowering, node: Node) -> Known:
+    sums = pending(low, node.inputs[0])
+    ref = sums.view if sums else low.ref(node.inputs[0])
+    found = ref.transposed(node.attributes.get("perm") or tuple(reversed(range(len(ref.shape)))))
+    return low.waiting(node.output, replace(sums, view=found)) if sums else found
 
 
 def _slice(low: Lowering, node: Node) -> Ref:
@@ -305,7 +312,7 @@ def _split(low: Lowering, node: Node) -> tuple[Ref, ...]:
 
 
 RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
-    "Add": _elementwise,
+    "Add": _add,
     "Attention": lower_attention,
     "Cast": _cast,
     "Div": _elementwise,
@@ -334,9 +341,9 @@ RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
     "Vastai::Attention": lower_attention,
     "Vastai::DequantizeKV": lower_quantization,
     "Vastai::EmbeddingShard": _embedding_shard,
-    "Vastai::GeGLU": _elementwise,
+    "Vastai::GeGLU": _gated,
     "Vastai::QuantizeKV": lower_quantization,
     "Vastai::QuantizedLinearPerChannel": _quantized_linear,
     "Vastai::ReduceScatter": _reduce_scatter,
-    "Vastai::SwiGLU": _elementwise,
+    "Vastai::SwiGLU": _gated,
 }

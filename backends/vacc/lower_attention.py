@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from vacc_opt.backends.vacc.assemble import Operand
+from vacc_opt.backends.vacc.fusion import appended, pending, quantized, store, turned
 from vacc_opt.backends.vacc.kernels.attention import AttentionParams, Quantization, Scores, attention
 from vacc_opt.backends.vacc.kernels.kv_append import kv_append
 from vacc_opt.backends.vacc.kernels.rotary import rotary
@@ -17,14 +19,18 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Node
 
 
-def lower_rotary(low: Lowering, node: Node) -> Ref:
+def lower_rotary(low: Lowering, node: Node) -> Known:
     """RotaryEmbedding of X [B, H, S, D] at positions `pos + 0..S-1`."""
-    x = low.ref(node.inputs[0])
-    if len(x.shape) != 4:
-        raise UserError(f"no kernel for a rotary embedding of rank {len(x.shape)} (`{node.name}`)", "run legalize")
-    low.expect(node, node.input(3), "pos", np.arange(x.shape[2]), "position_ids")
+    shape = low.type(node.outputs[0])[1]
+    if len(shape) != 4:
+        raise UserError(f"no kernel for a rotary embedding of rank {len(shape)} (`{node.name}`)", "run legalize")
+    low.expect(node, node.input(3), "pos", np.arange(shape[2]), "position_ids")
     interleaved = bool(node.attributes.get("interleaved", 0))
-    tables = [Operand("COS", "in", low.ref(node.inputs[1])), Operand("SIN", "in", low.ref(node.inputs[2]))]
+    cos, sin = low.ref(node.inputs[1]), low.ref(node.inputs[2])
+    sums = turned(low, node, cos, sin, interleaved)
+    if sums:
+        return low.waiting(node.output, sums)
+    x, tables = low.ref(node.inputs[0]), [Operand("COS", "in", cos), Operand("SIN", "in", sin)]
     y = low.heads(x.dtype, x.shape)
     for row in range(x.shape[0]):
         operands = [Operand("X", "in", x.at(row)), *tables, Operand("Y", "out", y.at(row))]
@@ -36,9 +42,11 @@ def lower_rotary(low: Lowering, node: Node) -> Ref:
     return y
 
 
-def lower_quantization(low: Lowering, node: Node) -> Quantized:
+def lower_quantization(low: Lowering, node: Node) -> Known:
     """QuantizeKV and DequantizeKV wait for the node that writes or reads the cache."""
-    return Quantized(*(low.ref(one) for one in node.inputs[:3]))
+    scale, zero = low.ref(node.inputs[1]), low.ref(node.inputs[2])
+    sums = quantized(low, node, scale, zero) if node.op == "Vastai::QuantizeKV" else None
+    return sums or Quantized(low.ref(node.inputs[0]), scale, zero)
 
 
 def lower_scatter(low: Lowering, node: Node) -> Known:
@@ -57,6 +65,10 @@ def lower_scatter(low: Lowering, node: Node) -> Known:
     others = [one for one in node.inputs[0].users() if one is not node and one.op != "Vastai::DequantizeKV"]
     if others:
         raise UserError(f"`{others[0].name}` reads `{into.tensor}`, which `{node.name}` overwrites in place")
+    sums = pending(low, node.inputs[1])
+    if sums and appended(low, node, sums):
+        store(low, replace(sums, node=node), into.at(0))
+        return into
     values = new.values if isinstance(new, Quantized) else low.ref(node.inputs[1])
     tables = [("SCALE", new.scale), ("ZERO", new.zero)] if isinstance(new, Quantized) else []
     extra = [Operand(name, "in", low.table(ref)) for name, ref in tables]

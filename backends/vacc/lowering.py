@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from vacc_opt.backends.vacc.assemble import Assembler, Operand
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion, Sums, store, waits
 from vacc_opt.backends.vacc.index_values import is_affine
 from vacc_opt.backends.vacc.kernels.move import copy
 from vacc_opt.backends.vacc.refs import Ref
@@ -41,7 +42,7 @@ class Joined:
     new: Ref
 
 
-Known = Ref | Quantized | Joined
+Known = Ref | Quantized | Joined | Sums
 
 
 def is_cache(name: str) -> bool:
@@ -50,16 +51,22 @@ def is_cache(name: str) -> bool:
 
 
 class Lowering:
-    """The state of one lowering: `known` says where each value lies, `out` collects the calls."""
+    """The state of one lowering: `known` says where each value lies, `out` collects the calls.
 
-    def __init__(self, graph: Graph, target: Target) -> None:
+    `fusions` are the operators that may be fused into the linear before them.
+    """
+
+    def __init__(self, graph: Graph, target: Target, fusions: Collection[Fusion] = EVERY) -> None:
         self.graph = graph
         self.target = target
+        self.fusions = fusions
         self.out: Assembler = Assembler(target)
         self.known: dict[Value, Known] = {}
+        self.pays: dict[str, bool] = {}  # fusions that were tried, by their parameters
         self._names = export_names(graph)
         self._waiting: dict[Value, tuple[str, ...]] = {}  # nodes behind a value that no call implements yet
-        self._nodes: tuple[str, ...] = ()  # what calls implement at present
+        self._node: Node | None = None  # the node that is lowered at present
+        self._nodes: tuple[str, ...] = ()  # what its calls implement
         self._called = False
         for value in graph.inputs:
             role = "cache" if is_cache(value.name) else "input"
@@ -67,9 +74,12 @@ class Lowering:
 
     def begin(self, node: Node) -> None:
         """Calls from now on implement `node`, and the nodes before it that are strides or wait for it."""
+        self._node, self._nodes, self._called = node, self._behind(node), False
+
+    def _behind(self, node: Node) -> tuple[str, ...]:
+        """A node and those that wait for it."""
         waiting = (name for value in node.inputs if value is not None for name in self._waiting.get(value, ()))
-        self._nodes = tuple(dict.fromkeys((self._names[node.output], *waiting)))
-        self._called = False
+        return tuple(dict.fromkeys((self._names[node.output], *waiting)))
 
     def end(self, node: Node, found: tuple[Known, ...]) -> None:
         """The outputs of `node` lie in `found`; without a call of its own it waits for whoever reads them."""
@@ -95,9 +105,22 @@ class Lowering:
         if value.const is not None and value not in self.known:
             self.known[value] = self.out.tensor(value.name, *self.type(value), "weight")
         found = self.known[value]
+        if isinstance(found, Sums):
+            found = self.known[value] = self._stored(value, found)
         if not isinstance(found, Ref):
             raise UserError(f"`{value.name}`: (de)quantized KV is read outside of attention and cache writes")
         return found
+
+    def _stored(self, value: Value, sums: Sums) -> Ref:
+        """Sums whose reader does not take them: the call is for the nodes before it."""
+        called, self._nodes = self._called, self._waiting.pop(value, ())
+        found = store(self, sums)
+        self._called, self._nodes = called, self._behind(self._node) if self._node else ()
+        return found
+
+    def waiting(self, value: Value, sums: Sums) -> Known:
+        """Sums as they are where the reader of `value` may take them, else stored."""
+        return sums if waits(self, value) else store(self, sums)
 
     def view(self, ref: Ref, shape: tuple[int, ...]) -> Ref:
         """`ref` with another shape: by strides, else through a copy."""
@@ -126,11 +149,14 @@ class Lowering:
         key: object,
         build: Callable[..., Kernel],
         operands: list[Operand],
+        first: Node | None = None,
         **scalars: tuple[str, int],
     ) -> None:
-        """Call the kernel that `build` makes of the operands' parameters."""
+        """Call the kernel that `build` makes of the operands' parameters; `first` is the node that it computes."""
         params = [one.param for one in operands]
-        self.out.call(repr(key), lambda: build(*params), operands, scalars, self._nodes)
+        named = (self._names[first.output],) if first else ()
+        nodes = tuple(dict.fromkeys((*named, *self._nodes)))
+        self.out.call(repr(key), lambda: build(*params), operands, scalars, nodes)
         self._called = True
 
     def expect(self, node: Node, value: Value | None, name: str, offset: object, what: str) -> None:

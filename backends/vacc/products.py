@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step, work
-from vacc_opt.backends.vacc.ops import Work
 from vacc_opt.backends.vacc.regions import Region, contains, covers
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.text import print_op
@@ -19,12 +17,8 @@ Key = tuple[int, str]  # (core, ring)
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """The multiply-accumulates of one mma: rows and k of the first operand, columns and k of the second.
+    """The multiply-accumulates of one mma: rows and k of the first operand, columns and k of the second."""
 
-    `number` counts the steps of the array through all cores.
-    """
-
-    number: int
     step: Step
     rows: Region
     columns: Region
@@ -34,12 +28,16 @@ class Macs:
 
 @dataclass(frozen=True, slots=True)
 class MatrixProduct:
-    """A kernel that is one product: its size, the shapes of the row and column coordinates, its mma steps."""
+    """A kernel that is one product: its size, the shapes of the row and column coordinates, its mma steps.
+
+    `numbers` are the places of `macs` among all steps of the array, through all cores.
+    """
 
     size: Product
     row_shape: tuple[int, ...]
     column_shape: tuple[int, ...]
     macs: tuple[Macs, ...]
+    numbers: tuple[int, ...]
 
 
 def fills(lanes: Lanes) -> Mapping[Key, list[list[Step]]]:
@@ -88,41 +86,64 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
     """
     if computed(kernel):
         return []
-    written = fills(lanes)
-    found: dict[tuple[str, int, str, int], list[Macs]] = {}
+    source = _Sources(kernel, fills(lanes))
+    found: dict[tuple[str, int, str, int], list[tuple[int, Macs]]] = {}
     kinds: dict[str, tuple[str, int, str, int]] = {}  # accumulator -> what is multiplied into it
-    costs: dict[tuple[str, int, str, int], Work] = {}
-    known: dict[tuple[int, int, Box], tuple[Box, tuple[int, ...]] | None] = {}
-
-    def source(core: int, box: Box, entered: Mapping[str, int]) -> tuple[Box, tuple[int, ...]] | None:
-        key = (core, entered.get(box.ref, -1), box)
-        if key not in known:
-            known[key] = source_of(kernel, core, box, written, entered)
-        return known[key]
-
-    numbers = count()
-    for core, engine, step, entered in uses(lanes):
-        if engine != "matrix":
-            continue
-        places = [source(core, box, entered) for box in step.ins]
-        if places[0] is None or places[1] is None:
+    last: dict[tuple[str, int, str, int], Step] = {}
+    known: dict[tuple[int, int, int], tuple[tuple[str, int, str, int], Macs]] = {}
+    matrix = ((core, step, entered) for core, engine, step, entered in uses(lanes) if engine == "matrix")
+    for number, (core, step, entered) in enumerate(matrix):
+        a, b = source.of(core, step.ins[0], entered), source.of(core, step.ins[1], entered)
+        if a is None or b is None:
             raise Untraceable(print_op(step.op))
-        (a, a_axes), (b, b_axes) = places[0], places[1]
-        a_k, b_k = a_axes[-1], b_axes[-1] if step.op.kind == "mma" else b_axes[-2]
-        kind = (a.ref, a_k, b.ref, b_k)
+        key = id(step), id(a), id(b)
+        if key not in known:
+            known[key] = _macs(step, a, b)
+        kind, macs = known[key]
         if kinds.setdefault(step.outs[0].ref, kind) != kind:
             raise Untraceable(print_op(step.op))
-        macs = Macs(next(numbers), step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
-        found.setdefault(kind, []).append(macs)
-        costs[kind] = work(kernel, step)
+        found.setdefault(kind, []).append((number, macs))
+        last[kind] = step
     products = []
     for kind, steps in found.items():
         a_name, a_k, b_name, b_k = kind
         rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
-        cost, depth = costs[kind], kernel.param[b_name].shape[b_k]
+        cost, depth = work(kernel, last[kind]), kernel.param[b_name].shape[b_k]
         size = Product(_volume(rows), _volume(columns), depth, cost.dtype, cost.weight_itemsize)
-        products.append(MatrixProduct(size, rows, columns, tuple(steps)))
+        numbers, macs_steps = zip(*steps, strict=True)
+        products.append(MatrixProduct(size, rows, columns, macs_steps, numbers))
     return products
+
+
+Place = tuple[Box, tuple[int, ...]]  # a part of a parameter, and the parameter's axis of each axis of the tile there
+
+
+def _macs(step: Step, one: Place, other: Place) -> tuple[tuple[str, int, str, int], Macs]:
+    """What a product of two parts of parameters multiplies: (parameter, axis of k) of both, and where."""
+    (a, a_axes), (b, b_axes) = one, other
+    a_k, b_k = a_axes[-1], b_axes[-1] if step.op.kind == "mma" else b_axes[-2]
+    macs = Macs(step, _without(a, a_k), _without(b, b_k), _interval(a, a_k), _interval(b, b_k))
+    return (a.ref, a_k, b.ref, b_k), macs
+
+
+class _Sources:
+    """What parts of parameters tiles hold; one object for tiles that are loaded by one step into a slot of its own."""
+
+    def __init__(self, kernel: Kernel, written: Mapping[Key, list[list[Step]]]) -> None:
+        self._kernel, self._written = kernel, written
+        self._loads: dict[int, tuple[int, ...]] = {}  # slot -> its steps, all by identity
+        self._known: dict[tuple[tuple[int, ...], int], Place | None] = {}
+
+    def of(self, core: int, box: Box, entered: Mapping[str, int]) -> Place | None:
+        """As :func:`source_of`."""
+        slots, number = self._written.get((core, box.ref), []), entered.get(box.ref, -1)
+        if not 0 <= number < len(slots):
+            return None
+        slot = slots[number]
+        steps = self._loads.get(id(slot)) or self._loads.setdefault(id(slot), tuple(map(id, slot)))
+        if (steps, id(box)) not in self._known:
+            self._known[steps, id(box)] = source_of(self._kernel, core, box, self._written, entered)
+        return self._known[steps, id(box)]
 
 
 def computed(kernel: Kernel) -> bool:
@@ -133,7 +154,7 @@ def computed(kernel: Kernel) -> bool:
 
 def source_of(
     kernel: Kernel, core: int, box: Box, written: Mapping[Key, list[list[Step]]], entered: Mapping[str, int]
-) -> tuple[Box, tuple[int, ...]] | None:
+) -> Place | None:
     """The part of a parameter that a tile holds, and the parameter's axis of each axis of the tile."""
     slots = written.get((core, box.ref), [])
     number = entered.get(box.ref, -1)
@@ -154,7 +175,7 @@ def source_of(
     return None
 
 
-def _shift(target: Box, source: Box, box: Box) -> tuple[Box, tuple[int, ...]] | None:
+def _shift(target: Box, source: Box, box: Box) -> Place | None:
     """`box` of the slot, which `target <- source` wrote, in coordinates of the source."""
     if target.shape == source.shape:
         axes = tuple(range(len(source.shape)))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue
 from vacc_opt.backends.vacc.kernels.linear import linear
-from vacc_opt.backends.vacc.linear_tiles import Candidate, LinearShape, linear_space
+from vacc_opt.backends.vacc.linear_tiles import Candidate, LinearShape, LinearTiles, linear_space
 from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import Kernel, Param
 from vacc_opt.backends.vacc.target import Target
@@ -25,6 +31,7 @@ class Found:
     """
 
     kernel: Kernel
+    tiles: LinearTiles
     cycles: int
     space: int
     simulated: int
@@ -39,24 +46,70 @@ class Found:
         return f"within {100 * (self.cycles / self.floor - 1):.1f} % of the optimum of {space}"
 
 
-_KNOWN: dict[tuple[object, ...], Found] = {}  # one search a signature: parameters and machine
+Signature = tuple[Param, Param, Param | None, Param, str, Epilogue]
+_KNOWN: dict[Signature, Found] = {}  # one search a signature: parameters and machine
 
 
-def fastest_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Kernel:
+class Memory(Protocol):
+    """Keeps what searches found under their signatures, beyond this process."""
+
+    def get(self, signature: str) -> bytes | None:
+        """What was kept."""
+
+    def put(self, signature: str, found: bytes) -> None:
+        """Keep the finding of a search."""
+
+
+_memory: ContextVar[Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def remembering(memory: Memory) -> Iterator[None]:
+    """Searches of the block ask `memory` first, and tell it what they found."""
+    token = _memory.set(memory)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def fastest_linear(
+    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
+) -> Kernel:
     """The kernel of :func:`search_linear`."""
-    return search_linear(x, w, scale, y, target).kernel
+    return search_linear(x, w, scale, y, target, after).kernel
 
 
-def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
+def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN) -> Found:
     """The linear kernel with the fewest simulated cycles, then the fewest DDR bytes, among the best ranked tiles."""
-    signature = (x, w, scale, y, target.sha)
+    signature = (x, w, scale, y, target.sha, after)
     if signature not in _KNOWN:
-        _KNOWN[signature] = _search(x, w, scale, y, target)
+        memory = _memory.get()
+        kept = memory.get(repr(signature)) if memory else None
+        found = _recalled(kept, signature, target) if kept else None
+        _KNOWN[signature] = found or _search(x, w, scale, y, target, after)
+        if memory and not found:
+            memory.put(repr(signature), _noted(_KNOWN[signature]))
     return _KNOWN[signature]
 
 
-def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -> Found:
-    shape = LinearShape(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None)
+def _noted(found: Found) -> bytes:
+    numbers = {"cycles": found.cycles, "space": found.space, "simulated": found.simulated, "floor": float(found.floor)}
+    return json.dumps({"tiles": asdict(found.tiles), **numbers}).encode()
+
+
+def _recalled(kept: bytes, signature: Signature, target: Target) -> Found | None:
+    """What :func:`_noted` wrote, with its kernel built again; None where it cannot be read."""
+    try:
+        data = json.loads(kept)
+        tiles = LinearTiles(**data.pop("tiles"))
+        return Found(**{**data, "tiles": tiles, "kernel": linear(*signature[:4], target, tiles, signature[-1])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue) -> Found:
+    shape = LinearShape.of(x, w, scale, y, after)
     space = linear_space(shape, target, RANKED)
     timed: list[tuple[int, Candidate]] = []
     spent, floor = 0, space.floor
@@ -66,12 +119,12 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target) -
         if timed and (not (faster or lighter) or len(timed) == TRIED or spent + one.products > PRODUCTS):
             floor = min(floor, one.floor)
             continue
-        timed.append((linear_cycles(x, w, scale, y, one.tiles, target), one))
+        timed.append((linear_cycles(x, w, scale, y, one.tiles, target, after), one))
         spent += one.products
     cycles = {id(one): cycles for cycles, one in timed}
     best, chosen = _pick(timed)
-    kernel = linear(x, w, scale, y, target, chosen.tiles)
-    return Found(kernel, cycles[id(chosen)], space.size, len(timed), min(floor, best))
+    kernel = linear(x, w, scale, y, target, chosen.tiles, after)
+    return Found(kernel, chosen.tiles, cycles[id(chosen)], space.size, len(timed), min(floor, best))
 
 
 def _pick(timed: list[tuple[int, Candidate]]) -> tuple[int, Candidate]:

@@ -9,7 +9,7 @@ multicast     a load that all cores receive: it waits for the slowest of them, a
 mma           ceil(k / rows) * ceil(n / columns) passes, each of m rows or of one weight load, whichever is longer;
               results leave `fill` cycles later; sums that exceed the accumulators cross the port of SRAM meanwhile
 vector        start-up, then lane operations over the lanes
-collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`bounds.link_cost`);
+collective    the links are busy for ring or direct exchange, what is cheaper for the whole call (`costs.link_cost`);
               after the hops, for which the next one does not wait, its DDR bytes
 """
 
@@ -21,10 +21,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from vacc_opt.backends.vacc.alike import Alike, alike
-from vacc_opt.backends.vacc.binding import Lanes, lanes, scalar_values, tally
-from vacc_opt.backends.vacc.bounds import kernel_bound, link_cost, program_bound, work_bytes
-from vacc_opt.backends.vacc.costs import bursts, product_step, transfer_step, vector_step
+from vacc_opt.backends.vacc.alike import Alike
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes, scalar_values
+from vacc_opt.backends.vacc.bounds import kernel_bound, program_bound, work_bytes
+from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
 from vacc_opt.backends.vacc.event_model import Step as TimedStep
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, work
@@ -35,9 +35,10 @@ from vacc_opt.backends.vacc.timing import CallTiming, EngineAccount, KernelTimin
 from vacc_opt.ir.errors import CheckError
 
 
-def simulate_time(program: Program, target: Target, *, context: int | None = None) -> Timing:
+def simulate_time(program: Program, target: Target, *, context: int | None = None, unroll: Unroll = lanes) -> Timing:
     """Time one pass of `program` with `context` tokens cached (default: none in prefill, a full cache in decode).
 
+    `unroll`: what kept the kernels that were unrolled to verify the program.
     Raises CheckError when engines deadlock or when a time falls below its lower bound, which is a defect of the model.
     """
     timed: dict[tuple[str, tuple[tuple[str, int], ...]], KernelTiming] = {}
@@ -48,7 +49,7 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
         key = (call.kernel, tuple(sorted(values.items())))
         if key not in timed:
             name = call.kernel if call.kernel not in counts else f"{call.kernel}#{len(timed)}"
-            timed[key] = time_kernel(program.kernel[call.kernel], target, values, program.ranks, name)
+            timed[key] = time_kernel(program.kernel[call.kernel], target, values, program.ranks, name, unroll)
         order.append(timed[key])
         counts[timed[key].name] += 1
     calls, now = [], 0
@@ -66,18 +67,23 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
 
 
 def time_kernel(
-    kernel: Kernel, target: Target, scalars: Mapping[str, int], ranks: int = 1, name: str | None = None
+    kernel: Kernel,
+    target: Target,
+    scalars: Mapping[str, int],
+    ranks: int = 1,
+    name: str | None = None,
+    unroll: Unroll = lanes,
 ) -> KernelTiming:
     """Time one run of `kernel` on an idle die for values of its run-time scalars; raises CheckError as above."""
-    unrolled = lanes(kernel, target.die.cores, scalars)
-    counted = tally(unrolled)
+    unrolled = unroll(kernel, target.die.cores, scalars)
+    counted = unrolled.counted
     collectives = sum(times for _, step, times in counted if step.primitive.collective)
     costs = {id(step): _cost(kernel, engine, step, target, ranks, collectives) for engine, step, _ in counted}
     cores = sorted({core for core, _ in unrolled})
     # cores that do the same keep step, but for those that take turns on the links
-    copied = alike(kernel, unrolled) if not collectives else [Alike(core, core, {}) for core in cores]
+    copied = unrolled.alike if not collectives else [Alike(core, core, {}) for core in cores]
     copies = Counter(one.first for one in copied)
-    few = {lane: events for lane, events in unrolled.items() if lane[0] in copies}
+    few = Lanes(kernel, {lane: events for lane, events in unrolled.items() if lane[0] in copies})
     streams = [
         Stream(engine, core, _steps(core, events, costs), target.core.dma.max_outstanding, copies[core])
         for (core, engine), events in few.items()

@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 
-from vacc_opt.backends.vacc.binding import Unrolled, scalar_samples
+from vacc_opt.backends.vacc.binding import Unroll, Unrolled, scalar_samples
 from vacc_opt.backends.vacc.memory import memory_plan, overlaps
 from vacc_opt.backends.vacc.ops import PRIMITIVES
 from vacc_opt.backends.vacc.schedule import Call, Program, ScheduleError, Violation
@@ -50,20 +50,25 @@ from vacc_opt.backends.vacc.verify_wiring import wiring_violations
 Samples = Mapping[str, list[dict[str, int]]]  # kernel -> values of its run-time scalars
 
 
-def verify(program: Program, target: Target) -> None:
-    """Raise ScheduleError with every violation found; return quietly for a valid schedule."""
-    violations = check(program, target)
+def verify(program: Program, target: Target, unroll: Unroll | None = None) -> None:
+    """Raise ScheduleError with every violation found; return quietly for a valid schedule.
+
+    `unroll`: keeps what kernels are unrolled to, for whoever times the program next.
+    """
+    violations = check(program, target, unroll=unroll)
     if violations:
         raise ScheduleError(violations)
 
 
-def check(program: Program, target: Target, samples: Samples | None = None) -> list[Violation]:
+def check(
+    program: Program, target: Target, samples: Samples | None = None, unroll: Unroll | None = None
+) -> list[Violation]:
     """Violations of `program` on `target`; `samples` replaces the scalar values at which kernels are tried."""
     found = [*_machine(program, target), *_calls(program), *_outputs(program)]
     if found:
         return found  # what follows reads tensors through the arguments
     tried = _samples(program) if samples is None else samples
-    unroll = Unrolled()
+    unroll = unroll or Unrolled()
     kernels = [v for one in program.kernels for v in kernel_violations(one, target, tried.get(one.name, [{}]), unroll)]
     calls = [*_memory(program, target), *dataflow_violations(program), *wiring_violations(program)]
     # kernels that cannot be unrolled say nothing about caches

@@ -16,6 +16,7 @@ from vacc_opt.backends.vacc.target import Target
 Mask = npt.NDArray[np.bool_]
 Boxes = Mapping[str, tuple[Box, ...]]  # parameter -> what a kernel touches of it
 Touches = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Boxes, Boxes]]  # (kernel, scalars) -> reads, writes
+Masks = dict[tuple[object, ...], Mask]  # what was touched of a cache of some shape -> its elements
 PICKS = 4  # smallest, largest, one above the smallest, middle: the choices of `binding.scalar_samples`
 
 
@@ -34,8 +35,9 @@ def cache_violations(program: Program, target: Target, unroll: Unroll = lanes) -
         return [Violation("shape", program.name, None, f"`pos` or a cache is not of a batch of {batch}")]
     found: dict[Violation, None] = {}
     touches: Touches = {}
+    masks: Masks = {}
     for pick in range(PICKS):
-        found |= dict.fromkeys(_Pass(program, target, pick, touches, unroll).run(caches))
+        found |= dict.fromkeys(_Pass(program, target, pick, touches, masks, unroll).run(caches))
     return list(found)
 
 
@@ -72,9 +74,11 @@ def _reach(kernel: Kernel, context: int) -> int:
 class _Pass:
     """One pass over the calls, with one choice of the run-time scalars."""
 
-    def __init__(self, program: Program, target: Target, pick: int, touches: Touches, unroll: Unroll) -> None:
+    def __init__(
+        self, program: Program, target: Target, pick: int, touches: Touches, masks: Masks, unroll: Unroll
+    ) -> None:
         self._program, self._target, self._pick = program, target, pick
-        self._touches, self._unroll = touches, unroll
+        self._touches, self._masks, self._unroll = touches, masks, unroll
 
     def run(self, tensors: list[Tensor]) -> Iterator[Violation]:
         batch, tokens = self._program.tensor["input_ids"].shape
@@ -159,13 +163,17 @@ class _Pass:
                 yield Violation("coverage", call.kernel, call.index, message)
 
     def _mask(self, call: Call, one: Argument, cache: _Cache, boxes: Boxes) -> Mask:
-        """The elements of the cache in the boxes of one parameter."""
-        mask = np.zeros(cache.tensor.shape, np.bool_)
-        param = self._program.kernel[call.kernel].param[one.name]
-        window = _window(mask.reshape(-1), one.offset, param)
-        for box in boxes.get(one.name, ()):
-            window[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))] = True
-        return mask
+        """The elements of the cache in the boxes of one parameter: for the caches of all layers one array."""
+        param, touched = self._program.kernel[call.kernel].param[one.name], boxes.get(one.name, ())
+        key = cache.tensor.shape, one.offset, param.shape, param.strides, touched
+        if key not in self._masks:
+            mask = np.zeros(cache.tensor.shape, np.bool_)
+            window = _window(mask.reshape(-1), one.offset, param)
+            for box in touched:
+                window[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))] = True
+            mask.flags.writeable = False
+            self._masks[key] = mask
+        return self._masks[key]
 
 
 def _window(mask: Mask, offset: int, param: Param) -> npt.NDArray[Any]:

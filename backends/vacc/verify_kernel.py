@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from vacc_opt.backends.vacc.alike import distinct
-from vacc_opt.backends.vacc.binding import Lanes, Unroll, is_parallel, lanes, tally
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.ops import MOVES, PRIMITIVES
 from vacc_opt.backends.vacc.regions import Region, covers, first_overlap, first_uncovered, intersection
@@ -17,7 +17,7 @@ from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.text import print_op
 from vacc_opt.backends.vacc.verify_meaning import defined, meaning_problems
 from vacc_opt.backends.vacc.verify_products import product_problems
-from vacc_opt.backends.vacc.verify_routes import unread_inputs, unread_results, unread_slots
+from vacc_opt.backends.vacc.verify_routes import slot_regions, unread_inputs, unread_results, unread_slots
 from vacc_opt.backends.vacc.verify_types import type_problems
 
 
@@ -36,13 +36,14 @@ def kernel_violations(
             found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
             continue
         found |= dict.fromkeys((*_shapes(unrolled), *_multicasts(unrolled)))
-        few = distinct(kernel, unrolled)  # for what happens in SRAM alone
+        few = unrolled.distinct  # for what happens in SRAM alone
         protocol = dict.fromkeys(_protocol(kernel, few))
         found |= protocol
         if not protocol:  # slots can be matched to fills
             found |= dict.fromkeys(_contents(kernel, few))
-            found |= dict.fromkeys(unread_slots(kernel, few))
-            idle.append(set(unread_results(kernel, few)))
+            slots = slot_regions(kernel, few)
+            found |= dict.fromkeys(unread_slots(slots))
+            idle.append(set(unread_results(kernel, few, slots)))
             meaning = dict.fromkeys(meaning_problems(kernel, unrolled, scalars))
             if meaning or not defined(kernel):  # a kernel that keeps to its definition multiplies what it should
                 found |= dict.fromkeys(product_problems(kernel, unrolled))
@@ -62,8 +63,6 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
     engines = [engine for engine, _ in kernel.trees]
     for listed in (names, engines):
         yield from (("name", f"`{name}` is given twice") for name, times in Counter(listed).items() if times > 1)
-    if is_parallel(dict(kernel.trees).get("link", ())):
-        yield "op", "a die has one link engine: its loops cannot be parallel"
     accumulators = target.core.matrix.acc
     if kernel.accumulator_bytes > accumulators.bytes and accumulators.sram_bytes_per_cycle is None:
         yield "capacity", f"accumulators need {kernel.accumulator_bytes} bytes of {accumulators.bytes}"
@@ -82,7 +81,7 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
 def _shapes(unrolled: Lanes) -> Iterator[Problem]:
     """Tiles of an operation fit each other: equal in a move, conformable in a product, broadcasting in arithmetic."""
     seen: set[tuple[object, ...]] = set()
-    for _, step, _ in tally(unrolled):
+    for _, step, _ in unrolled.counted:
         shapes = step.op.kind, tuple(box.shape for box in step.outs), tuple(box.shape for box in step.ins)
         if shapes not in seen and not _conform(*shapes):
             outs, ins = (", ".join(str(list(shape)) for shape in side) for side in shapes[1:])
@@ -216,10 +215,14 @@ class _Content:
 
     def read(self, region: Region) -> bool:
         """Note a read; whether everything in it was written."""
-        for one, seen in self.written.items():
+        written = self.written
+        if len(written) == 1 and region in written:
+            written[region] = True
+            return True
+        for one, seen in written.items():
             if not seen and intersection(one, region):
-                self.written[one] = True
-        return region in self.written or covers(list(self.written), region)
+                written[one] = True
+        return region in written or covers(list(written), region)
 
     def write(self, region: Region) -> Region | None:
         """Note a write; the first earlier region that it destroys unread, if any."""
@@ -228,23 +231,39 @@ class _Content:
         return lost
 
 
+@dataclass(frozen=True, slots=True)
+class _Touch:
+    """What a step reads of slots that others fill, and of those and the scratch of its own engine; what it writes."""
+
+    used: tuple[Box, ...]
+    own: tuple[Box, ...]
+    written: tuple[Box, ...]
+
+
+def _touch(kernel: Kernel, engine: str, step: Step) -> _Touch:
+    buffers = kernel.buffer
+    used = [box for box in step.ins if box.ref in buffers and engine in buffers[box.ref].consumers and not box.empty]
+    own = [box for box in (*step.ins, *_updated(step)) if box.ref in buffers and not box.empty]
+    own = [b for b in own if buffers[b.ref].producer == engine and engine not in buffers[b.ref].consumers]
+    return _Touch(tuple(used), tuple(own), tuple(box for box in step.outs if box.ref in buffers and not box.empty))
+
+
 def _contents(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
     """Tiles are read only where this fill (or this engine, for scratch) wrote them, and not overwritten unread."""
+    touches = {id(step): _touch(kernel, engine, step) for engine, step, _ in unrolled.counted}
     slots: dict[tuple[int, str], list[_Content]] = {}
     for (core, engine), events in unrolled.items():
-        yield from _own(kernel, core, engine, events, slots)
-    for (core, engine), events in unrolled.items():
+        yield from _own(kernel, core, engine, events, touches, slots)
+    for (core, _), events in unrolled.items():
         number: dict[str, int] = {}
         for event in events:
             if isinstance(event, RingEvent):
                 if event.action == "wait":
                     number[event.ring] = number.get(event.ring, -1) + 1
                 continue
-            for box in event.ins:
-                if box.ref in kernel.buffer and engine in kernel.buffer[box.ref].consumers:
-                    content = slots[core, box.ref][number[box.ref]]
-                    if not box.empty and not content.read(_region(box)):
-                        yield _unwritten(event, box, f"fill {number[box.ref]} by {kernel.buffer[box.ref].producer}")
+            for box in touches[id(event)].used:
+                if not slots[core, box.ref][number[box.ref]].read(box.region):
+                    yield _unwritten(event, box, f"fill {number[box.ref]} by {kernel.buffer[box.ref].producer}")
 
 
 def _own(
@@ -252,6 +271,7 @@ def _own(
     core: int,
     engine: str,
     events: Sequence[RingEvent | Step],
+    touches: Mapping[int, _Touch],
     slots: dict[tuple[int, str], list[_Content]],
 ) -> Iterator[Problem]:
     """Reads and writes of the slots that an engine fills and of its scratch, in program order."""
@@ -263,17 +283,14 @@ def _own(
             if event.action == "acquire":
                 slots.setdefault((core, event.ring), []).append(_Content())
             continue
-        for box in (*event.ins, *_updated(event)):
-            buffer = kernel.buffer.get(box.ref)
-            if buffer is None or buffer.producer != engine or engine in buffer.consumers or box.empty:
-                continue
-            if not slots[core, box.ref][-1].read(_region(box)):
+        touch = touches[id(event)]
+        for box in touch.own:
+            if not slots[core, box.ref][-1].read(box.region):
                 yield _unwritten(event, box, "what the engine wrote before")
-        for box in event.outs:
-            if box.ref in kernel.buffer and not box.empty:
-                lost = slots[core, box.ref][-1].write(_region(box))
-                if lost and kernel.buffer[box.ref].is_ring:
-                    yield "WAW", f"`{print_op(event.op)}`: {box} overwrites what nobody has read"
+        for box in touch.written:
+            lost = slots[core, box.ref][-1].write(box.region)
+            if lost and kernel.buffer[box.ref].is_ring:
+                yield "WAW", f"`{print_op(event.op)}`: {box} overwrites what nobody has read"
 
 
 def _updated(step: Step) -> Sequence[Box]:
@@ -293,11 +310,11 @@ def _outputs(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:
     """Every element of an output is written once, no element is written twice or read in the call that writes it."""
     reads: dict[str, list[Region]] = {}
     writes: dict[str, list[Region]] = {}
-    for _, step, times in tally(unrolled):
+    for _, step, times in unrolled.counted:
         for boxes, regions in ((step.ins, reads), (step.outs, writes)):
             for box in boxes:
                 if box.ref in kernel.param and not box.empty:
-                    regions.setdefault(box.ref, []).extend([_region(box)] * times)
+                    regions.setdefault(box.ref, []).extend([box.region] * times)
     for param in kernel.params:
         written = writes.get(param.name, [])
         if param.mode != "in" and not _injective(param.shape, param.strides):
@@ -325,10 +342,6 @@ def _injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         reach += stride * (size - 1)
     return True
-
-
-def _region(box: Box) -> Region:
-    return box.start, box.stop
 
 
 def _box(name: str, region: Region) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.definition_attention import attention_problem
-from vacc_opt.backends.vacc.definitions import DEFINITIONS, Wanted, family
+from vacc_opt.backends.vacc.definitions import Definition, Wanted, definition, family
 from vacc_opt.backends.vacc.expressions import Expressions, Node
 from vacc_opt.backends.vacc.follow import Stored, stores
 from vacc_opt.backends.vacc.schedule import Kernel
@@ -20,29 +20,29 @@ _ATTENTION = {"attention", "attention_i8"}
 
 def defined(kernel: Kernel) -> bool:
     """Whether the family of a kernel has a definition."""
-    return family(kernel.name) in _ATTENTION | DEFINITIONS.keys()
+    return family(kernel.name) in _ATTENTION or definition(kernel.name) is not None
 
 
 def meaning_problems(kernel: Kernel, lanes: Lanes, scalars: Mapping[str, int]) -> Iterator[Problem]:
     """Stores that write something else than the definition of the kernel's family; none for an unknown family."""
     if not defined(kernel):
         return
-    attends = family(kernel.name) in _ATTENTION
+    told = definition(kernel.name)
     make = Expressions()
     for one in stores(kernel, lanes, make):
         box = tuple(zip(one.box.start, one.box.stop, strict=True))
         wanted = Wanted(kernel, scalars, make, one.box.ref, box)
-        problem = _problem(wanted, one, attends)
+        problem = _problem(wanted, one, told)
         if problem:
             kind, message = problem
             yield kind, f"`{print_op(one.step.op)}` writes {one.box}: {message}"
 
 
-def _problem(wanted: Wanted, one: Stored, attends: bool) -> Problem | None:
+def _problem(wanted: Wanted, one: Stored, told: Definition | None) -> Problem | None:
     try:
-        if attends:
+        if told is None:
             return attention_problem(wanted, one.node)
-        due = DEFINITIONS[family(wanted.kernel.name)](wanted)
+        due = told(wanted)
     except (KeyError, ValueError) as error:
         return "name", f"no parameter or scalar {error} of a {family(wanted.kernel.name)}"
     return None if due is one.node else difference(due, one.node)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from vacc_opt.backends.vacc.binding import Lanes, tally
+from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.products import MatrixProduct, fills, source_of
 from vacc_opt.backends.vacc.regions import Region, contains, covers, first_uncovered
@@ -15,6 +15,8 @@ from vacc_opt.backends.vacc.text import print_op
 
 Problem = tuple[str, str]  # (kind, message)
 Slot = tuple[int, str, int]  # (core, buffer, number of the fill)
+Slots = Sequence[tuple[str, list[Region], list[Region]]]  # (ring, regions written, regions read) of each fill
+_READERS = ("matrix", "vector", "dma_out", "link")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +39,28 @@ def misplaced(kernel: Kernel, lanes: Lanes, product: MatrixProduct) -> Iterator[
     """
     held: dict[Slot, list[tuple[Region, Region]]] = {}  # slot -> [(place in the slot, rows and columns)]
     coordinates = {
-        one.number: ((*one.rows[0], *one.columns[0]), (*one.rows[1], *one.columns[1])) for one in product.macs
+        number: ((*one.rows[0], *one.columns[0]), (*one.rows[1], *one.columns[1]))
+        for number, one in zip(product.numbers, product.macs, strict=True)
     }
     written, numbers = fills(lanes), count()
     rank = len(product.row_shape) + len(product.column_shape)
-    for visit in sorted(_visits(lanes), key=lambda one: ("matrix", "vector", "dma_out").index(one.engine)):
+    for visit in sorted(_visits(lanes), key=lambda one: _READERS.index(one.engine)):
         step, out = visit.step, visit.step.outs[0]
         if visit.engine == "matrix":
             multiplied = coordinates.get(next(numbers))
             if multiplied is not None:  # else of another product
-                held.setdefault(visit.slot(out), []).append((_region(out), multiplied))
+                held.setdefault(visit.slot(out), []).append((out.region, multiplied))
             continue
         found = next((place for box in step.ins if (place := _follow(held.get(visit.slot(box), []), box))), None)
         if found is None or len(found[0]) != rank:
             continue
         if visit.engine == "vector":
-            held.setdefault(visit.slot(out), []).append((_region(out), found))
+            held.setdefault(visit.slot(out), []).append((out.region, found))
             for box in step.ins:
                 loaded = source_of(kernel, visit.core, box, written, visit.fill)
                 if loaded and _other_columns(kernel, loaded[0], found, product):
                     yield "coverage", f"`{print_op(step.op)}` applies {loaded[0]} to {_named('columns', found)}"
-        elif out.ref in kernel.param and len(out.start) == rank and _region(out) != found:
+        elif out.ref in kernel.param and len(out.start) == rank and out.region != found:
             yield "coverage", f"`{print_op(step.op)}` stores {_named('rows and columns', found)} at {out}"
 
 
@@ -65,10 +68,10 @@ def unread_inputs(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
     """Elements of inputs that no engine reads, but along axes where run-time scalars choose (rows of a cache)."""
     selected = _selected(kernel)
     reads: dict[str, set[Region]] = {}
-    for _, step, _ in tally(lanes):
+    for _, step, _ in lanes.counted:
         for box in step.ins:
             if box.ref in kernel.param and not box.empty:
-                reads.setdefault(box.ref, set()).add(_region(box))
+                reads.setdefault(box.ref, set()).add(box.region)
     for param in kernel.params:
         chosen = {axis for name, axis in selected if name == param.name}
         if param.mode != "in" or (chosen and param.name not in reads):
@@ -81,20 +84,20 @@ def unread_inputs(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
             yield "uncovered", f"{_named(param.name, gap)}{along} of input {list(param.shape)} is never read"
 
 
-def unread_slots(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
+def unread_slots(slots: Slots) -> Iterator[Problem]:
     """Slots of which a part is read and a part is not: a lost tail."""
-    for name, written, read in _slots(kernel, lanes):
+    for name, written, read in slots:
         lost = next((one for one in written if read and not covers(read, one)), None)
         if lost:
             yield "uncovered", f"part of {_named(name, lost)} is filled and never read"
 
 
-def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
+def unread_results(kernel: Kernel, lanes: Lanes, slots: Slots) -> Iterator[Problem]:
     """Rings of which the array or the vector engine fills a slot that nobody reads, scratch that nobody reads."""
     # what is read under other scalars (the block of old keys when `pos` can only be 0) is no lost result
     elsewhere = {tile.ref for _, one in kernel.operations() for tile in one.ins} if kernel.scalars else set()
     windowed, used = _windowed(kernel), _used(lanes)
-    for name, written, read in _slots(kernel, lanes):
+    for name, written, read in slots:
         if name in windowed or (name in elsewhere and name not in used):
             continue
         if written and not read and kernel.buffer[name].producer in {"matrix", "vector"}:
@@ -106,7 +109,7 @@ def unread_results(kernel: Kernel, lanes: Lanes) -> Iterator[Problem]:
 
 def _used(lanes: Lanes) -> set[str]:
     """Parameters and buffers that some step reads."""
-    return {box.ref for _, step, _ in tally(lanes) for box in step.ins}
+    return {box.ref for _, step, _ in lanes.counted for box in step.ins}
 
 
 def _windowed(kernel: Kernel) -> set[str]:
@@ -132,22 +135,35 @@ def _running(kernel: Kernel) -> set[str]:
     return {view.ref for _, op in kernel.operations() if op.kind == "softmax_step" for view in op.outs[1:3]}
 
 
-def _slots(kernel: Kernel, lanes: Lanes) -> Iterator[tuple[str, list[Region], list[Region]]]:
+def slot_regions(kernel: Kernel, lanes: Lanes) -> Slots:
     """(ring, regions written, regions read) of each fill of each ring."""
+    written: dict[tuple[int, str], list[dict[Region, None]]] = {}
     read: dict[Slot, dict[Region, None]] = {}
-    for visit in _visits(lanes):
-        for box in visit.step.ins:
-            if box.ref in kernel.buffer:
-                read.setdefault(visit.slot(box), {})[_region(box)] = None
-    for (core, name), slots in fills(lanes).items():
-        for number, steps in enumerate(slots):
-            boxes = {_region(box): None for step in steps for box in step.outs if box.ref == name}
-            yield name, list(boxes), list(read.get((core, name, number), ()))
+    for (core, engine), events in lanes.items():
+        number: dict[str, int] = {}
+        for event in events:
+            if isinstance(event, RingEvent):
+                if event.action in {"acquire", "wait"}:
+                    number[event.ring] = number.get(event.ring, -1) + 1
+                if event.action == "acquire":
+                    written.setdefault((core, event.ring), []).append({})
+                continue
+            for box in event.outs:
+                if (core, box.ref) in written:
+                    written[core, box.ref][-1][box.region] = None
+            for box in event.ins if engine in _READERS else ():
+                if box.ref in kernel.buffer:
+                    read.setdefault((core, box.ref, number.get(box.ref, 0)), {})[box.region] = None
+    return [
+        (name, list(regions), list(read.get((core, name, index), ())))
+        for (core, name), parts in written.items()
+        for index, regions in enumerate(parts)
+    ]
 
 
 def _visits(lanes: Lanes) -> Iterator[_Visit]:
     for (core, engine), events in lanes.items():
-        if engine not in {"matrix", "vector", "dma_out"}:
+        if engine not in _READERS:
             continue
         count: dict[str, int] = {}
         for event in events:
@@ -161,7 +177,7 @@ def _visits(lanes: Lanes) -> Iterator[_Visit]:
 def _follow(places: list[tuple[Region, Region]], box: Box) -> Region | None:
     """Rows and columns of the part of a slot that `box` takes; None where the rank is not that of the product."""
     for place, tile in places:
-        if contains(place, _region(box)) and len(box.start) == len(tile[0]):
+        if contains(place, box.region) and len(box.start) == len(tile[0]):
             start = tuple(t + b - p for t, b, p in zip(tile[0], box.start, place[0], strict=True))
             return start, tuple(s + size for s, size in zip(start, box.shape, strict=True))
     return None
@@ -194,10 +210,6 @@ def _selected(kernel: Kernel) -> set[tuple[str, int]]:
     for _, tree in kernel.trees:
         visit(tree, frozenset(kernel.scalars))
     return chosen
-
-
-def _region(box: Box) -> Region:
-    return box.start, box.stop
 
 
 def _named(name: str, region: Region) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.backends.vacc.epilogue import Epilogue
+from vacc_opt.backends.vacc.fusion import EVERY
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.attention import Scores
 from vacc_opt.backends.vacc.kernels.builder import param
@@ -30,6 +32,7 @@ from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.tests.backends.conftest import attend
+from vacc_opt.tests.backends.epilogues import fused
 from vacc_opt.tests.backends.llama import Llama, inputs
 
 Array = npt.NDArray[Any]
@@ -76,6 +79,12 @@ def bases() -> list[Base]:
         Base("linear_f16", _gemm("f16", None, 4000), machine(4000)),
         Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
         Base("linear_w8_rows", _gemm("f16", "i8", 7000, rows=16, cores=8), machine(7000, 8)),
+        Base("linear+all_reduce", _gemm("f32", None, 8000, 3), machine(8000), ranks=3),
+        Base("linear+bias+swiglu", _fused(["bias", "swiglu"], 10_000), machine(10_000)),
+        Base("linear_w8+swiglu", _fused(["swiglu"], 8000, "i8"), machine(8000)),
+        Base("linear+bias+rotary", _fused(["bias", "rotary"], 8000), machine(8000), at),
+        Base("linear+rotary+append", _fused(["rotary", "append"], 8000), machine(8000), at),
+        Base("linear_w8+bias+append", _fused(["bias", "append", "codes"], 8000, "i8"), machine(8000), at),
         Base("attention", _attention(), machine(7000), at),
         Base("attention_by_row", _attention(cores=3), machine(7000, 3), at),
         Base("attention_rows", _attention("i8", True, tokens=8, cores=8), machine(7000, 8), ({"pos": 0}, {"pos": 13})),
@@ -122,7 +131,7 @@ def bases() -> list[Base]:
     ]  # fmt: skip
 
 
-def _gemm(activations: str, weights: str | None, sram: int, rows: int = 10, cores: int = 2) -> Kernel:
+def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0, rows: int = 10, cores: int = 2) -> Kernel:
     """Y[rows, 37] = X[rows, 130] @ W[37, 130]^T in several tiles."""
     columns, depth = 37, 130
     x, y = (
@@ -130,7 +139,13 @@ def _gemm(activations: str, weights: str | None, sram: int, rows: int = 10, core
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return fastest_linear(x, w, scale, y, machine(sram, cores))
+    return fastest_linear(x, w, scale, y, machine(sram, cores), Epilogue(ranks=ranks))
+
+
+def _fused(steps: list[str], sram: int, weights: str = "f32") -> Kernel:
+    """5 rows of 24 columns of 50 numbers, with what is fused behind them."""
+    params, after = fused(steps, TOKENS, 24, 50, weights, "f32", head=8, context=CONTEXT)
+    return fastest_linear(*params, machine(sram), after)
 
 
 def _attention(
@@ -168,7 +183,7 @@ def _filled(one: Param, seen: int, rng: np.random.Generator) -> Array:
     if one.dtype == "i8":
         return rng.integers(-127, 128, one.shape, np.int8)
     array = rng.standard_normal(one.shape).astype(DTYPES[one.dtype])
-    if one.name in {"KS", "VS", "SCALE", "S"}:
+    if one.name in {"KS", "VS", "SCALE", "S", "SU"}:
         array = np.abs(array) / 50 + array.dtype.type(0.01)
     if one.name in {"K", "V"}:
         array[:, seen:] = np.nan
@@ -227,11 +242,13 @@ def program_bases() -> list[ProgramBase]:
         "prefill, two rows": Llama(length=3, context=8, layers=1, batch=2),
         "decode, new tokens quantised": Llama(length=1, context=8, kv="int8-quantised"),
         "decode, 3 ranks, window": Llama(length=1, context=8, layers=1, ranks=3, window=3),
+        "prefill, nothing fused": Llama(length=3, context=8, layers=1),
     }  # fmt: skip
     found = []
     for name, model in models.items():
         graph = model.graph()
-        program = lower(graph, load_target("vacc-card4"), phase="prefill" if model.length > 1 else "decode")
+        phase, fusions = "prefill" if model.length > 1 else "decode", () if "nothing fused" in name else EVERY
+        program = lower(graph, load_target("vacc-card4"), phase=phase, fusions=fusions)
         found.append(ProgramBase(name, model, program, [rank_weights(program, graph, r) for r in range(model.ranks)]))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,16 @@ from vacc_opt.backends.vacc.memory import lifetimes
 from vacc_opt.backends.vacc.schedule import ALIGN, Argument, Call, Program, Tensor
 from vacc_opt.tests.backends.mutants import kernel_mutants
 
-_IN_A_PROGRAM = {"all_reduce", "all_gather", "reduce_scatter", "select_row", "kv_append", "kv_append_i8", "rotary"}
+_IN_A_PROGRAM = {
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "select_row",
+    "kv_append",
+    "kv_append_i8",
+    "append",
+    "rotary",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def _renamed(call: Call, old: str, new: str) -> Call:
 def _kernels(program: Program) -> Iterator[Broken]:
     """Mistakes in kernels that touch caches, rows by position, or other ranks."""
     for index, kernel in enumerate(program.kernels):
-        if kernel.name.rpartition(".")[0] in _IN_A_PROGRAM:
+        if _IN_A_PROGRAM & set(re.split("[+.]", kernel.name)):
             for one in kernel_mutants(kernel):
                 if one.kind in {
                     "shift an offset",

@@ -9,7 +9,7 @@ from typing import Protocol
 import pytest
 
 from vacc_opt.backends.vacc.binding import lanes
-from vacc_opt.backends.vacc.bounds import link_cost
+from vacc_opt.backends.vacc.costs import link_cost
 from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.regions import covers, first_overlap, first_uncovered, union_volume
 from vacc_opt.backends.vacc.schedule import Kernel

@@ -167,10 +167,14 @@ def test_a_call_names_first_what_it_computes_then_what_it_does_inside() -> None:
     names = export_names(graph)
     nodes = {names[node.output]: node.op for node in graph.nodes()}
     calls = lower(graph, TARGET, phase="prefill").calls
-    found = {call.kernel.partition("_i8")[0]: [nodes[one] for one in call.nodes] for call in calls}
+    found = {call.kernel.partition(".")[0]: [nodes[one] for one in call.nodes] for call in calls}
     keys = ["TensorScatter", "Vastai::DequantizeKV"]
-    assert found["attention"] == ["Attention", *keys, *keys, "Transpose", "Reshape"]
-    assert found["kv_append"] == ["TensorScatter", "Vastai::QuantizeKV", "Transpose", "Reshape"]
+    assert found["attention_i8"] == ["Attention", *keys, *keys]
+    assert found["kv_append_i8"] == ["TensorScatter", "Vastai::QuantizeKV"]
+    assert found["linear+bias"] == ["Add", "Transpose", "Reshape", "MatMul", "Transpose"]
+    heads = ["Transpose", "Reshape", "Add", "MatMul", "Transpose"]
+    assert found["linear+bias+rotary"] == ["RotaryEmbedding", *heads]
+    assert found["linear+swiglu"] == ["Vastai::SwiGLU", "MatMul", "Transpose", "MatMul", "Transpose"]
 
 
 def test_equal_layers_share_kernels() -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from vacc_opt.backends.vacc import Program, ScheduleError, ValueSimulator, load_target, lower
+from vacc_opt.backends.vacc.epilogue import Epilogue
 from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -87,6 +88,9 @@ def kernels(name: str) -> tuple[dict[str, Kernel], list[dict[str, dict[str, int]
     found["embedding_shard"] = embedding(*shard, param("Y", "out", "f32", (5, 33)), target)
     scatter = param("X", "in", "f16", (RANKS, 20_000)), param("Y", "out", "f16", (20_000,))
     found["reduce_scatter"] = reduce_scatter(*scatter)
+    x, w = param("X", "in", "f16", (19, 67)), param("W", "in", "f16", (131, 67))
+    y = param("Y", "out", "f16", (19, 131))
+    found["linear_all_reduce"] = linear(x, w, None, y, target, after=Epilogue(ranks=RANKS))
     pick = [{kind: options[at % len(options)] for kind, options in scalars.items()} for at in range(3)]
     return found, [{kind: one.get(kind, {}) for kind in found} for one in pick]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vacc_opt.calibration import activations
+from vacc_opt.calibration import activations, kv_scales
 from vacc_opt.calibration.kv_scales import KvScales, Range, ScaleZero, calibrate_kv, load_kv_scales, scales_of
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.graph import Graph
@@ -157,14 +157,63 @@ def test_layers_run_one_after_the_other_over_all_sequences(monkeypatch: pytest.M
     plain = activations.read_weights
 
     def counted(region: Graph) -> list[dict[str, np.ndarray]]:
-        held.append({v.name for v in region.constants()} & {"table", "gain1", "gain2"})
+        held.append({v.name for v in region.constants()} & {"table", "rows", "gain1", "gain2"})
         return plain(region)
 
     monkeypatch.setattr(activations, "read_weights", counted)
     found = calibrate_kv(graph, [np.array([[1, 2]]), np.array([[5]])])
-    assert held == [{"table"}, {"gain1"}, {"gain2"}]
+    assert held == [{"rows"}, {"gain1"}, {"gain2"}]
     seen = tables[0][[1, 2, 5]].reshape(3, HEADS, WIDTH)
     for layer in (1, 2):
         seen = seen * tables[layer][:WIDTH, :WIDTH].sum(0)
     expected = scales_of(Range(seen.min(0), seen.max(0)))
     np.testing.assert_array_equal(found.tensors[2, "key"].scale, expected.scale)
+
+
+def test_weights_that_are_too_many_at_once_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a layer too; a weight that is turned stays with the product that reads it."""
+    rng = np.random.default_rng(0)
+    table, *gains = (rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32) for _ in range(3))
+
+    def model() -> Graph:
+        graph = lookup_model(np.concatenate([table, table], axis=1))
+        rw = Rewriter(graph, by="test")
+        rows = graph.outputs["present.0.key"]
+        for index, gain in enumerate(gains):
+            turned = rw.op.Transpose(rw.const(gain[:WIDTH], f"gain{index}"), perm=(1, 0))
+            rows = rw.op.MatMul(rows, turned)
+        rw.set_output("present.1.key", rows)
+        rw.set_output("present.1.value", rw.op.Neg(rows))
+        return graph
+
+    tokens = [np.array([[1, 2]]), np.array([[5]])]
+    whole = calibrate_kv(model(), tokens)
+    held: list[set[str]] = []
+    plain = activations.read_weights
+
+    def counted(region: Graph) -> list[dict[str, np.ndarray]]:
+        held.append({v.name for v in region.constants()} & {"table", "rows", "gain0", "gain1"})
+        return plain(region)
+
+    monkeypatch.setattr(activations, "read_weights", counted)
+    monkeypatch.setattr(kv_scales, "_WEIGHTS", 4 * WIDTH * WIDTH)
+    monkeypatch.setattr(kv_scales, "_SMALL", 4 * WIDTH)
+    found = calibrate_kv(model(), tokens)
+    assert [one for one in held if one] == [{"rows"}, {"gain0"}, {"gain1"}]
+    for key, one in whole.tensors.items():
+        np.testing.assert_array_equal(found.tensors[key].scale, one.scale)
+        np.testing.assert_array_equal(found.tensors[key].zero, one.zero)
+
+
+def test_of_an_embedding_only_the_rows_of_the_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.random.default_rng(0).standard_normal((VOCABULARY, HEADS * WIDTH)).astype(np.float32)
+    read: list[tuple[int, ...]] = []
+    plain = activations.read_weights
+
+    def counted(region: Graph) -> list[dict[str, np.ndarray]]:
+        read.extend(v.const.shape for v in region.constants() if v.const and v.const.shape[-1:] == (HEADS * WIDTH,))
+        return plain(region)
+
+    monkeypatch.setattr(activations, "read_weights", counted)
+    calibrate_kv(lookup_model(table), [np.array([[5, 2, 5]]), np.array([[2]])])
+    assert read == [(2, HEADS * WIDTH)]

@@ -51,6 +51,28 @@ class LoopVar:
         return self.start + self.size
 
 
+@dataclass(frozen=True, slots=True)
+class Head(LoopVar):
+    """A loop variable that counts heads: head i is the tile i * width : (i + 1) * width of an axis."""
+
+    width: int
+
+    @property
+    def index(self) -> Affine:
+        """The number of the head."""
+        return affine(self.name)
+
+    @property
+    def start(self) -> Affine:
+        """First element of the head."""
+        return affine(self.name) * self.width
+
+    @property
+    def size(self) -> Affine:
+        """Elements of a head."""
+        return affine(self.width)
+
+
 Item = LoopVar | Affine | int | slice | EllipsisType
 
 

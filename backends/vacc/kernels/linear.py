@@ -3,29 +3,37 @@
 Columns or rows are dealt out to the cores; where they are rows, all cores receive W as one multicast.
 
 int8 weights are cast on their way into the array (exact) and the scale of a column multiplies the f32 accumulator once.
+What :class:`Epilogue` lists happens to the f32 sums before they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
+from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, scratches
+from vacc_opt.backends.vacc.kernels.builder import Handle, Head, KernelBuilder, LoopVar
 from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, Weave, linear_space, weave
-from vacc_opt.backends.vacc.schedule import Kernel, Param
+from vacc_opt.backends.vacc.schedule import Kernel, Param, View
 from vacc_opt.backends.vacc.target import Target
 
 
 def linear(
-    x: Param, w: Param, scale: Param | None, y: Param, target: Target, tiles: LinearTiles | None = None
+    x: Param,
+    w: Param,
+    scale: Param | None,
+    y: Param,
+    target: Target,
+    tiles: LinearTiles | None = None,
+    after: Epilogue = PLAIN,
 ) -> Kernel:
-    """Build the kernel for parameters X [M, K], W [N, K], scale [N] or None, Y [M, N].
+    """Build the kernel for parameters X [M, K], W [N, K], scale [N] or None, Y [M, N], with what `after` fuses into it.
 
     A resident operand is loaded in panels of all K: X for a tile of rows while its columns pass, W for a tile of
     columns while its rows pass. A tile is finished and stored in strips of rows. Without `tiles` those that the closed
     form ranks first are taken.
     """
-    shape = LinearShape(x.shape[0], w.shape[0], x.shape[1], x.dtype, w.dtype, y.dtype, scale is not None)
+    shape = LinearShape.of(x, w, scale, y, after)
     sizes = tiles or linear_space(shape, target, 1).best[0].tiles
     return _Linear(shape, (x, w, scale, y), sizes, target.die.cores).build()
 
@@ -35,18 +43,28 @@ class _Linear:
         self, shape: LinearShape, params: tuple[Param, Param, Param | None, Param], tiles: LinearTiles, cores: int
     ) -> None:
         x, w, scale, y = params
+        self.after, self.steps = shape.after, shape.operations
         self.rows, self.depth, self.columns, self.cores = shape.m, shape.k, shape.n, cores
         self.t = t = tiles
-        self.b = b = KernelBuilder("linear_w8" if w.dtype == "i8" else "linear")
-        self.px, self.pw = b.param(x), b.param(w)
-        self.ps = b.param(scale) if scale else None
+        self.b = b = KernelBuilder(("linear_w8" if w.dtype == "i8" else "linear") + self.after.name)
+        self.px = b.param(x)
+        self.pw = [b.param(one) for one in (w, *((self.after.gate.weight,) if self.after.gate else ()))]
+        columns, rows = self.after.columns(scale), self.after.rows
+        given = {one.name: b.param(one) for one in (*columns, *rows)}
         self.py = b.param(y)
-        self.x, self.w = self._operand("x", x.dtype, t.m), self._operand("w", w.dtype, t.n)
+        self.pos = b.scalar("pos") if self.after.turn or self.after.append else None
+        wide = t.n * self.after.weights
+        self.x, self.w = self._operand("x", x.dtype, t.m), self._operand("w", w.dtype, wide)
         consumer = "vector" if shape.epilogue else "dma_out"
-        self.acc = b.ring("acc", "f32", (t.split or t.m, t.n), "matrix", consumer, 2 if t.split else t.results)
-        self.rest = b.ring("rest", "f32", (t.m - t.split, t.n), "matrix", "vector", 1) if t.split else None
-        self.s = b.ring("s", "f32", (t.n,), "dma_in", "vector") if scale else None
-        self.y = b.ring("y", y.dtype, (t.strip, t.n), "vector", "dma_out") if shape.epilogue else None
+        self.acc = b.ring("acc", "f32", (t.split or t.m, wide), "matrix", consumer, 2 if t.split else t.results)
+        self.rest = b.ring("rest", "f32", (t.m - t.split, wide), "matrix", "vector", 1) if t.split else None
+        self.by_column = [(b.ring(p.name.lower(), p.dtype, (t.n,), "dma_in", "vector"), given[p.name]) for p in columns]
+        self.by_row = [
+            (b.ring(p.name.lower(), p.dtype, (t.m, p.shape[1]), "dma_in", "vector"), given[p.name]) for p in rows
+        ]
+        self.scratch = {name: b.scratch(name, "f32", (t.strip, t.n), "vector") for name in scratches(self.steps)}
+        self.out, self.store = ("link", "all_reduce") if self.after.ranks else ("dma_out", "store")
+        self.y = b.ring("y", y.dtype, (t.strip, t.n), "vector", self.out) if shape.epilogue else None
         self.panel = {"x": self.x, "w": self.w}.get(t.resident)
         self.passing = [one for one in (self.x, self.w) if one is not self.panel]
 
@@ -71,21 +89,21 @@ class _Linear:
     def _loop(self, outer: bool) -> Iterator[LoopVar]:
         """The loop over tiles of the panels' axis, or the one inside it."""
         if outer is self._by_columns:
-            with self.b.loop("n", 0, self.columns, self.t.n, parallel=self.t.dealt == "n") as var:
-                yield var
+            head, dealt = self.after.head, self.t.dealt == "n"
+            with self.b.loop("n", 0, self.columns // (head or 1), 1 if head else self.t.n, parallel=dealt) as var:
+                yield Head(var.name, head) if head else var
         else:
             with self.b.loop("m", 0, self.rows, self.t.m, parallel=self.t.dealt == "m") as var:
                 yield var
 
     @contextmanager
-    def _tiles(self, held: Handle | None = None) -> Iterator[tuple[LoopVar, LoopVar]]:
-        """(m, n) of every tile of the result, a slot of `held` in use while the inner loop runs."""
-        with (
-            self._loop(True) as outer,
-            self.b.use(held) if held else nullcontext(),
-            self._loop(False) as inner,
-        ):
+    def _tiles(self, *held: Handle) -> Iterator[tuple[LoopVar, LoopVar]]:
+        """(m, n) of every tile of the result, a slot of each of `held` in use while the inner loop runs."""
+        with self._loop(True) as outer, self._using(held), self._loop(False) as inner:
             yield (inner, outer) if self._by_columns else (outer, inner)
+
+    def _using(self, rings: Sequence[Handle]) -> AbstractContextManager[None]:
+        return self.b.use(*rings) if rings else nullcontext()
 
     @property
     def _share(self) -> str:
@@ -93,20 +111,31 @@ class _Linear:
         return "multicast" if self.t.dealt == "m" else "load"
 
     def _scales(self, n: LoopVar) -> None:
-        if self.s and self.ps:
-            with self.b.fill(self.s):
-                self.b.op(self._share, self.s[n], self.ps[n])
+        for ring, table in self.by_column:
+            with self.b.fill(ring):
+                self.b.op(self._share, ring[n], table[n])
+
+    def _weights(self, n: LoopVar, k: LoopVar | slice) -> None:
+        """A tile of each weight, one below the other in a slot."""
+        with self.b.fill(self.w):
+            for index, source in enumerate(self.pw):
+                self.b.op(self._share, self.w[self._half(index, n), k], source[n, k])
+
+    def _half(self, index: int, n: LoopVar) -> slice:
+        """Columns of a tile in a ring that holds those of each weight side by side."""
+        return slice(index * self.t.n, n.size + index * self.t.n)
 
     def _load(self) -> None:
-        b, woven = self.b, weave((self.rows, self.columns), self.t, self.cores)
+        b, woven = self.b, None if self.after.head else weave((self.rows, self.columns), self.t, self.cores)
         if woven:
             self._load_woven(woven)
             return
         with b.engine("dma_in"), self._loop(True) as outer:
-            if self.panel:
+            if self.panel is self.w:
+                self._weights(outer, slice(None))
+            elif self.panel:
                 with b.fill(self.panel):
-                    kind, source = (self._share, self.pw) if self._by_columns else ("load", self.px)
-                    b.op(kind, self.panel[outer, ...], source[outer, ...])
+                    b.op("load", self.panel[outer, ...], self.px[outer, ...])
             if self._by_columns:
                 self._scales(outer)
             with self._loop(False) as inner:
@@ -133,15 +162,21 @@ class _Linear:
                 self._load_tile(None, n)
 
     def _load_tile(self, m: LoopVar | None, n: LoopVar) -> None:
-        """The scales of the columns of a tile and the chunks of what passes."""
+        """The tables of a tile and the chunks of what passes."""
         b = self.b
         if not self._by_columns:
             self._scales(n)
+        for ring, table in self.by_row:
+            assert m is not None
+            assert self.pos is not None
+            with b.fill(ring):
+                b.op("load", ring[m, :], table[self.pos + m.start : self.pos + m.stop, :])
         with b.loop("k", 0, self.depth, self.t.k) as k:
-            for kind, ring, source, at in (("load", self.x, self.px, m), (self._share, self.w, self.pw, n)):
-                if ring is not self.panel and at:
-                    with b.fill(ring):
-                        b.op(kind, ring[at, k], source[at, k])
+            if self.x is not self.panel and m:
+                with b.fill(self.x):
+                    b.op("load", self.x[m, k], self.px[m, k])
+            if self.w is not self.panel:
+                self._weights(n, k)
 
     def _parts(self, m: LoopVar) -> list[tuple[Handle, LoopVar | slice]]:
         """The rings of the sums of a tile, each with its rows of the tile, in the order in which they are finished."""
@@ -151,14 +186,22 @@ class _Linear:
 
     def _multiply(self) -> None:
         b = self.b
-        with b.engine("matrix"), self._tiles(self.panel) as (m, n), b.fill(*[self.acc, *self._rest]):  # noqa: SIM117
+        panel, sums = [self.panel] if self.panel else [], [self.acc, *self._rest]
+        with b.engine("matrix"), self._tiles(*panel) as (m, n), b.fill(*sums):  # noqa: SIM117
             with b.loop("k", 0, self.depth, self.t.k) as k, b.use(*self.passing):
                 span = slice(k.start, k.stop)
-                right = self.w[n, span if self.w is self.panel else k]
                 for ring, rows in reversed(self._parts(m)):
-                    out = ring[rows, n] if isinstance(rows, LoopVar) else ring[: rows.stop - (rows.start or 0), n]
                     left = self.x[rows, span if self.x is self.panel else k]
-                    b.op("mma", out, left, right, first=k.start)
+                    for index in range(self.after.weights):
+                        half = self._half(index, n)
+                        at = rows if isinstance(rows, LoopVar) else slice(0, rows.stop - (rows.start or 0))
+                        b.op(
+                            "mma",
+                            ring[at, half],
+                            left,
+                            self.w[half, span if self.w is self.panel else k],
+                            first=k.start,
+                        )
 
     @property
     def _rest(self) -> list[Handle]:
@@ -177,24 +220,33 @@ class _Linear:
                 yield r
 
     def _finish(self, y: Handle) -> None:
-        b, s = self.b, self.s
-        by_tile = s if not self._by_columns else None
-        with (
-            b.engine("vector"),
-            self._tiles(s if self._by_columns else None) as (m, n),
-            b.use(by_tile) if by_tile else nullcontext(),
-        ):
+        b, tables = self.b, [ring for ring, _ in self.by_column]
+        by_tile = [*([] if self._by_columns else tables), *(ring for ring, _ in self.by_row)]
+        with b.engine("vector"), self._tiles(*(tables if self._by_columns else [])) as (m, n), self._using(by_tile):
             for sums, rows in self._parts(m):
+                first = rows.start if isinstance(rows, slice) else 0
                 with b.use(sums), self._strips(rows) as r, b.fill(y):
-                    part = sums[r.start : r.stop, n] if r else sums[m, n]
-                    b.op("mul" if s else "cast", y[r or m, n], part, *([s[n]] if s else []))
+                    span = slice(r.start, r.stop) if r else m
+                    views = {"acc": sums[span, self._half(0, n)], "acc2": sums[span, self._half(1, n)]}
+                    views |= {name: one[r or m, n] for name, one in (*self.scratch.items(), ("y", y))}
+                    views |= {ring.name: ring[n] for ring in tables}
+                    place = slice(r.start + first, r.stop + first) if r else m
+                    views |= {ring.name: ring[place, :] for ring, _ in self.by_row}
+                    for one in self.steps:
+                        b.op(one.kind, views[one.out], *(views[name] for name in one.ins), **dict(one.attributes))
 
     def _store(self) -> None:
         b = self.b
-        with b.engine("dma_out"), self._tiles() as (m, n):
+        with b.engine(self.out), self._tiles() as (m, n):
             ready = self.y or self.acc
             for _, rows in self._parts(m):
                 first = m.start + (rows.start if isinstance(rows, slice) else 0)
                 with self._strips(rows) if self.y else nullcontext() as r, b.use(ready):
-                    place = self.py[first + r.start : first + r.stop, n] if r else self.py[m, n]
-                    b.op("store", place, ready[r or m, n])
+                    place = slice(first + r.start, first + r.stop) if r else slice(m.start, m.stop)
+                    b.op(self.store, self._place(place, n), ready[r or m, n])
+
+    def _place(self, rows: slice, n: LoopVar) -> View:
+        """Where rows of a tile lie in Y."""
+        if self.after.append and self.pos:
+            rows = slice(self.pos + rows.start, self.pos + rows.stop)
+        return self.py[n.index, rows, :] if isinstance(n, Head) else self.py[rows, n]

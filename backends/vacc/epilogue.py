@@ -1,0 +1,136 @@
+"""What a linear does with its sums before it stores them: a short list of vector operations and the tables they read.
+
+The order is fixed: the factor of a column (int8 weights), its bias, the product of an activated gate with the sums of a
+second weight, the turn of a rotary embedding, the codes of a cache. Sums stay f32 through all of it and are rounded
+once, by the store. Instead of being stored, the strips of all ranks may be added up on the links, each as soon as it is
+finished: the same bits as a reduction of its own gives, without a way to DDR and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vacc_opt.backends.vacc.ops import PRIMITIVES
+from vacc_opt.backends.vacc.schedule import Param
+
+GATES = {"swiglu": "silu_mul", "geglu": "gelu_mul"}
+_FACTORS = {(False, False): "", (True, False): "mul", (False, True): "add", (True, True): "mul_add"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Y is `kind` (`swiglu`, `geglu`) of the sums of W and those of a second `weight` U [N, K], same type as W.
+
+    `scale` SU [N] and `bias` BU [N] belong to U; `tanh` is the form of the GELU.
+    """
+
+    kind: str
+    weight: Param
+    scale: Param | None = None
+    bias: Param | None = None
+    tanh: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Rows of `cos` and `sin` [positions, R/2] from run-time scalar `pos` on turn each head."""
+
+    cos: Param
+    sin: Param
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One vector operation on a strip of a tile.
+
+    `ins` and `out` name tables, `acc` and `acc2` (the sums of W and of U), scratch `sum` and `sum2`, or the output `y`.
+    """
+
+    kind: str
+    ins: tuple[str, ...]
+    out: str
+    attributes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What is fused into a linear; nothing by default.
+
+    `codes` are scale and zero [N] of an int8 result. `head`: Y is [N / head, rows, head], and a tile of columns is one
+    head. `append`: Y is a cache, of which the rows from run-time scalar `pos` on are written. `ranks`: of so many the
+    results are added up.
+    """
+
+    bias: Param | None = None
+    gate: Gate | None = None
+    turn: Turn | None = None
+    codes: tuple[Param, Param] | None = None
+    append: bool = False
+    head: int = 0
+    ranks: int = 0
+
+    @property
+    def name(self) -> str:
+        """What it adds to the name of a kernel."""
+        parts = ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate), ("rotary", self.turn)
+        ends = ("append", self.append), ("all_reduce", self.ranks)
+        return "".join(f"+{name}" for name, given in (*parts, *ends) if given)
+
+    @property
+    def weights(self) -> int:
+        """How many weights are multiplied."""
+        return 2 if self.gate else 1
+
+    def columns(self, scale: Param | None) -> tuple[Param, ...]:
+        """Tables of a number a column, in the order in which they are loaded; `scale` is that of W."""
+        gate = (self.gate.scale, self.gate.bias) if self.gate else ()
+        return tuple(one for one in (scale, self.bias, *gate, *(self.codes or ())) if one)
+
+    @property
+    def rows(self) -> tuple[Param, ...]:
+        """Tables of which a tile reads the rows of its own positions."""
+        return (self.turn.cos, self.turn.sin) if self.turn else ()
+
+    def operations(self, scaled: bool, rounded: bool) -> tuple[Operation, ...]:
+        """The vector operations in order; none for sums that are stored as they are, which `rounded` ones are not."""
+        first, source = self._factors("acc", "sum", "s" if scaled else "", self.bias)
+        steps = [first] if first else []
+        if self.gate:
+            scale = "su" if self.gate.scale else ""
+            second, other = self._factors("acc2", "sum2", scale, self.gate.bias)
+            attributes = (("tanh", self.gate.tanh),) if self.gate.kind == "geglu" else ()
+            steps += [second] if second else []
+            steps.append(Operation(GATES[self.gate.kind], (source, other), "sum", attributes))
+            source = "sum"
+        if self.turn:
+            steps.append(
+                Operation("rotary", (source, "cos", "sin"), "sum", (("interleaved", int(self.turn.interleaved)),))
+            )
+            source = "sum"
+        if self.codes:
+            steps.append(Operation("quantize", (source, "scale", "zero"), "sum"))
+        if not steps:
+            return (Operation("cast", ("acc",), "y"),) if rounded or self.ranks else ()
+        last = steps.pop()
+        return (*steps, Operation(last.kind, last.ins, "y", last.attributes))
+
+    @staticmethod
+    def _factors(sums: str, into: str, scale: str, bias: Param | None) -> tuple[Operation | None, str]:
+        """The operation on the sums of one weight, and where they then are."""
+        kind = _FACTORS[bool(scale), bias is not None]
+        tables = (*((scale,) if scale else ()), *((bias.name.lower(),) if bias else ()))
+        return (Operation(kind, (sums, *tables), into), into) if kind else (None, sums)
+
+
+PLAIN = Epilogue()
+
+
+def lane_operations(operations: tuple[Operation, ...]) -> float:
+    """Lane operations on an element of the result."""
+    return sum(PRIMITIVES[one.kind].cost for one in operations)
+
+
+def scratches(operations: tuple[Operation, ...]) -> tuple[str, ...]:
+    """The f32 strips that operations leave for later ones."""
+    return tuple(dict.fromkeys(one.out for one in operations if one.out != "y"))

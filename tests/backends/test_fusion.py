@@ -1,0 +1,198 @@
+"""Which operators lowering fuses into the linear before them, which it leaves alone, and that values stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion
+from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
+from vacc_opt.ir import DType, Graph, TensorType
+from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.tests.backends.llama import Llama, inputs
+
+Array = npt.NDArray[Any]
+TARGET = load_target("vacc-reference")
+MODELS = {
+    "float": Llama(layers=1),
+    "int8 weights, codes of new rows, 3 ranks": Llama(layers=1, ranks=3, int8_weights=True, kv="int8-quantised"),
+    "decode, new rows as floats": Llama(layers=1, length=1, kv="int8"),
+    "one KV head": Llama(layers=1, kv_heads=1, heads=3),
+    "longer than a query tile": Llama(layers=1, length=19, kv="int8-quantised"),
+}
+
+
+def families(graph: Graph, fusions: Collection[Fusion] = EVERY) -> list[str]:
+    """Kernels of the calls, without their numbers."""
+    return [call.kernel.rpartition(".")[0] for call in lower(graph, TARGET, phase="prefill", fusions=fusions).calls]
+
+
+def layer(fusions: Collection[Fusion], **options: Any) -> list[str]:
+    """Kernels that the only layer of a model calls, in order."""
+    found = families(Llama(layers=1, **options).graph(), fusions)
+    return found[found.index("rms_norm") + 1 : found.index("select_row") - 1]
+
+
+def test_a_layer_becomes_one_kernel_a_linear_and_what_is_no_epilogue() -> None:
+    found = layer(EVERY)
+    assert sorted(found[:3]) == ["linear+bias+append", "linear+bias+rotary", "linear+bias+rotary+append"]
+    assert found[3:] == ["attention", "linear", "add", "rms_norm", "linear+swiglu", "linear"]
+
+
+@pytest.mark.parametrize("length", [5, 1], ids=["prefill", "decode"])
+def test_a_phase_of_any_depth_takes_at_most_16_kernels(length: int) -> None:
+    program = lower(Llama(layers=3, length=length, ranks=3).graph(), TARGET, phase="prefill")
+    assert len(program.kernels) <= 16
+
+
+def test_without_fusions_every_operator_is_a_kernel() -> None:
+    qk = ["linear", "bias", "rotary"]
+    feed = ["linear", "linear", "swiglu", "linear"]
+    assert sorted(layer(())) == sorted(
+        [*qk, *qk, "kv_append", "linear", "bias", "kv_append", "attention", "linear", "add", "rms_norm", *feed]
+    )
+
+
+@pytest.mark.parametrize(
+    ("off", "apart"),
+    [(Fusion.GATE, "swiglu"), (Fusion.BIAS, "bias"), (Fusion.ROTARY, "rotary"), (Fusion.APPEND, "kv_append")],
+)
+def test_each_fusion_is_switched_off_alone(off: Fusion, apart: str) -> None:
+    assert apart not in layer(EVERY)
+    assert apart in layer([one for one in EVERY if one is not off])
+
+
+def test_new_rows_that_attention_reads_as_floats_are_stored_for_it() -> None:
+    assert layer(EVERY, kv="int8").count("kv_append_i8") == 2
+    assert not [one for one in layer(EVERY, kv="int8-quantised") if one.startswith("kv_append")]
+
+
+def test_rows_of_a_batch_stand_at_different_positions_so_their_heads_are_not_turned_together() -> None:
+    """One linear for all rows reads its weight once."""
+    found = layer(EVERY, batch=2)
+    assert found.count("linear+bias") == 3
+    assert found.count("rotary") == 4
+    assert found.count("kv_append") == 4
+
+
+def small(build: Callable[[Rewriter, Any, Callable[..., Any]], Any]) -> Graph:
+    """A graph over x [1, 3, 8]; `build` gets the rewriter, x and what multiplies by a weight of some columns."""
+    graph = Graph("small")
+    rw = Rewriter(graph)
+    x = rw.add_input("x", TensorType(DType.FLOAT, (1, 3, 8)))
+    rng = np.random.default_rng(0)
+
+    def linear(one: Any, columns: int = 8) -> Any:
+        return rw.op.MatMul(one, rw.const(rng.standard_normal((one.type.static_shape[-1], columns), np.float32)))
+
+    for name, value in build(rw, x, linear).items():
+        rw.set_output(name, value)
+    return graph
+
+
+def vector(rw: Rewriter, *shape: int) -> Any:
+    return rw.const(np.random.default_rng(1).standard_normal(shape, np.float32))
+
+
+def test_sums_that_leave_the_graph_are_stored() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        y = linear(x)
+        return {"sums": y, "y": rw.op.Add(y, vector(rw, 8))}
+
+    assert families(small(build)) == ["linear", "bias"]
+
+
+def test_sums_with_a_second_reader_are_stored() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        y = linear(x)
+        return {"y": rw.op.Add(y, vector(rw, 8)), "z": rw.op.Tanh(y)}
+
+    assert families(small(build)) == ["linear", "bias", "tanh"]
+
+
+def test_a_value_that_is_gate_and_factor_at_once_is_stored() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        y = linear(x)
+        return {"y": rw.vastai.SwiGLU(y, y)}
+
+    assert families(small(build)) == ["linear", "swiglu"]
+
+
+def test_gates_of_different_inputs_are_two_linears() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.vastai.SwiGLU(linear(x), linear(rw.op.Tanh(x)))}
+
+    assert sorted(families(small(build))) == ["linear", "linear", "swiglu", "tanh"]
+
+
+def test_a_gate_of_which_one_side_has_a_bias_is_two_linears() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.vastai.SwiGLU(rw.op.Add(linear(x), vector(rw, 8)), linear(x))}
+
+    assert sorted(families(small(build))) == ["linear", "linear+bias", "swiglu"]
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 1), (1, 3, 8), (1,)], ids=str)
+def test_only_a_number_a_column_is_a_bias(shape: tuple[int, ...]) -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.op.Add(linear(x), vector(rw, *shape))}
+
+    assert families(small(build))[0] == "linear"
+    assert "linear+bias" not in families(small(build))
+
+
+def test_a_second_bias_is_added_behind_the_kernel() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.op.Add(vector(rw, 8), rw.op.Add(vector(rw, 1, 8), linear(x)))}
+
+    graph = small(build)
+    assert families(graph) == ["linear+bias", "bias"]
+    program = lower(graph, TARGET, phase="prefill")
+    plain = lower(graph, TARGET, phase="prefill", fusions=())
+    x = {"x": np.random.default_rng(2).standard_normal((1, 3, 8), np.float32)}
+    found, want = (ValueSimulator(one, [rank_weights(one, graph, 0)]).run(x)["y"] for one in (program, plain))
+    assert np.array_equal(found, want)  # the same f32 operations in the same order
+
+
+def run(m: Llama, fusions: Collection[Fusion], order: int = 0) -> tuple[Array, list[dict[str, Array]]]:
+    """Logits and caches of a model, from its schedule text."""
+    graph = m.graph()
+    program = Program.from_text(lower(graph, TARGET, phase="prefill", fusions=fusions).to_text())
+    verify(program, TARGET)
+    caches = empty_caches(program)
+    weights = [rank_weights(program, graph, rank) for rank in range(m.ranks)]
+    simulator = ValueSimulator(program, weights, order=order)
+    return simulator.run(inputs(m, [4], [m.length]), caches)["logits"].astype(np.float64), caches
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_and_unfused_programs_agree_in_f32_and_in_any_order(name: str) -> None:
+    """f32 sums: a few units in the last place a layer. Codes may turn over where a sum ends between two of them."""
+    m = MODELS[name]
+    want, stored = run(m, ())
+    for order in range(4):
+        found, caches = run(m, EVERY, order)
+        assert np.max(np.abs(found - want)) <= 1e-5 * np.max(np.abs(want))
+        for one, other in zip(caches, stored, strict=True):
+            for key, array in one.items():
+                step = 1 if array.dtype == np.int8 else 1e-5
+                assert np.max(np.abs(array.astype(np.float64) - other[key])) <= step
+
+
+def test_f16_models_come_no_further_from_f32_when_fused() -> None:
+    """What is fused is not rounded to 11 bits in between: within twice the error of the unfused program."""
+    half = replace(MODELS["float"], dtype=DType.FLOAT16)
+    graph = half.graph()
+    whole = lower(replace(half, dtype=DType.FLOAT).graph(), TARGET, phase="prefill", fusions=())
+    given = rank_weights(lower(graph, TARGET, phase="prefill", fusions=()), graph, 0)
+    wide = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in given.items()}
+    exact = ValueSimulator(whole, [wide]).run(inputs(half, [4], [5]), empty_caches(whole))["logits"].astype(np.float64)
+    scale = np.max(np.abs(exact))
+    plain, fused = (float(np.max(np.abs(run(half, fusions)[0] - exact)) / scale) for fusions in ((), EVERY))
+    assert fused <= 2 * plain < 2e-2
