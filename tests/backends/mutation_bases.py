@@ -78,6 +78,7 @@ def bases() -> list[Base]:
         Base("linear_resident", _gemm("f16", None, 10000), machine(10000)),
         Base("linear_f16", _gemm("f16", None, 4000), machine(4000)),
         Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
+        Base("linear_w8_rows", _gemm("f16", "i8", 7000, rows=16, cores=8), machine(7000, 8)),
         Base("linear+all_reduce", _gemm("f32", None, 8000, 3), machine(8000), ranks=3),
         Base("linear+bias+swiglu", _fused(["bias", "swiglu"], 10_000), machine(10_000)),
         Base("linear_w8+swiglu", _fused(["swiglu"], 8000, "i8"), machine(8000)),
@@ -86,6 +87,7 @@ def bases() -> list[Base]:
         Base("linear_w8+bias+append", _fused(["bias", "append", "codes"], 8000, "i8"), machine(8000), at),
         Base("attention", _attention(), machine(7000), at),
         Base("attention_by_row", _attention(cores=3), machine(7000, 3), at),
+        Base("attention_rows", _attention("i8", True, tokens=8, cores=8), machine(7000, 8), ({"pos": 0}, {"pos": 13})),
         Base("attention_decode", _attention(tokens=1, cache="i8", new=True), machine(7000), at),
         Base("attention_i8", _attention(cache="i8"), machine(7000), at),
         Base("attention_i8_new", _attention(cache="i8", new=True), machine(7000), at),
@@ -129,15 +131,15 @@ def bases() -> list[Base]:
     ]  # fmt: skip
 
 
-def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0) -> Kernel:
-    """Y[10, 37] = X[10, 130] @ W[37, 130]^T in several tiles."""
-    rows, columns, depth = 10, 37, 130
+def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0, rows: int = 10, cores: int = 2) -> Kernel:
+    """Y[rows, 37] = X[rows, 130] @ W[37, 130]^T in several tiles."""
+    columns, depth = 37, 130
     x, y = (
         param(n, mode, activations, s) for n, mode, s in (("X", "in", (rows, depth)), ("Y", "out", (rows, columns)))
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return fastest_linear(x, w, scale, y, machine(sram), Epilogue(ranks=ranks))
+    return fastest_linear(x, w, scale, y, machine(sram, cores), Epilogue(ranks=ranks))
 
 
 def _fused(steps: list[str], sram: int, weights: str = "f32") -> Kernel:
@@ -162,14 +164,20 @@ def values(base: Base, scalars: Mapping[str, int]) -> list[dict[str, Any]]:
     """Inputs of every rank; rows of a cache that this call may not see hold NaN."""
     found = []
     for rank in range(base.ranks):
-        rng = np.random.default_rng(rank)
+        rng, seen = np.random.default_rng(rank), scalars.get("pos", 0) + _tokens(base.kernel)
         found.append(
-            {one.name: _filled(one, scalars, rng) for one in base.kernel.params if one.mode != "out"} | dict(scalars)
+            {one.name: _filled(one, seen, rng) for one in base.kernel.params if one.mode != "out"} | dict(scalars)
         )
     return found
 
 
-def _filled(one: Param, scalars: Mapping[str, int], rng: np.random.Generator) -> Array:
+def _tokens(kernel: Kernel) -> int:
+    """Rows of this call, in an attention."""
+    return kernel.param["Q"].shape[2] if "Q" in kernel.param else TOKENS
+
+
+def _filled(one: Param, seen: int, rng: np.random.Generator) -> Array:
+    """Random contents; of a cache, rows from `seen` on are NaN."""
     if one.dtype == "i64":
         return np.asarray(rng.integers(0, 60, one.shape) if one.shape else np.int64(7), np.int64) % 50
     if one.dtype == "i8":
@@ -178,7 +186,7 @@ def _filled(one: Param, scalars: Mapping[str, int], rng: np.random.Generator) ->
     if one.name in {"KS", "VS", "SCALE", "S", "SU"}:
         array = np.abs(array) / 50 + array.dtype.type(0.01)
     if one.name in {"K", "V"}:
-        array[:, scalars["pos"] + TOKENS :] = np.nan
+        array[:, seen:] = np.nan
     return array
 
 

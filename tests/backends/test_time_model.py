@@ -89,6 +89,88 @@ def test_a_deadlock_names_the_engine_and_the_channel() -> None:
         Machine(streams, {"a": Channel(1, (0,))}, ddr_rate=1, port=1).run()
 
 
+def receive(size: int = 100, channel: str = "") -> Step:
+    """A multicast."""
+    rings = (channel,) if channel else ()
+    return Step("multicast", 0, acquires=rings, commits=rings, bytes=size, shared=True)
+
+
+def test_a_multicast_counts_once_at_the_port_and_ends_for_all_cores() -> None:
+    streams = [Stream("dma_in", core, [receive()]) for core in range(3)]
+    records, total = Machine(streams, {}, ddr_rate=10, port=10).run()
+    assert total == 10
+    assert [(one[0].start, one[0].end, one[0].bytes) for one in records] == [(0, 10, 100), (0, 10, 0), (0, 10, 0)]
+
+
+def test_a_multicast_waits_for_the_slowest_core() -> None:
+    """Core 1 first receives 300 bytes of its own, alone at 10 a cycle."""
+    streams = [Stream("dma_in", 0, [receive()]), Stream("dma_in", 1, [Step("load", 0, bytes=300), receive()], 2)]
+    records, total = Machine(streams, {}, ddr_rate=10, port=10).run()
+    assert [(one[-1].start, one[-1].end) for one in records] == [(30, 40), (30, 40)]
+    assert total == 40
+
+
+def test_a_multicast_shares_the_port_with_loads_as_one_engine() -> None:
+    """Two cores receive 100 bytes together while a store takes 100: each of the two transfers has half the port."""
+    streams = [Stream("dma_in", core, [receive()]) for core in range(2)]
+    streams.append(Stream("dma_out", 0, [Step("store", 0, bytes=100)]))
+    assert Machine(streams, {}, ddr_rate=10, port=10).run()[1] == 20
+
+
+def test_a_slot_that_one_core_still_uses_holds_up_the_multicast_of_all() -> None:
+    """Single slots: the second transfer begins when core 1 is done with the first after 50 cycles, not core 0 after 5."""
+    streams, channels = [], {}
+    for core, cycles in enumerate((5, 50)):
+        name = f"w{core}"
+        streams += [
+            Stream("dma_in", core, [receive(100, name)] * 2, 2),
+            Stream("matrix", core, [work(cycles, name)] * 2),
+        ]
+        channels[name] = Channel(1, (2 * core + 1,))
+    records, total = Machine(streams, channels, ddr_rate=10, port=10).run()
+    assert [records[0][1].start, records[2][1].start] == [10 + 50, 10 + 50]
+    assert total == 2 * (10 + 50)
+
+
+Tiles = list[tuple[int, int, bool]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 60), st.booleans()), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40)), min_size=1, max_size=3),
+    st.integers(1, 3),
+)
+def test_copies_of_streams_take_the_cycles_of_the_same_streams_written_out(
+    tiles: Tiles, groups: list[tuple[int, int]], depth: int
+) -> None:
+    """Groups of cores that do the same: (cores, cycles that their products take longer); some loads are multicasts."""
+
+    def cycles(groups: list[tuple[int, int]]) -> tuple[int, list[list[tuple[int, int]]]]:
+        streams, channels = [], {}
+        for core, (copies, more) in enumerate(groups):
+            name = f"a{core}"
+            loads = [
+                Step("load", 2, acquires=(name,), commits=(name,), bytes=size, latency=30, shared=shared)
+                for size, _, shared in tiles
+            ]
+            channels[name] = Channel(depth, (len(streams) + 1,))
+            streams.append(Stream("dma_in", core, loads, 2, copies))
+            streams.append(Stream("matrix", core, [work(one + more, name) for _, one, _ in tiles], 1, copies))
+        records, total = Machine(streams, channels, ddr_rate=9.2, port=8).run()
+        return total, [[(one.start, one.end) for one in record] for record in records]
+
+    together, few = cycles(groups)
+    written = [(1, more) for copies, more in groups for _ in range(copies)]
+    apart, many = cycles(written)
+    assert together == apart
+    first = 0
+    for index, (copies, _) in enumerate(groups):
+        for core in range(first, first + copies):
+            assert many[2 * core : 2 * core + 2] == few[2 * index : 2 * index + 2]
+        first += copies
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 60)), min_size=1, max_size=12), st.integers(1, 3))
 def test_the_account_of_each_engine_sums_to_the_total(tiles: list[tuple[int, int]], depth: int) -> None:
