@@ -161,10 +161,11 @@ class _Combinations:
 
     @cached_property
     def products(self) -> Numbers:
-        """Tile products to simulate: cores with the same tiles count once, the first, the last and the others do."""
+        """Tile products to simulate: cores with the same tiles count once, unless they take turns on the links."""
         even = np.where(self.by_rows, self.shape.m % self.m == 0, self.columns % self.active == 0)
         even &= self.by_rows | (self.shape.n % self.n == 0)
-        return self.tiles * self.chunks * np.where(even, 1, np.minimum(self.active, 3))
+        kinds = self.active if self.shape.after.ranks else np.where(even, 1, np.minimum(self.active, 3))
+        return self.tiles * self.chunks * kinds
 
     @cached_property
     def rows(self) -> Numbers:
