@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,7 @@ def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
         yield from map(work, jobs)
         return
     _inherited.append((work, jobs))
+    gc.freeze()  # a collection in a fork would write to, and so copy, every page of objects that it shares
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_plain_signals) as pool:
         try:
@@ -57,6 +59,7 @@ def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
             raise
         finally:
             _inherited.pop()
+            gc.unfreeze()
 
 
 def _one(call: int, index: int) -> Any:
