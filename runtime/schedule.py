@@ -6,10 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.runtime.machine import machine
+
+if TYPE_CHECKING:
+    from vacc_opt.backends.vacc.search import Found
+    from vacc_opt.backends.vacc.target import Target
 
 ORDERS = 4  # interleavings of the engines that `run_orders` compares
 
@@ -18,7 +22,8 @@ ORDERS = 4  # interleavings of the engines that `run_orders` compares
 class Scheduled:
     """A verified schedule: predicted cycles of one run, their lower bound and what sets it, bytes over the DDR port.
 
-    `search` says how good the tiling is among those that were enumerated (empty for text that was read).
+    `search` says how good the tiling is among those that were enumerated (empty for text that was read), `estimate`
+    what the closed form that ranks them said of the cycles (None for text that was read).
     """
 
     cycles: int
@@ -30,12 +35,15 @@ class Scheduled:
     search: str
     target: str
     schedule: str
+    estimate: int | None = None
 
     def text(self) -> str:
         """One line for people."""
         timed = f"{self.cycles} cycles, {self.ratio:.4f} x bound ({self.bound}, {self.binds})"
         searched = f"; {self.search}, {100 * (self.ratio - 1):.2f} % above the proved bound" if self.search else ""
-        return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}{searched}"
+        off = 100 * ((self.estimate or 0) / max(self.cycles, 1) - 1)
+        ranked = f"; closed form {self.estimate} cycles ({off:+.2f} %)" if self.estimate is not None else ""
+        return f"{timed}, {self.dram_bytes} DRAM bytes, on {self.target}{ranked}{searched}"
 
 
 def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str, what_if: Sequence[str] = ()) -> Scheduled:
@@ -59,7 +67,7 @@ def schedule_gemm(m: int, n: int, k: int, *, weights: str, target: str, what_if:
     started = time.perf_counter()
     found = search_linear(x, w, scale, param("Y", "out", "f16", (m, n)), on)
     spent = time.perf_counter() - started
-    return _scheduled(single(found.kernel, on).to_text(), on, spent, found.text)
+    return _scheduled(single(found.kernel, on).to_text(), on, spent, found)
 
 
 def check_schedule(path: Path, *, target: str, what_if: Sequence[str] = ()) -> Scheduled:
@@ -99,7 +107,7 @@ def run_orders(found: Scheduled, seed: int = 0) -> int:
     return sum(value.size for value in first[0].values())
 
 
-def _scheduled(text: str, target: Any, spent: float = 0.0, search: str = "") -> Scheduled:
+def _scheduled(text: str, target: Target, spent: float = 0.0, found: Found | None = None) -> Scheduled:
     """What the text itself shows: it is parsed, verified and timed as anyone's would be."""
     from vacc_opt.backends.vacc import Program, simulate_time, verify
     from vacc_opt.backends.vacc.binding import Unrolled
@@ -115,9 +123,10 @@ def _scheduled(text: str, target: Any, spent: float = 0.0, search: str = "") -> 
         ratio=timing.cycles / max(timing.bound.cycles, 1),
         dram_bytes=sum(one.bytes * one.calls for one in timing.kernels.values()),
         search_s=spent,
-        search=search,
+        search=found.text if found else "",
         target=f"{target.name} v{target.version} ({target.sha})",
         schedule=text,
+        estimate=found.estimate if found else None,
     )
 
 

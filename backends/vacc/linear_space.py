@@ -314,18 +314,21 @@ class _Combinations:
     @cached_property
     def _waiting(self) -> Numbers:
         """Cycles in which the array waits for sums of which there is one slot."""
-        share = (self.m - self.split) / self.m
-        waiting = self.tiles * (self.target.core.matrix.fill + self._finish * share)
-        return np.where(self.results == 1, waiting, 0)
+        return np.where(self.results == 1, self.tiles * (self.target.core.matrix.fill + self._finish), 0)
 
     @cached_property
     def _finish(self) -> Numbers:
-        """Cycles from the last product of a tile until its sums are free again: but for two strips all is stored."""
-        stored = self.m * self.n * itemsize(self.shape.y)
+        """Cycles from the last product of a tile until sums with one slot are free again: all but two strips is stored.
+
+        With a split, the rows of such sums are finished first, and only these are waited for.
+        """
+        alone = self.m - self.split
+        stored = alone * self.n * itemsize(self.shape.y)
         if not self.shape.epilogue:
             return stored / self._rate
         waiting = np.maximum(stored - 2 * self.strip * self.n * itemsize(self.shape.y), 0)
-        return np.maximum(self._vector, waiting / (self._rate / 2))  # the next tile's chunks take the other half
+        worked = self._vector * alone / self.m
+        return np.maximum(worked, waiting / (self._rate / 2))  # the next tile's chunks take the other half
 
     @cached_property
     def _vector(self) -> Numbers:

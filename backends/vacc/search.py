@@ -27,13 +27,14 @@ PRODUCTS = 6000  # tile products that are simulated at most (but for one candida
 class Found:
     """The chosen kernel, its cycles, and how sure the choice is: `floor` is what no tiling of the space goes below.
 
-    `space` tilings fit the machine, `simulated` of them were timed; the others were pruned by their own lower bounds or
-    left out.
+    `cycles` are simulated, `estimate` is what the closed form said of the same tiles. `space` tilings fit the machine,
+    `simulated` of them were timed; the others were pruned by their own lower bounds or left out.
     """
 
     kernel: Kernel
     tiles: LinearTiles
     cycles: int
+    estimate: int
     space: int
     simulated: int
     floor: float
@@ -95,8 +96,8 @@ def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Tar
 
 
 def _noted(found: Found) -> bytes:
-    numbers = {"cycles": found.cycles, "space": found.space, "simulated": found.simulated, "floor": float(found.floor)}
-    return json.dumps({"tiles": asdict(found.tiles), **numbers}).encode()
+    numbers = {name: getattr(found, name) for name in ("cycles", "estimate", "space", "simulated")}
+    return json.dumps({"tiles": asdict(found.tiles), **numbers, "floor": float(found.floor)}).encode()
 
 
 def _recalled(kept: bytes, signature: Signature, target: Target) -> Found | None:
@@ -125,7 +126,8 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target, a
     cycles = {id(one): cycles for cycles, one in timed}
     best, chosen = _pick(timed)
     kernel = linear(x, w, scale, y, target, chosen.tiles, after)
-    return Found(kernel, chosen.tiles, cycles[id(chosen)], space.size, len(timed), min(floor, best))
+    estimate = round(chosen.cycles)
+    return Found(kernel, chosen.tiles, cycles[id(chosen)], estimate, space.size, len(timed), min(floor, best))
 
 
 def _pick(timed: list[tuple[int, Candidate]]) -> tuple[int, Candidate]:

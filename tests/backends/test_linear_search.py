@@ -169,6 +169,39 @@ def test_sums_in_sram_cross_its_port_with_every_product() -> None:
     assert busy == [8 * 2048, 2 * (2048 + 3 * 4096)]
 
 
+# The closed form that ranks
+
+
+CLOSE = 0.01  # of the simulated cycles
+
+
+def off(found: Scheduled) -> float:
+    """How far the closed form is from the simulator, as a share of the latter."""
+    assert found.estimate is not None
+    return abs(found.estimate / found.cycles - 1)
+
+
+@pytest.mark.parametrize("target", ["peer-64x64-1mib-64bpc", "vacc-reference"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1024, 1280, 4096), (1, 1280, 4096)])
+def test_the_closed_form_of_the_chosen_tiling_is_within_one_percent_of_the_simulator(
+    m: int, n: int, k: int, target: str
+) -> None:
+    found = schedule_gemm(m, n, k, weights="float16", target=target)
+    assert off(found) <= CLOSE
+    assert f"; closed form {found.estimate} cycles (" in found.text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", [*TARGETS, "vacc-reference"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("m", [1024, 1])
+def test_the_closed_form_is_within_one_percent_of_the_simulator_on_every_linear(
+    m: int, weights: str, target: str
+) -> None:
+    for k, n in LINEARS.values():
+        assert off(schedule_gemm(m, n, k, weights=weights, target=target)) <= CLOSE
+
+
 # The choice
 
 
