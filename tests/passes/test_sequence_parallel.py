@@ -108,5 +108,6 @@ def test_a_schedule_scatters_over_the_links_and_gives_the_same_logits(phases: di
         found[name] = machine.run({k: v for k, v in given.items() if k in used}, caches)["logits"]
         kinds = {kernel.name.partition(".")[0] for kernel in text.kernels}
         assert ("reduce_scatter" in kinds) == (name == "shared")
-        assert ("all_reduce" in kinds) == (name == "plain")
-    np.testing.assert_array_equal(found["plain"], found["shared"])
+        assert any("all_reduce" in kind for kind in kinds) == (name == "plain")
+    # linears that are reduced on their way out have other tiles, so their f32 sums another order
+    np.testing.assert_allclose(found["plain"], found["shared"], rtol=0, atol=1e-6)

@@ -22,20 +22,14 @@ from vacc_opt.runtime.explain import Explanation, explain, explainers
 from vacc_opt.runtime.explain_text import explanation_text
 
 LINEAR = """\
-call 11: linear_w8.10 of prefill, rank 1
-  node      linear_6_QuantizedLinearPerChannel  Vastai::QuantizedLinearPerChannel  float16[1,16,64]
+call 10: linear_w8+all_reduce.10 of prefill, rank 1
+  node      linear_6_QuantizedLinearPerChannel_AllReduce  Vastai::AllReduce  float16[1,16,64]
   passes    w8a16 > cast-float > split-tp
   from      model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
-  weight    model.layers.0.mlp.down_proj.qweight  int8[64,48]
-    is        codes(model.layers.0.mlp.down_proj.weight)[:, 48:96]
-    passes    w8a16 > split-tp
-    from      model.layers.0.mlp.down_proj.weight  \
-model.safetensors:model.layers.0.mlp.down_proj.weight  float[64,96]
-  weight    model.layers.0.mlp.down_proj.scale  float[64]
-    is        scales(model.layers.0.mlp.down_proj.weight)
-    passes    w8a16
-    from      model.layers.0.mlp.down_proj.weight  \
-model.safetensors:model.layers.0.mlp.down_proj.weight  float[64,96]
+  with      linear_6_QuantizedLinearPerChannel  Vastai::QuantizedLinearPerChannel  w8a16 > cast-float > split-tp
+              model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
+              model.layers.0.mlp.down_proj.qweight  int8[64,48] = codes(model.layers.0.mlp.down_proj.weight)[:, 48:96]
+              model.layers.0.mlp.down_proj.scale  float[64] = scales(model.layers.0.mlp.down_proj.weight)
 """
 
 
@@ -71,22 +65,22 @@ def test_every_part_of_the_model_is_found_under_its_path(artifact: Artifact) -> 
         kernels = {call.kernel.partition(".")[0] for call in part.calls}
         ends = {"rms_norm"} if layer == 0 else {"add"}  # what stands before the first sum, and behind the last
         assert kernels == ends | {
-            "add_rms_norm", "linear_w8", "linear_w8+rotary", "attention_i8", "all_reduce", "linear_w8+swiglu",
+            "add_rms_norm", "linear_w8", "linear_w8+rotary", "attention_i8", "linear_w8+all_reduce", "linear_w8+swiglu",
             "kv_append_i8",
         }  # fmt: skip
         assert len([w for w in part.weights if w.name.endswith("qweight")]) == 7
 
 
 def test_a_call_is_explained_down_to_the_slice_of_the_checkpoint(artifact: Artifact) -> None:
-    assert text(explain(artifact.path, "call 11", rank=1)) == LINEAR
-    assert text(explain(artifact.path, "#11", rank=1)) == LINEAR
+    assert text(explain(artifact.path, "call 10", rank=1)) == LINEAR
+    assert text(explain(artifact.path, "#10", rank=1)) == LINEAR
 
 
 def test_the_same_node_is_found_by_name_and_by_call_and_says_its_call(artifact: Artifact) -> None:
     by_name = explain(artifact.path, "linear_6_QuantizedLinearPerChannel", rank=1)
     assert text(by_name).splitlines()[:2] == [
         "linear_6_QuantizedLinearPerChannel: node of prefill, rank 1",
-        "  call      11  linear_w8.10",
+        "  inside    10  linear_w8+all_reduce.10",
     ]
     assert text(by_name).splitlines()[2:] == LINEAR.splitlines()[1:]
 
@@ -240,7 +234,7 @@ def test_a_schedule_that_cites_nodes_of_another_graph_is_refused(artifact: Artif
 def test_the_command_prints_the_same_and_json_holds_everything(
     artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["explain", str(artifact.path), "call 11", "--rank", "1"]) == 0
+    assert main(["explain", str(artifact.path), "call 10", "--rank", "1"]) == 0
     assert re.sub(r"\.py:\d+", ".py:LINE", capsys.readouterr().out) == LINEAR
     assert main(["explain", str(artifact.path), "model", "--phase", "decode", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -36,9 +36,8 @@ def test_pages_that_processes_share_count_once() -> None:
         time.sleep(60)
         os._exit(0)
     try:
-        both, alone = tree_bytes(os.getpid()), tree_bytes(child)
+        shared, resident = tree_bytes(os.getpid()), tree_bytes(os.getpid(), most=1 << 60)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert held.nbytes < both < 2 * held.nbytes + alone
-    assert alone < 0.75 * both
+    assert held.nbytes < shared < resident - 0.9 * held.nbytes
