@@ -77,10 +77,11 @@ def test_a_call_is_explained_down_to_the_slice_of_the_checkpoint(artifact: Artif
 
 
 def test_the_same_node_is_found_by_name_and_by_call_and_says_its_call(artifact: Artifact) -> None:
-    by_name = explain(artifact.path, "linear_6_QuantizedLinearPerChannel", rank=1)
+    name = "linear_6_QuantizedLinearPerChannel_AllReduce"
+    by_name = explain(artifact.path, name, rank=1)
     assert text(by_name).splitlines()[:2] == [
-        "linear_6_QuantizedLinearPerChannel: node of prefill, rank 1",
-        "  inside    10  linear_w8+all_reduce.10",
+        f"{name}: node of prefill, rank 1",
+        "  call      10  linear_w8+all_reduce.10",
     ]
     assert text(by_name).splitlines()[2:] == LINEAR.splitlines()[1:]
 
