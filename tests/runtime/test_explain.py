@@ -83,7 +83,7 @@ def test_the_same_node_is_found_by_name_and_by_call_and_says_its_call(artifact: 
         f"{name}: node of prefill, rank 1",
         "  call      10  linear_w8+all_reduce.10",
     ]
-    assert text(by_name).splitlines()[2:] == LINEAR.splitlines()[1:]
+    assert text(by_name).splitlines()[2:] == LINEAR.splitlines()[1:4]  # without what is done inside
 
 
 def test_what_a_kernel_does_inside_is_listed_with_its_weights(artifact: Artifact) -> None:
