@@ -32,6 +32,7 @@ _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 _STEPS_ASYMMETRIC, _STEPS_SYMMETRIC = 254, 127
 _BUDGET = 256 << 20  # bytes of the values of all sequences that stay in memory
 _WEIGHTS = 256 << 20  # bytes of weights that are read at once, unless one of them is larger
+_ROWS = 4096  # of an embedding that are read at once
 _SMALL = 1 << 20  # bytes of a constant that is no weight
 
 
@@ -224,8 +225,13 @@ def _used_rows(model: Graph, sequences: Sequence[npt.NDArray[np.int64]]) -> Sequ
     for node, table in zip(readers, tables, strict=True):
         assert table is not None
         assert table.const is not None
-        rest = [slice(0, size) for size in table.const.shape[1:]]
-        rows = [table.const.read([slice(row, row + 1), *rest]) for row in used.tolist()]
+        count, *rest = table.const.shape
+        rows = []
+        for first in range(0, count, _ROWS):
+            block = slice(first, min(first + _ROWS, count))
+            inside = used[(used >= block.start) & (used < block.stop)] - first
+            if len(inside):
+                rows.append(table.const.read([block, *(slice(0, size) for size in rest)])[inside])
         rw.set_input(node, 0, rw.const(np.concatenate(rows), "rows", of=table.provenance))
     return [np.searchsorted(used, one) for one in sequences]
 
