@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from vacc_opt.benchmarks.full_size import QUANTIZE, YAML
 from vacc_opt.benchmarks.make_checkpoint import write_checkpoint
 from vacc_opt.benchmarks.published import CONFIGS
 from vacc_opt.ir.text import to_text
@@ -22,21 +23,7 @@ from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.runtime.models import load_model
 from vacc_opt.runtime.plan import plan_compilation
 
-COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 20  # seconds of one core for both phases; bytes, kernels of each
-YAML = """\
-name: chatglm2
-frontend:
-  checkpoint: {checkpoint}
-  type: huggingface
-  shape:
-    input_ids: [[1024], [2048]]
-  model_kwargs:
-    tp: 4
-backend:
-  dtype: fp16
-workspace:
-  path: {workspace}
-"""
+COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 16  # seconds of one core for both phases; bytes, kernels of each
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +32,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("chatglm2")
     write_checkpoint(CONFIGS["chatglm2-6b"], folder / "checkpoint", sparse=True)
     file = folder / "chatglm2.yaml"
-    file.write_text(YAML.format(checkpoint=folder / "checkpoint", workspace=folder / "out"))
+    fields = {"name": "chatglm2", "checkpoint": folder / "checkpoint", "tp": 4, "dtype": "fp16", "out": folder / "out"}
+    file.write_text(YAML.format(**fields, quantize=QUANTIZE["fp16"]))
     plan = plan_compilation(file)
     graph = load_model(plan.config.frontend.checkpoint, attention=plan.config.frontend.attention)
     for pipeline in (plan.recognize, plan.interface, plan.quantize(""), plan.split, plan.specialize):

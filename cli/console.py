@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,23 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     """
     width = max((len(label) for label, _ in rows), default=0)
     return "\n".join(f"  {label:<{width}}  {fact}" for label, fact in rows)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] = ()) -> None:
+    """Columns under their heads, those named in ``left`` aligned to the left; as wide as they are in a pipe."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in head:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no edge to fit into
+    console.print(table)
 
 
 class Steps:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vacc_opt.cli.console import Steps
+from vacc_opt.cli.console import Steps, print_table
 
 
 @click.command("fusions")
@@ -28,9 +28,4 @@ def command(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
     click.echo(f"{found.model} on {found.target}")
-    rows = [HEAD, *found.rows()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    for row in rows:
-        words = [one.ljust(size) for one, size in zip(row[:2], widths, strict=False)]
-        words += [one.rjust(size) for one, size in zip(row[2:], widths[2:], strict=True)]
-        click.echo("  ".join(words))
+    print_table(HEAD, found.rows(), left=("phase", "fusions"))

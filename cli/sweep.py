@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from vacc_opt.cli.console import Steps
-
-if TYPE_CHECKING:
-    from vacc_opt.runtime.sweep import Sweep
+from vacc_opt.cli.console import Steps, print_table
 
 
 @click.command("sweep")
@@ -42,23 +38,7 @@ def command(source: str, over: tuple[str, ...], overrides: tuple[str, ...], as_j
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        _print(found)
+        click.echo(f"{found.model} on {found.target}")
+        print_table(found.head, found.rows(), left=("phase", "binds"))
         if page:
             click.echo(f"-> {page}")
-
-
-def _print(found: Sweep) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    click.echo(f"{found.model} on {found.target}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in found.head:
-        table.add_column(name, justify="left" if name in ("phase", "binds") else "right")
-    for row in found.rows():
-        table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no edge to fit into
-    console.print(table)

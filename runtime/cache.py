@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vacc_opt.backends.vacc import Program, Target, lower, simulate_time, verify
-from vacc_opt.backends.vacc.binding import Unrolled
+from vacc_opt.backends.vacc import Program, Target, lower, verified_time
 from vacc_opt.backends.vacc.search import remembering
 from vacc_opt.backends.vacc.timing import Timing
 from vacc_opt.backends.vacc.timing_json import timing_from_json, timing_to_json, without_records
@@ -105,9 +104,7 @@ def kept_schedule(cache: Cache, graph: Graph, target: Target, phase: str) -> tup
             return Program.from_text(text), timing_from_json(json.loads(timing), target), True
     with remembering(_Searches(cache)):
         program = lower(graph, target, phase=phase)
-    unrolled = Unrolled()
-    verify(program, target, unrolled)
-    timed = without_records(simulate_time(program, target, unroll=unrolled))
+    timed = without_records(verified_time(program, target))
     cache.put("schedule", key, f"{json.dumps(timing_to_json(timed))}\n{program.to_text()}".encode())
     return program, timed, False
 

@@ -69,7 +69,7 @@ def fusion_gains(source: Path, overrides: Sequence[str], progress: Progress) -> 
 
 def fused_times(graph: Graph, target: Target, phase: str, progress: Progress = lambda _: None) -> Iterator[FusedTime]:
     """The graph of a phase, lowered and timed with all fusions, without each, and without any."""
-    from vacc_opt.backends.vacc import lower, simulate_time
+    from vacc_opt.backends.vacc import lower, verified_time
     from vacc_opt.backends.vacc.fusion import EVERY
 
     choices: dict[str, Collection[Fusion]] = {ALL: EVERY}
@@ -77,6 +77,6 @@ def fused_times(graph: Graph, target: Target, phase: str, progress: Progress = l
     for name, fusions in (choices | {NONE: ()}).items():
         progress(f"{phase}, {name}")
         program = lower(graph, target, phase=phase, fusions=fusions)
-        timing = simulate_time(program, target)
+        timing = verified_time(program, target)
         moved = sum(one.bytes * one.calls for one in timing.kernels.values())
         yield FusedTime(phase, name, timing.cycles, moved, len(program.kernels), len(program.calls))

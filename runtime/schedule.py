@@ -109,13 +109,10 @@ def run_orders(found: Scheduled, seed: int = 0) -> int:
 
 def _scheduled(text: str, target: Target, spent: float = 0.0, found: Found | None = None) -> Scheduled:
     """What the text itself shows: it is parsed, verified and timed as anyone's would be."""
-    from vacc_opt.backends.vacc import Program, simulate_time, verify
-    from vacc_opt.backends.vacc.binding import Unrolled
+    from vacc_opt.backends.vacc import Program, verified_time
 
     program = Program.from_text(text)
-    unrolled = Unrolled()
-    verify(program, target, unrolled)
-    timing = simulate_time(program, target, unroll=unrolled)
+    timing = verified_time(program, target)
     return Scheduled(
         cycles=timing.cycles,
         bound=timing.bound.cycles,

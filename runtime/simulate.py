@@ -85,7 +85,7 @@ def simulate(
         UserError: no such artifact or phase, a context that does not fit, or no such number of the target.
         ScheduleError: the schedule breaks a rule on its target or on the changed one.
     """
-    from vacc_opt.backends.vacc import Program, load_target, simulate_time, verify, write_trace
+    from vacc_opt.backends.vacc import Program, load_target, verified_time, write_trace
 
     if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
         raise UserError(f"{trace}: not a file in an existing directory", "name a .json file for the trace")
@@ -101,8 +101,7 @@ def simulate(
     target = changed(compiled_for, what_if)
     if what_if and program.target_sha == compiled_for.sha:  # the same text, for the machine that it is timed on
         program = replace(program, target=target.name, target_sha=target.sha)
-    verify(program, target)
-    timing = simulate_time(program, target, context=context)
+    timing = verified_time(program, target, context=context)
     if trace is not None:
         with tempfile.TemporaryDirectory(prefix=".vacc-opt-", dir=trace.absolute().parent) as scratch:
             write_trace(timing, Path(scratch) / trace.name)

@@ -190,14 +190,11 @@ def source_of(
 
 
 def _times(graphs: Mapping[str, Graph], target: Target) -> Iterator[PhaseTime]:
-    from vacc_opt.backends.vacc import lower, simulate_time, verify
-    from vacc_opt.backends.vacc.binding import Unrolled
+    from vacc_opt.backends.vacc import lower, verified_time
 
     for phase, graph in graphs.items():
         program = lower(graph, target, phase=phase)
-        unrolled = Unrolled()
-        verify(program, target, unrolled)
-        timing = simulate_time(program, target, unroll=unrolled)
+        timing = verified_time(program, target)
         yield PhaseTime(
             phase=phase,
             milliseconds=timing.milliseconds,

@@ -16,8 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vacc_opt.backends.vacc import Program, Target, load_target, simulate_time, verify
-from vacc_opt.backends.vacc.binding import Unrolled
+from vacc_opt.backends.vacc import Program, Target, load_target, verified_time
 from vacc_opt.frontends import load_onnx
 from vacc_opt.frontends.vamc_config import CompileConfig
 from vacc_opt.ir.errors import UserError, VaccError
@@ -275,9 +274,7 @@ def _schedule(subject: Subject, phase: str, cycles: int) -> tuple[list[str], str
     text = file.read_text(encoding="utf-8")
     try:
         program = Program.from_text(text)
-        unrolled = Unrolled()
-        verify(program, subject.target, unrolled)
-        timing = simulate_time(program, subject.target, unroll=unrolled)
+        timing = verified_time(program, subject.target)
     except VaccError as error:
         return [f"{file.name}: {error.message}"], ""
     found = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vacc_opt.backends.vacc.lower import lower
 from vacc_opt.backends.vacc.schedule import Program, ScheduleError, Violation
-from vacc_opt.backends.vacc.simulate_time import simulate_time
+from vacc_opt.backends.vacc.simulate_time import simulate_time, verified_time
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.target import Target, load_target, target_file
 from vacc_opt.backends.vacc.trace import write_trace
@@ -23,6 +23,7 @@ __all__ = [
     "lower",
     "simulate_time",
     "target_file",
+    "verified_time",
     "verify",
     "write_trace",
 ]

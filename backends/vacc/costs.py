@@ -48,8 +48,8 @@ def link_cost(kind: str, size: int, ranks: int, links: Links | None, steps: int 
     The cheaper of two for all steps, of which the hops of one pass while the links are busy with the next. Ring:
     2(N-1) turns of size/N bytes to reduce for all, N-1 of them to reduce a part for each, N-1 turns of `size` to
     gather. Direct exchange: every die sends its bytes (or to each other its part) the shorter way round, floor(N*N/4)
-    hops in total for each die, and sums what it receives in the order of the ranks. Two link
-    engines use both directions of the ring.
+    hops in total for each die, and sums what it receives in the order of the ranks. Two link engines use both
+    directions of the ring.
     """
     if ranks == 1 or links is None:
         return 0, 0

@@ -5,7 +5,7 @@ The verifier and both simulators read kernels through this one interpretation of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,11 +72,6 @@ class RingEvent:
 Event = Step | RingEvent
 
 
-def expand(kernel: Kernel, engine: str, core: int, cores: int, scalars: Mapping[str, int]) -> Iterator[Event]:
-    """Events of `engine` on `core` of `cores`, in order; raises ScheduleError for a box outside its tensor."""
-    return iter(Unroller(kernel, engine, scalars).events(core, cores))
-
-
 def work(kernel: Kernel, step: Step) -> Work:
     """Cost of a step on tiles of its size."""
     outs, ins = ([_tile(kernel, box) for box in side] for side in (step.outs, step.ins))
@@ -124,7 +119,7 @@ class Unroller:
         self._runs = self._prepared(dict(kernel.trees).get(engine, ()), {})
 
     def events(self, core: int, cores: int) -> list[Event]:
-        """What the engine does on `core` of `cores`, in order; raises ScheduleError as :func:`expand`."""
+        """What the engine does on `core` of `cores`, in order; raises ScheduleError for a box outside its tensor."""
         missing = [name for name in self._kernel.scalars if name not in self._scalars]
         if missing:
             raise self._error("scalar", f"runtime scalar `{missing[0]}` has no value")

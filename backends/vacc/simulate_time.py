@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from vacc_opt.backends.vacc.alike import Alike
-from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes, scalar_values
+from vacc_opt.backends.vacc.binding import Lanes, Unroll, Unrolled, lanes, scalar_values
 from vacc_opt.backends.vacc.bounds import kernel_bound, program_bound, work_bytes
 from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
@@ -32,7 +32,15 @@ from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.schedule import Kernel, Program
 from vacc_opt.backends.vacc.target import Target
 from vacc_opt.backends.vacc.timing import CallTiming, EngineAccount, KernelTiming, Timing
+from vacc_opt.backends.vacc.verify import verify
 from vacc_opt.ir.errors import CheckError
+
+
+def verified_time(program: Program, target: Target, *, context: int | None = None) -> Timing:
+    """Verify a program, then time it; its kernels are unrolled once for both. Raises as :func:`verify` and as below."""
+    unrolled = Unrolled()
+    verify(program, target, unrolled)
+    return simulate_time(program, target, context=context, unroll=unrolled)
 
 
 def simulate_time(program: Program, target: Target, *, context: int | None = None, unroll: Unroll = lanes) -> Timing:

@@ -185,3 +185,13 @@ def test_the_account_of_each_engine_sums_to_the_total(tiles: list[tuple[int, int
         assert min(account(record, total).values()) >= 0
     moved = 2 * sum(size for size, _ in tiles)
     assert total >= max(moved / 9.2, sum(cycles for _, cycles in tiles))
+
+
+def test_cores_take_turns_on_the_links_of_their_die() -> None:
+    """Both are ready at once; the second waits for the links, and its bytes cross the port behind its own step."""
+    steps = [Step("all_reduce", 30, bytes=40, latency=5)]
+    records, total = Machine([Stream("link", core, steps) for core in range(2)], {}, ddr_rate=10, port=10).run()
+    (first,), (second,) = records
+    assert (first.wants, first.start, first.end) == (0, 30 + 5, 30 + 5 + 4)
+    assert (second.wants, second.start, second.end) == (0, 60 + 5, 60 + 5 + 4)
+    assert total == 69

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from vacc_opt.calibration.kv_scales import KvScales, Range, ScaleZero, calibrate
 from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.types import DType, SymbolicDim, TensorType
 
 Floats = npt.NDArray[np.float32]
@@ -141,7 +144,22 @@ def test_a_file_without_scales_is_refused(tmp_path: Path) -> None:
         load_kv_scales(tmp_path / "empty.safetensors")
 
 
-def test_layers_run_one_after_the_other_over_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[int, ...]]]:
+    """Constants with their shapes, shapes of operators left out, that each part of the graph reads at once."""
+    parts: list[dict[str, tuple[int, ...]]] = []
+    plain = activations.read_weights
+
+    def read(region: Graph) -> list[dict[str, np.ndarray]]:
+        weights = {v.name: v.const.shape for v in region.constants() if v.const and v.const.dtype is DType.FLOAT}
+        parts.extend([weights] if weights else [])
+        return plain(region)
+
+    monkeypatch.setattr(activations, "read_weights", read)
+    return parts
+
+
+def test_layers_run_one_after_the_other_over_all_sequences(held: list[dict[str, tuple[int, ...]]]) -> None:
     """No segment of the graph holds more than the weights of one layer."""
     tables = [
         np.random.default_rng(i).standard_normal((VOCABULARY, HEADS * WIDTH)).astype(np.float32) for i in range(3)
@@ -153,16 +171,8 @@ def test_layers_run_one_after_the_other_over_all_sequences(monkeypatch: pytest.M
         rows = rw.op.Mul(rows, rw.const(tables[layer][:WIDTH, :WIDTH].sum(0), f"gain{layer}"))
         rw.set_output(f"present.{layer}.key", rows)
         rw.set_output(f"present.{layer}.value", rw.op.Neg(rows))
-    held: list[set[str]] = []
-    plain = activations.read_weights
-
-    def counted(region: Graph) -> list[dict[str, np.ndarray]]:
-        held.append({v.name for v in region.constants()} & {"table", "rows", "gain1", "gain2"})
-        return plain(region)
-
-    monkeypatch.setattr(activations, "read_weights", counted)
     found = calibrate_kv(graph, [np.array([[1, 2]]), np.array([[5]])])
-    assert held == [{"rows"}, {"gain1"}, {"gain2"}]
+    assert [set(one) for one in held] == [{"rows"}, {"gain1"}, {"gain2"}]
     seen = tables[0][[1, 2, 5]].reshape(3, HEADS, WIDTH)
     for layer in (1, 2):
         seen = seen * tables[layer][:WIDTH, :WIDTH].sum(0)
@@ -170,7 +180,9 @@ def test_layers_run_one_after_the_other_over_all_sequences(monkeypatch: pytest.M
     np.testing.assert_array_equal(found.tensors[2, "key"].scale, expected.scale)
 
 
-def test_weights_that_are_too_many_at_once_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_too_many_at_once_are_read_one_after_the_other(
+    held: list[dict[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within a layer too; a weight that is turned stays with the product that reads it."""
     rng = np.random.default_rng(0)
     table, *gains = (rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32) for _ in range(3))
@@ -188,32 +200,32 @@ def test_weights_that_are_too_many_at_once_are_read_one_after_the_other(monkeypa
 
     tokens = [np.array([[1, 2]]), np.array([[5]])]
     whole = calibrate_kv(model(), tokens)
-    held: list[set[str]] = []
-    plain = activations.read_weights
-
-    def counted(region: Graph) -> list[dict[str, np.ndarray]]:
-        held.append({v.name for v in region.constants()} & {"table", "rows", "gain0", "gain1"})
-        return plain(region)
-
-    monkeypatch.setattr(activations, "read_weights", counted)
+    held.clear()
     monkeypatch.setattr(kv_scales, "_WEIGHTS", 4 * WIDTH * WIDTH)
     monkeypatch.setattr(kv_scales, "_SMALL", 4 * WIDTH)
     found = calibrate_kv(model(), tokens)
-    assert [one for one in held if one] == [{"rows"}, {"gain0"}, {"gain1"}]
+    assert [set(one) for one in held] == [{"rows"}, {"gain0"}, {"gain1"}]
     for key, one in whole.tensors.items():
         np.testing.assert_array_equal(found.tensors[key].scale, one.scale)
         np.testing.assert_array_equal(found.tensors[key].zero, one.zero)
 
 
-def test_of_an_embedding_only_the_rows_of_the_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_embedding_the_rows_of_the_tokens_are_kept_and_read_block_by_block(
+    held: list[dict[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time takes minutes where a file is quantized: each read decodes a block."""
     table = np.random.default_rng(0).standard_normal((VOCABULARY, HEADS * WIDTH)).astype(np.float32)
-    read: list[tuple[int, ...]] = []
-    plain = activations.read_weights
+    reads: list[slice] = []
+    plain = Literal.read
 
-    def counted(region: Graph) -> list[dict[str, np.ndarray]]:
-        read.extend(v.const.shape for v in region.constants() if v.const and v.const.shape[-1:] == (HEADS * WIDTH,))
-        return plain(region)
+    def read(self: Literal, index: Sequence[slice] | None = None) -> Any:
+        reads.extend(index[:1] if index and self.shape == table.shape else ())
+        return plain(self, index)
 
-    monkeypatch.setattr(activations, "read_weights", counted)
-    calibrate_kv(lookup_model(table), [np.array([[5, 2, 5]]), np.array([[2]])])
-    assert read == [(2, HEADS * WIDTH)]
+    monkeypatch.setattr(Literal, "read", read)
+    monkeypatch.setattr(kv_scales, "_ROWS", 3)
+    found = calibrate_kv(lookup_model(table), [np.array([[5, 1, 5]]), np.array([[1]])])
+    assert held == [{"rows": (2, HEADS * WIDTH)}]
+    assert reads == [slice(0, 3), slice(3, 6)]
+    seen = table[[1, 5]].reshape(2, HEADS, WIDTH)
+    np.testing.assert_array_equal(found.tensors[0, "key"].scale, scales_of(Range(seen.min(0), seen.max(0))).scale)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion
 from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.ir import Graph
 from vacc_opt.ir.copy import copy
@@ -99,7 +100,8 @@ def test_a_model_computes_the_same_bits(phases: dict[str, Graph]) -> None:
 def test_a_schedule_scatters_over_the_links_and_gives_the_same_logits(phases: dict[str, Graph]) -> None:
     target, found = load_target("vacc-card4"), {}
     for name, graph in phases.items():
-        program = lower(graph, target, phase="prefill")
+        # a product that is reduced on its way out has other tiles, so its f32 sums another order
+        program = lower(graph, target, phase="prefill", fusions=[one for one in EVERY if one is not Fusion.ALL_REDUCE])
         verify(program, target)
         text = Program.from_text(program.to_text())
         given, caches = feeds(graph)
@@ -108,6 +110,5 @@ def test_a_schedule_scatters_over_the_links_and_gives_the_same_logits(phases: di
         found[name] = machine.run({k: v for k, v in given.items() if k in used}, caches)["logits"]
         kinds = {kernel.name.partition(".")[0] for kernel in text.kernels}
         assert ("reduce_scatter" in kinds) == (name == "shared")
-        assert any("all_reduce" in kind for kind in kinds) == (name == "plain")
-    # linears that are reduced on their way out have other tiles, so their f32 sums another order
-    np.testing.assert_allclose(found["plain"], found["shared"], rtol=0, atol=1e-6)
+        assert ("all_reduce" in kinds) == (name == "plain")
+    np.testing.assert_array_equal(found["plain"], found["shared"])

@@ -35,7 +35,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
         monkeypatch.setattr(module, name, counted)
 
-    for name in ("lower", "verify", "simulate_time"):
+    for name in ("lower", "verified_time"):
         counting(caching, name)
     counting(search, "_search")
     monkeypatch.setattr(search, "_KNOWN", {})
@@ -74,7 +74,7 @@ def test_a_schedule_whose_timing_cannot_be_read_is_made_again(tmp_path: Path, wo
     (file,) = (tmp_path / "schedule").iterdir()
     cache.put("schedule", file.name, b"{}\n" + made[0].to_text().encode())
     assert kept_schedule(cache, graph, TARGET, "prefill") == made
-    assert work["verify"] == 2
+    assert work["verified_time"] == 2
 
 
 def test_another_model_with_the_same_linears_does_not_search_them_again(
