@@ -114,8 +114,11 @@ class BufferedSubject(Subject):
         self._executable = Executable(_exposed(graph), threads=threads, in_place=in_place, weights=weights)
 
     def observe(self, windows: Sequence[Ids], *, signals: bool = True) -> Iterator[Observed]:
-        """Call by call; a last call that is not full is padded on the right."""
-        ids = np.stack(windows)
+        """Call by call, ``rows`` windows in each; a last call that is not full is padded on the right."""
+        for low in range(0, len(windows), self.rows):
+            yield from self._together(np.stack(windows[low : low + self.rows]), signals)
+
+    def _together(self, ids: Ids, signals: bool) -> Iterator[Observed]:
         rows, length = ids.shape
         caches = [self._empty(rows) for _ in range(self._executable.graph.ranks)]
         chunk = self.chunk if self._fixed else min(self.chunk or length, length)
