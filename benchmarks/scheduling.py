@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vacc_opt.backends.vacc import load_target
+from vacc_opt.backends.vacc import load_target, lower
 from vacc_opt.ir.text import from_text
 from vacc_opt.runtime.cache import Cache, kept_schedule
+from vacc_opt.runtime.fusions import activation_bytes
 
 
 def scheduled(cache: Cache, files: list[Path]) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def scheduled(cache: Cache, files: list[Path]) -> dict[str, Any]:
             "digest": hashlib.sha256(text).hexdigest(),
             "cycles": timing.cycles,
             "ratio": round(timing.ratio, 4),
+            "activation_bytes": activation_bytes(program),
+            "unfused_activation_bytes": activation_bytes(lower(graph, target, phase=phase, fusions=())),
             "kept": kept,
         }
     return {"seconds": round(spent, 3), "phases": phases}

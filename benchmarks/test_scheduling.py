@@ -24,6 +24,8 @@ from vacc_opt.runtime.models import load_model
 from vacc_opt.runtime.plan import plan_compilation
 
 COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 16  # seconds of one core for both phases; bytes, kernels of each
+RATIO = {"prefill": 1.10, "decode": 1.05}  # cycles over their bound
+ACTIVATIONS = 0.55  # DDR bytes of activations in prefill, over those of a program without any fusion
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,14 @@ def test_chatglm2_is_scheduled_in_seconds(benchmark: Any, graphs: list[Path], tm
         benchmark.extra_info[phase] = one["ratio"]
         assert one["bytes"] < TEXT
         assert one["kernels"] <= KERNELS
+        assert one["ratio"] <= RATIO[phase]
         assert other["phases"][phase] == one
         assert cached["phases"][phase] == {**one, "kept": True}
+    prefill = cold["phases"]["prefill"]
+    fused = prefill["activation_bytes"] / prefill["unfused_activation_bytes"]
+    print(f"activations of prefill: {fused:.3f} x those of the program without fusions")
+    assert fused <= ACTIVATIONS
+    benchmark.extra_info |= {"activations": fused}
     benchmark.extra_info |= {"cold_s": cold["seconds"], "cached_s": cached["seconds"]}
     assert cold["seconds"] < COLD
     assert cached["seconds"] < CACHED

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vacc_opt.runtime.sweep import Progress, source_of
 
 if TYPE_CHECKING:
-    from vacc_opt.backends.vacc import Target
+    from vacc_opt.backends.vacc import Program, Target
     from vacc_opt.backends.vacc.fusion import Fusion
     from vacc_opt.ir.graph import Graph
 
@@ -21,13 +21,15 @@ ALL, NONE = "all", "none"
 class FusedTime:
     """A phase lowered with some fusions: predicted cycles, DDR bytes of a rank, kernels and calls of its program.
 
-    `fusions` is `all`, `none`, or `no NAME`: all but one.
+    `activation_bytes` are those of tensors between calls, each once a call that reads or writes it. `fusions` is `all`,
+    `none`, or `no NAME`: all but one.
     """
 
     phase: str
     fusions: str
     cycles: int
     ddr_bytes: int
+    activation_bytes: int
     kernels: int
     calls: int
 
@@ -45,16 +47,18 @@ class FusionGains:
         return asdict(self)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Phase, choice, cycles and DDR bytes, each also over those with all fusions, kernels, calls."""
+        """Phase, choice; cycles, DDR bytes, those of activations, each over that of all fusions; kernels, calls."""
         whole = {one.phase: one for one in self.times if one.fusions == ALL}
         for one in self.times:
             best = whole[one.phase]
-            times = f"{one.cycles / best.cycles:.4f}", f"{one.ddr_bytes / best.ddr_bytes:.4f}"
-            shown = one.phase, one.fusions, str(one.cycles), times[0], str(one.ddr_bytes), times[1]
+            shown = [one.phase, one.fusions]
+            for name in ("cycles", "ddr_bytes", "activation_bytes"):
+                number, least = getattr(one, name), getattr(best, name)
+                shown += [str(number), f"{number / least:.4f}"]
             yield (*shown, str(one.kernels), str(one.calls))
 
 
-HEAD = ("phase", "fusions", "cycles", "x all", "DDR bytes", "x all", "kernels", "calls")
+HEAD = ("phase", "fusions", "cycles", "x all", "DDR bytes", "x all", "of activations", "x all", "kernels", "calls")
 
 
 def fusion_gains(source: Path, overrides: Sequence[str], progress: Progress) -> FusionGains:
@@ -79,4 +83,15 @@ def fused_times(graph: Graph, target: Target, phase: str, progress: Progress = l
         program = lower(graph, target, phase=phase, fusions=fusions)
         timing = verified_time(program, target)
         moved = sum(one.bytes * one.calls for one in timing.kernels.values())
-        yield FusedTime(phase, name, timing.cycles, moved, len(program.kernels), len(program.calls))
+        between = activation_bytes(program)
+        yield FusedTime(phase, name, timing.cycles, moved, between, len(program.kernels), len(program.calls))
+
+
+def activation_bytes(program: Program) -> int:
+    """DDR bytes of what calls hand to each other: of every call the operands that are neither weight nor cache."""
+    return sum(
+        program.kernel[call.kernel].param[one.name].bytes
+        for call in program.calls
+        for one in call.arguments
+        if program.tensor[one.tensor].role not in ("weight", "cache")
+    )

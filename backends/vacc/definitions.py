@@ -83,6 +83,9 @@ def _linear(w: Wanted) -> Node:
     for one in fused:
         if one in GATES:
             node = _as_given(w, GATES[one], node, sums("U", "SU", "BU"))
+        elif one == "residual":
+            kind = "add_share" if "all_reduce" in fused else "add"
+            node = _as_given(w, kind, node, w.of("RES", rows, columns))
         elif one == "rotary":
             turned = rows[0] - at + w.scalars["pos"], rows[1] - at + w.scalars["pos"]
             node = _as_given(w, "rotary", node, w.of("COS", turned, None), w.of("SIN", turned, None))
@@ -98,7 +101,7 @@ def _as_given(w: Wanted, kind: str, *parts: Node) -> Node:
     """An operation with the attributes that the kernel gives it, on parts of the shape of the first."""
     op = w.operation(kind)
     data = tuple(_number(value) for _, value in sorted(op.attributes)) if op else ()
-    return w.make.make(kind, data, parts, parts[0].shape)
+    return w.make.apply(kind, parts, data, parts[0].shape)
 
 
 def _elementwise(kind: str) -> Definition:
@@ -176,7 +179,14 @@ def _all_gather(w: Wanted) -> Node:
     return w.make.make("all_gather", (), (w.of("X", rows, columns),), w.shape)
 
 
-_FUSED = {"bias", *GATES, "rotary", "append", "all_reduce"}  # what the name of a linear may list, each behind a `+`
+_FUSED = {
+    "bias",
+    *GATES,
+    "residual",
+    "rotary",
+    "append",
+    "all_reduce",
+}  # what the name of a linear may list, each behind a `+`
 
 DEFINITIONS: Mapping[str, Definition] = {
     "linear": _linear,

@@ -1,9 +1,10 @@
 """What a linear does with its sums before it stores them: a short list of vector operations and the tables they read.
 
 The order is fixed: the factor of a column (int8 weights), its bias, the product of an activated gate with the sums of a
-second weight, the turn of a rotary embedding, the codes of a cache. Sums stay f32 through all of it and are rounded
-once, by the store. Instead of being stored, the strips of all ranks may be added up on the links, each as soon as it is
-finished: the same bits as a reduction of its own gives, without a way to DDR and back.
+second weight, the residual stream, the turn of a rotary embedding, the codes of a cache. Sums stay f32 through all of
+it and are rounded once, by the store. Instead of being stored, the strips of all ranks may be added up on the links,
+each as soon as it is finished: the same bits as a reduction of its own gives, without a way to DDR and back. Each rank
+then adds its share of the residual stream, which all of them hold.
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ class Operation:
 class Epilogue:
     """What is fused into a linear; nothing by default.
 
-    `codes` are scale and zero [N] of an int8 result. `head`: Y is [N / head, rows, head], and a tile of columns is one
-    head. `append`: Y is a cache, of which the rows from run-time scalar `pos` on are written. `ranks`: of so many the
-    results are added up.
+    `residual` [M, N] is added to the result. `codes` are scale and zero [N] of an int8 result. `head`: Y is
+    [N / head, rows, head], and a tile of columns is one head. `append`: Y is a cache, of which the rows from run-time
+    scalar `pos` on are written. `ranks`: of so many the results are added up.
     """
 
     bias: Param | None = None
     gate: Gate | None = None
+    residual: Param | None = None
     turn: Turn | None = None
     codes: tuple[Param, Param] | None = None
     append: bool = False
@@ -73,8 +75,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """What it adds to the name of a kernel."""
-        parts = ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate), ("rotary", self.turn)
-        ends = ("append", self.append), ("all_reduce", self.ranks)
+        parts = ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate), ("residual", self.residual)
+        ends = ("rotary", self.turn), ("append", self.append), ("all_reduce", self.ranks)
         return "".join(f"+{name}" for name, given in (*parts, *ends) if given)
 
     @property
@@ -92,6 +94,16 @@ class Epilogue:
         """Tables of which a tile reads the rows of its own positions."""
         return (self.turn.cos, self.turn.sin) if self.turn else ()
 
+    @property
+    def whole(self) -> tuple[Param, ...]:
+        """Tables of which a tile reads its own rows and columns."""
+        return (self.residual,) if self.residual else ()
+
+    @property
+    def weavable(self) -> bool:
+        """Whether the next rows of X may be loaded between tiles of these: no table tells rows apart."""
+        return not (self.head or self.residual)
+
     def operations(self, scaled: bool, rounded: bool) -> tuple[Operation, ...]:
         """The vector operations in order; none for sums that are stored as they are, which `rounded` ones are not."""
         first, source = self._factors("acc", "sum", "s" if scaled else "", self.bias)
@@ -102,6 +114,11 @@ class Epilogue:
             attributes = (("tanh", self.gate.tanh),) if self.gate.kind == "geglu" else ()
             steps += [second] if second else []
             steps.append(Operation(GATES[self.gate.kind], (source, other), "sum", attributes))
+            source = "sum"
+        if self.residual:
+            tables = source, self.residual.name.lower()
+            share = Operation("add_share", tables, "sum", (("parts", self.ranks),))
+            steps.append(share if self.ranks else Operation("add", tables, "sum"))
             source = "sum"
         if self.turn:
             steps.append(

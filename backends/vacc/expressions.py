@@ -17,7 +17,7 @@ Data = tuple[object, ...]
 _FITS = {("i8", "f16"), ("i8", "f32"), ("f16", "f32"), ("i8", "i32")}
 _COMMUTES = ("add", "mul")
 ELEMENTWISE = frozenset(
-    ("add", "sub", "mul", "div", "tanh", "silu_mul", "gelu", "gelu_mul", "quantize", "all_reduce")
+    ("add", "add_share", "sub", "mul", "div", "tanh", "silu_mul", "gelu", "gelu_mul", "quantize", "all_reduce")
 )  # fmt: skip
 ROWS = frozenset(("row_mean", "inverse_rms", "row_dot"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,21 @@ if TYPE_CHECKING:
 
 
 class Fusion(Enum):
-    """A kind of operator that can be fused into the linear before it."""
+    """A kind of operator that can be fused into the linear before it, or (`NORM`) into the norm behind it."""
 
     GATE = "gate"  # SwiGLU, GeGLU: gate and other linear are one kernel
     BIAS = "bias"
     ROTARY = "rotary"
+    RESIDUAL = "residual"  # the residual stream that the sums are added to
+    NORM = "norm"  # a sum with the residual stream and the norm of it, where no linear adds the sum
     APPEND = "append"  # new rows of a KV cache, quantized on the way when it is int8
     ALL_REDUCE = "all-reduce"  # of the ranks' parts of a product
 
 
 EVERY: Collection[Fusion] = tuple(Fusion)
 _READERS = {
-    "Add": {Fusion.BIAS},
+    "Add": {Fusion.BIAS, Fusion.RESIDUAL},
+    "Vastai::AddRMSNormalization": {Fusion.RESIDUAL},
     "Vastai::SwiGLU": {Fusion.GATE},
     "Vastai::GeGLU": {Fusion.GATE},
     "RotaryEmbedding": {Fusion.ROTARY},
@@ -64,6 +68,7 @@ class Sums:
     node: Node
     bias: Ref | None = None
     gate: tuple[str, int, Sums] | None = None  # kind, form of the GELU, the other sums
+    residual: Ref | None = None  # [M, N]
     turn: tuple[Ref, Ref, bool] | None = None
     codes: tuple[Ref, Ref] | None = None  # scale and zero [H, D]
     ranks: int = 0  # that add up their parts
@@ -71,7 +76,7 @@ class Sums:
     @property
     def plain(self) -> bool:
         """Whether these are still sums of columns, to which more may be added."""
-        return not (self.gate or self.turn or self.codes or self.ranks)
+        return not (self.gate or self.residual or self.turn or self.codes or self.ranks)
 
     @property
     def heads(self) -> tuple[int, int] | None:
@@ -133,7 +138,32 @@ def gated(low: Lowering, node: Node) -> Sums | None:
         a, b, y = (one.param(name, mode) for one, name, mode in zip(sides, "ABY", ("in", "in", "out"), strict=True))
         return elementwise(GATES[kind], a, b, y, low.target, **({"tanh": tanh} if kind == "geglu" else {}))
 
-    return fused if _pays(low, fused, [gate, other], apart) else None
+    return fused if _pays(low, fused, [gate, other], [apart]) else None
+
+
+def added(
+    low: Lowering, node: Node, apart: Callable[[Ref, Ref], Kernel], rest: Callable[[Ref], Kernel] | None = None
+) -> Sums | None:
+    """Sums, of one rank or of all, to which `node` adds a stream of their shape; None where it does something else.
+
+    `apart` makes the kernel of `node` for both as rows; `rest` that of what it does besides with what was added up.
+    """
+    for value, other in (node.inputs[:2], node.inputs[1::-1]):
+        found = pending(low, value)
+        if not found or other is None or Fusion.RESIDUAL not in low.fusions or not replace(found, ranks=0).plain:
+            continue
+        shape, order = (found.x.shape[0], found.w.shape[0]), low.by_layout(found.view)
+        rows = found.view.transposed(order).reshaped(shape)
+        if low.type(other)[1] != found.view.shape or not rows or rows.strides != row_major(shape):
+            continue
+        stream = low.ref(other).transposed(order).reshaped(shape)
+        if not stream:
+            continue
+        view = replace(found.view, dtype=low.type(node.outputs[-1])[0])
+        fused, total = replace(found, residual=stream, view=view, node=node), replace(rows, dtype=view.dtype)
+        kernels = [partial(apart, rows, stream)], [partial(rest, total)] if rest else []
+        return fused if _pays(low, fused, [found], *kernels) else None
+    return None
 
 
 def turned(low: Lowering, node: Node, cos: Ref, sin: Ref, interleaved: bool) -> Sums | None:
@@ -150,7 +180,7 @@ def turned(low: Lowering, node: Node, cos: Ref, sin: Ref, interleaved: bool) -> 
             low.target,
         )  # fmt: skip
 
-    return fused if _pays(low, fused, [found], apart) else None
+    return fused if _pays(low, fused, [found], [apart]) else None
 
 
 def reduced(low: Lowering, node: Node) -> Sums | None:
@@ -165,16 +195,24 @@ def reduced(low: Lowering, node: Node) -> Sums | None:
         return all_reduce(x, y)
 
     fused = replace(found, ranks=low.graph.ranks, node=node)
-    return fused if _pays(low, fused, [found], apart) else None
+    return fused if _pays(low, fused, [found], [apart]) else None
 
 
-def _pays(low: Lowering, fused: Sums, parts: list[Sums], apart: Callable[[], Kernel]) -> bool:
-    """Whether a fusion that narrows the choice of tiles takes no longer than its parts and the kernel behind them."""
+def _pays(
+    low: Lowering,
+    fused: Sums,
+    parts: list[Sums],
+    apart: Sequence[Callable[[], Kernel]],
+    rest: Sequence[Callable[[], Kernel]] = (),
+) -> bool:
+    """Whether a fusion that narrows the choice of tiles, and the `rest`, take no longer than its parts and `apart`."""
     key = repr((_params(fused), fused.gate[:2] if fused.gate else fused.turn, fused.ranks))
     if key not in low.pays:
-        behind = time_kernel(apart(), low.target, {"pos": 0}, low.graph.ranks).cycles
-        whole = sum(cycles(low, one) for one in parts) + behind
-        low.pays[key] = cycles(low, fused) <= whole
+        before, after = (
+            sum(time_kernel(one(), low.target, {"pos": 0}, low.graph.ranks).cycles for one in kernels)
+            for kernels in (apart, rest)
+        )
+        low.pays[key] = cycles(low, fused) + after <= sum(cycles(low, one) for one in parts) + before
     return low.pays[key]
 
 
@@ -228,7 +266,7 @@ def _found(low: Lowering, sums: Sums, params: Sequence[Param]) -> Found:
     turn = Turn(given["COS"], given["SIN"], sums.turn[2]) if sums.turn else None
     codes = (given["SCALE"], given["ZERO"]) if sums.codes else None
     head = y.shape[2] if len(y.shape) == 3 else 0
-    after = Epilogue(given.get("B"), gate, turn, codes, y.name == "CACHE", head, sums.ranks)
+    after = Epilogue(given.get("B"), gate, given.get("RES"), turn, codes, y.name == "CACHE", head, sums.ranks)
     return search_linear(given["X"], given["W"], given.get("S"), y, low.target, after)
 
 
@@ -239,6 +277,7 @@ def _operands(sums: Sums, y: Ref) -> list[Operand]:
     """
     other = sums.gate[2] if sums.gate else None
     listed = [("X", sums.x), ("W", sums.w), ("U", other.w if other else None), ("S", sums.scale), ("B", sums.bias)]
+    listed += [("RES", sums.residual)]
     listed += [("SU", other.scale), ("BU", other.bias)] if other else []
     listed += [("COS", sums.turn[0]), ("SIN", sums.turn[1])] if sums.turn else []
     listed += [("SCALE", sums.codes[0]), ("ZERO", sums.codes[1])] if sums.codes else []

@@ -82,7 +82,7 @@ def least_traffic(shape: LinearShape, target: Target) -> float:
     cores, sram = target.die.cores, target.core.sram.bytes
     acc = target.core.matrix.acc
     sums = sram if acc.sram_bytes_per_cycle is not None else acc.bytes
-    xs, ws, ys = shape.m * shape.k * x, shape.n * shape.k * w, shape.m * shape.n * y
+    xs, ws, ys = shape.m * shape.k * x, shape.n * shape.k * w, shape.m * shape.n * y + shape.whole_bytes
     found = math.inf
     for m in sorted({-(-shape.m // parts) for parts in range(1, shape.m + 1)}):
         rows = -(-shape.m // m)
@@ -212,6 +212,7 @@ class _Combinations:
         tables = 2 * _aligned(self.n, "f32") if self.shape.scaled else 0
         tables += sum(2 * _aligned(self.n, one.dtype) for one in self.shape.after.columns(None))
         tables += sum(2 * _aligned(self.m * one.shape[1], one.dtype) for one in self.shape.after.rows)
+        tables += sum(_aligned(self.m * self.n, one.dtype) for one in self.shape.after.whole)
         return x + w + self.sums + tables
 
     @cached_property
@@ -274,7 +275,7 @@ class _Combinations:
         x = x * (one.m * one.k * itemsize(one.x))
         w = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.after.weights * one.k * itemsize(one.w))
         s = np.where(self.resident == 2, 1, self.own_rows) * (one.n * one.column_bytes)
-        s = s + self.columns * one.m * one.row_bytes
+        s = s + self.columns * one.m * one.row_bytes + one.whole_bytes
         return np.asarray(x + w + s + one.m * one.n * itemsize(one.y))
 
     @cached_property
@@ -381,7 +382,7 @@ class _Combinations:
         chunk = one.after.weights * self._pass[0] * np.ceil(self.n / matrix.cols_n) * np.ceil(self.k / matrix.rows_k)
         panel = np.select([self.resident == 1, self.resident == 2], [x / rate, w / w_rate])
         woven = (self.resident == 1) & (self.panels == 2) & ~self.by_rows & (self.columns >= 4 * self.target.die.cores)
-        woven &= one.after.head == 0
+        woven &= one.after.weavable
         ahead = np.where(self.panels == 1, 0, np.where(woven, np.inf, self.streams * chunk))
         held_up = self._swaps * np.maximum(ddr.latency + panel - ahead, 0)
         tiles = self.tiles
@@ -389,7 +390,8 @@ class _Combinations:
         passing = np.where(self.resident == 1, 0, np.ceil(x / rate)) + np.where(
             self.resident == 2, 0, np.ceil(w / w_rate)
         )
-        loads = tiles * self.chunks * passing
+        added = np.ceil(self.m * self.n * one.whole_bytes / (one.m * one.n) / rate)  # tables of a tile
+        loads = tiles * (self.chunks * passing + added)
         # as many chunks are in flight as there are slots, each for a latency and its own transfer (Little's law)
         transfers = np.where(self.resident == 0, 2, 1)
         held = np.where(self.by_rows, chunk, 0)  # a slot of a multicast, until the slowest core is done with it

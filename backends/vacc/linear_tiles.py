@@ -54,6 +54,11 @@ class LinearShape:
         """Bytes of the tables of one row."""
         return sum(one.shape[1] * itemsize(one.dtype) for one in self.after.rows)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the tables that are as large as the result."""
+        return self.m * self.n * sum(itemsize(one.dtype) for one in self.after.whole)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LinearTiles:

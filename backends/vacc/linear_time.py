@@ -88,6 +88,8 @@ class _Linear:
             yield "rest", 1, "vector"
         for one in (*self._columns, *self.after.rows):
             yield one.name.lower(), 2, "vector"
+        for one in self.after.whole:
+            yield one.name.lower(), 1, "vector"
         if self._epilogue:
             yield "y", 2, self._out
 
@@ -124,7 +126,8 @@ class _Linear:
         return bursts(tile.bytes, tile.run_bytes, self.target)
 
     def _transfer(self, param: Param, shape: tuple[int, ...], ring: str, load: bool) -> Step:
-        shared = load and self.t.dealt == "m" and param is not self.x and param not in self.after.rows
+        of_rows = param in (self.x, *self.after.rows, *self.after.whole)
+        shared = load and self.t.dealt == "m" and not of_rows
         step = transfer_step("", self._moved(param, shape), self.target, load=load, shared=shared)
         return (
             replace(step, acquires=(ring,), commits=(ring,)) if load else replace(step, waits=(ring,), releases=(ring,))
@@ -157,8 +160,10 @@ class _Linear:
                     yield load(self.x, "x", m, k)
                 if resident != "w":
                     yield from weight(n, k)
+            yield from (load(one, one.name.lower(), m, n) for one in self.after.whole)
 
-        woven = weave((self.x.shape[0], self.w.shape[0]), t, self.target.die.cores) if not self.after.head else None
+        sizes = self.x.shape[0], self.w.shape[0]
+        woven = weave(sizes, t, self.target.die.cores) if self.after.weavable else None
         if not woven:
             for m, n, first, _ in self._places(core):
                 if first and resident:
@@ -225,7 +230,7 @@ class _Linear:
     def _finish(self, core: int) -> Iterator[Step]:
         y, by_columns = (f"y.{core}",), self.t.resident == "w"
         columns = tuple(f"{one.name.lower()}.{core}" for one in self._columns)
-        tables = tuple(f"{one.name.lower()}.{core}" for one in self.after.rows)
+        tables = tuple(f"{one.name.lower()}.{core}" for one in (*self.after.rows, *self.after.whole))
         made: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[Step]] = {}
         for m, n, begins, ends in self._places(core):
             parts = self._strips(m)

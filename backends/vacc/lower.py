@@ -5,12 +5,23 @@ Reshapes, transposes and slices become strides. Index arithmetic on `pos` and `v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import prod
 
 from vacc_opt.backends.vacc.assemble import Operand
-from vacc_opt.backends.vacc.fusion import EVERY, Fusion, gated, pending, reduced, reshaped, sums_of, with_bias
+from vacc_opt.backends.vacc.fusion import (
+    EVERY,
+    Fusion,
+    added,
+    gated,
+    pending,
+    reduced,
+    reshaped,
+    store,
+    sums_of,
+    with_bias,
+)
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
@@ -116,32 +127,61 @@ def _select(low: Lowering, node: Node, index: Value) -> Ref:
 
 
 def _norm(low: Lowering, node: Node) -> Ref:
-    """RMSNormalization or LayerNormalization over the last axis, rows in the order in which they lie in memory."""
+    """RMSNormalization or LayerNormalization over the last axis."""
     source = low.ref(node.inputs[0])
     if int(node.attributes.get("axis", -1)) not in (-1, len(source.shape) - 1) or len(node.outputs) != 1:
         raise UserError(f"no kernel for a norm over several axes, or one that gives its statistics (`{node.name}`)")
-    eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(source)
+    return _normed(low, node, source, node.inputs[1:])
+
+
+def _normed(low: Lowering, node: Node, source: Ref, values: Sequence[Value | None]) -> Ref:
+    """The norm of `node` with tables `values`, of rows in the order in which they lie in memory."""
+    eps, order = _epsilon(node), low.by_layout(source)
     moved = source.transposed(order)
     x = low.rows(moved)
     y = low.out.temp(low.dtype(node), x.shape)
-    tables = [Operand(name, "in", low.ref(v)) for name, v in zip("WC", node.inputs[1:], strict=False) if v is not None]
+    tables = [Operand(name, "in", low.ref(v)) for name, v in zip("WC", values, strict=False) if v is not None]
 
     def build(a: Param, w: Param, *rest: Param) -> Kernel:
-        if node.op == "RMSNormalization":
-            return rms_norm(a, w, rest[-1], eps, low.target)
-        return layer_norm(a, w, rest[0] if len(rest) > 1 else None, rest[-1], eps, low.target)
+        if node.op == "LayerNormalization":
+            return layer_norm(a, w, rest[0] if len(rest) > 1 else None, rest[-1], eps, low.target)
+        return rms_norm(a, w, rest[-1], eps, low.target)
 
-    low.emit((node.op, eps), build, [Operand("X", "in", x), *tables, Operand("Y", "out", y)])
+    low.emit(
+        ("norm", node.op == "LayerNormalization", eps), build, [Operand("X", "in", x), *tables, Operand("Y", "out", y)]
+    )
     return low.view(y, moved.shape).transposed(inverse(order))
 
 
+def _epsilon(node: Node) -> float:
+    return float(node.attributes.get("epsilon", 1e-5))
+
+
 def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
-    """Both tensors as rows, in the order in which the first lies in memory."""
-    first, second, weight = (low.ref(v) for v in node.inputs)
-    eps, order = float(node.attributes.get("epsilon", 1e-5)), low.by_layout(first)
+    """A sum and its norm: one kernel, or the norm of what the linear before it has added up."""
+    dtype, weight, eps = low.dtype(node), low.ref(node.inputs[2]), _epsilon(node)
+
+    def apart(x: Ref, r: Ref) -> Kernel:
+        y, s = (replace(x, dtype=dtype).param(name, "out") for name in "YS")
+        return add_rms_norm(x.param("X", "in"), r.param("R", "in"), weight.param("W", "in"), y, s, eps, low.target)
+
+    def rest(x: Ref) -> Kernel:
+        y = replace(x, dtype=dtype).param("Y", "out")
+        return rms_norm(x.param("X", "in"), weight.param("W", "in"), y, eps, low.target)
+
+    sums = added(low, node, apart, rest)
+    if sums:
+        total = store(low, sums)
+        low.taken()
+        return _normed(low, node, total, node.inputs[2:]), total
+    if Fusion.NORM not in low.fusions:
+        total = _combined(low, node, "add", [low.ref(v) for v in node.inputs[:2]])
+        return _normed(low, node, total, node.inputs[2:]), total
+    first, second = (low.ref(v) for v in node.inputs[:2])
+    order = low.by_layout(first)
     moved = first.transposed(order)
     x, r = low.rows(moved), low.rows(second.transposed(order))
-    y, s = (low.out.temp(low.dtype(node), x.shape) for _ in range(2))
+    y, s = (low.out.temp(dtype, x.shape) for _ in range(2))
     given = [Operand(name, "in", ref) for name, ref in zip("XRW", (x, r, weight), strict=True)]
 
     def build(a: Param, b: Param, w: Param, c: Param, d: Param) -> Kernel:
@@ -184,7 +224,11 @@ _ELEMENTWISE = {
 
 
 def _add(low: Lowering, node: Node) -> Known:
-    sums = with_bias(low, node)
+    def apart(x: Ref, r: Ref) -> Kernel:
+        y = replace(x, dtype=low.dtype(node)).param("Y", "out")
+        return elementwise("add", x.param("A", "in"), r.param("B", "in"), y, low.target)
+
+    sums = with_bias(low, node) or added(low, node, apart)
     return low.waiting(node.output, sums) if sums else _elementwise(low, node)
 
 
@@ -194,9 +238,12 @@ def _gated(low: Lowering, node: Node) -> Known:
 
 
 def _elementwise(low: Lowering, node: Node) -> Ref:
+    return _combined(low, node, _ELEMENTWISE[node.op], [low.ref(one) for one in node.inputs])
+
+
+def _combined(low: Lowering, node: Node, kind: str, refs: list[Ref]) -> Ref:
     """An operation of one or two tensors, rows in the order in which the first lies in memory."""
-    kind, shape = _ELEMENTWISE[node.op], low.type(node.outputs[0])[1]
-    refs = [low.ref(one) for one in node.inputs]
+    shape = low.type(node.outputs[0])[1]
     if kind in ("add", "mul"):
         refs.sort(key=lambda one: one.shape != shape)  # either way round
     if not shape or refs[0].shape != shape:

@@ -81,6 +81,13 @@ class Lowering:
         waiting = (name for value in node.inputs if value is not None for name in self._waiting.get(value, ()))
         return tuple(dict.fromkeys((self._names[node.output], *waiting)))
 
+    def taken(self) -> None:
+        """What waited for the node that is lowered is called: calls from now on implement that node alone."""
+        for value in self._node.inputs if self._node else ():
+            if value is not None:
+                self._waiting.pop(value, None)
+        self._nodes = self._behind(self._node) if self._node else ()
+
     def end(self, node: Node, found: tuple[Known, ...]) -> None:
         """The outputs of `node` lie in `found`; without a call of its own it waits for whoever reads them."""
         self.known.update(zip(node.outputs, found, strict=False))

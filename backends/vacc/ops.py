@@ -222,6 +222,10 @@ def _rotary(x: Array, cos: Array, sin: Array, interleaved: float) -> Array:
     return out
 
 
+def _add_share(x: Array, whole: Array, parts: float) -> Array:
+    return np.asarray(x + whole / np.float32(parts))
+
+
 def _multiply_add(x: Array, y: Array, z: Array) -> Array:
     return np.asarray(x * y + z)
 
@@ -321,6 +325,7 @@ _TABLE = (
     _vector("div", 2, np.divide, 4),
     _vector("tanh", 1, np.tanh, 6),
     _vector("mul_add", 3, _multiply_add, 2),  # x * y + z
+    _vector("add_share", 2, _add_share, 2, "parts"),  # x + y / parts
     _vector("silu_mul", 2, _silu_mul, 8),  # gate, up
     _vector("gelu", 1, _gelu, 8, "tanh"),
     _vector("gelu_mul", 2, _gelu_mul, 9, "tanh"),  # gate, up

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from math import prod
 
 from vacc_opt.backends.vacc.ops import PRIMITIVES
-from vacc_opt.backends.vacc.schedule import Argument, Call, Program, Violation
+from vacc_opt.backends.vacc.schedule import Argument, Call, Program, Violation, affine
 
 _CACHE = re.compile(r"(past_key_values\.\d+)\.(key|value)")
 # a cache, then its scale, its zero, and the rows of this call that are appended to it
@@ -91,10 +91,13 @@ def _tables(program: Program) -> Iterator[Violation]:
 
 
 def _ranks(program: Program) -> Iterator[Violation]:
-    """Collectives whose parameters have an axis of ranks have as many as the program."""
+    """Collectives whose parameters have an axis of ranks have as many as the program, and so many shares are added."""
     axes = {"all_gather": ("Y", 1), "reduce_scatter": ("X", 0)}
     for kernel in program.kernels:
         for _, op in kernel.operations():
+            if op.kind == "add_share" and (parts := dict(op.attributes)["parts"]) != affine(program.ranks):
+                text = f"`add_share` of 1 / {parts} in a program of {program.ranks} ranks"
+                yield Violation("collective", kernel.name, None, text)
             if op.kind in axes and PRIMITIVES[op.kind].collective:
                 side, axis = axes[op.kind]
                 view = op.outs[0] if side == "Y" else op.ins[0]

@@ -27,7 +27,7 @@ Edit = tuple[str, Body]  # what was done, the statements that stand in place of 
 OTHER_KIND = {
     "add": "sub", "sub": "add", "mul": "add", "div": "mul", "mul_add": "mul", "mma": "mma_nn", "mma_nn": "mma",
     "row_mean": "inverse_rms", "inverse_rms": "row_mean", "silu_mul": "mul", "gelu_mul": "mul", "quantize": "mul_add",
-    "all_reduce": "all_gather", "cast": "tanh",
+    "all_reduce": "all_gather", "add_share": "mul", "cast": "tanh",
 }  # fmt: skip
 
 

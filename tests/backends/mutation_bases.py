@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -80,6 +80,8 @@ def bases() -> list[Base]:
         Base("linear_w8", _gemm("f16", "i8", 4000), machine(4000)),
         Base("linear_w8_rows", _gemm("f16", "i8", 7000, rows=16, cores=8), machine(7000, 8)),
         Base("linear+all_reduce", _gemm("f32", None, 8000, 3), machine(8000), ranks=3),
+        Base("linear+residual+all_reduce", _fused(["residual"], 10_000, ranks=3), machine(10_000), ranks=3),
+        Base("linear+bias+residual", _fused(["bias", "residual"], 8000), machine(8000)),
         Base("linear+bias+swiglu", _fused(["bias", "swiglu"], 10_000), machine(10_000)),
         Base("linear_w8+swiglu", _fused(["swiglu"], 8000, "i8"), machine(8000)),
         Base("linear+bias+rotary", _fused(["bias", "rotary"], 8000), machine(8000), at),
@@ -142,10 +144,10 @@ def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0, rows
     return fastest_linear(x, w, scale, y, machine(sram, cores), Epilogue(ranks=ranks))
 
 
-def _fused(steps: list[str], sram: int, weights: str = "f32") -> Kernel:
+def _fused(steps: list[str], sram: int, weights: str = "f32", ranks: int = 0) -> Kernel:
     """5 rows of 24 columns of 50 numbers, with what is fused behind them."""
     params, after = fused(steps, TOKENS, 24, 50, weights, "f32", head=8, context=CONTEXT)
-    return fastest_linear(*params, machine(sram), after)
+    return fastest_linear(*params, machine(sram), replace(after, ranks=ranks))
 
 
 def _attention(

@@ -29,6 +29,8 @@ EPILOGUES = {
     "bias": ["bias"],
     "SwiGLU": ["swiglu"],
     "GeGLU of biased sums": ["bias", "geglu"],
+    "residual": ["residual"],
+    "residual of biased sums": ["bias", "residual"],
     "rotary": ["rotary"],
     "rotary of biased sums": ["bias", "rotary"],
     "append": ["append"],
@@ -65,6 +67,7 @@ def expected(v: dict[str, Array], after: Epilogue, pos: int) -> Array:
             y = y / (1 + np.exp(-y)) * other
         else:
             y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) * other
+    y = y + wide.get("RES", 0.0)
     if after.turn:
         heads = y.reshape(len(y), -1, HEAD)
         cos, sin = (wide[name][pos : pos + len(y), None] for name in ("COS", "SIN"))

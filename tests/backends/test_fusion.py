@@ -36,13 +36,13 @@ def families(graph: Graph, fusions: Collection[Fusion] = EVERY) -> list[str]:
 def layer(fusions: Collection[Fusion], **options: Any) -> list[str]:
     """Kernels that the only layer of a model calls, in order."""
     found = families(Llama(layers=1, **options).graph(), fusions)
-    return found[found.index("rms_norm") + 1 : found.index("select_row") - 1]
+    return found[found.index("rms_norm") + 1 : found.index("select_row")]
 
 
 def test_a_layer_becomes_one_kernel_a_linear_and_what_is_no_epilogue() -> None:
     found = layer(EVERY)
     assert sorted(found[:3]) == ["linear+bias+append", "linear+bias+rotary", "linear+bias+rotary+append"]
-    assert found[3:] == ["attention", "linear", "add", "rms_norm", "linear+swiglu", "linear"]
+    assert found[3:] == ["attention", "linear+residual", "rms_norm", "linear+swiglu", "linear+residual"]
 
 
 @pytest.mark.parametrize("length", [5, 1], ids=["prefill", "decode"])
@@ -53,7 +53,7 @@ def test_a_phase_of_any_depth_takes_at_most_16_kernels(length: int) -> None:
 
 def test_without_fusions_every_operator_is_a_kernel() -> None:
     qk = ["linear", "bias", "rotary"]
-    feed = ["linear", "linear", "swiglu", "linear"]
+    feed = ["linear", "linear", "swiglu", "linear", "add"]
     assert sorted(layer(())) == sorted(
         [*qk, *qk, "kv_append", "linear", "bias", "kv_append", "attention", "linear", "add", "rms_norm", *feed]
     )
@@ -61,7 +61,13 @@ def test_without_fusions_every_operator_is_a_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("off", "apart"),
-    [(Fusion.GATE, "swiglu"), (Fusion.BIAS, "bias"), (Fusion.ROTARY, "rotary"), (Fusion.APPEND, "kv_append")],
+    [
+        (Fusion.GATE, "swiglu"),
+        (Fusion.BIAS, "bias"),
+        (Fusion.ROTARY, "rotary"),
+        (Fusion.APPEND, "kv_append"),
+        (Fusion.RESIDUAL, "add"),
+    ],
 )
 def test_each_fusion_is_switched_off_alone(off: Fusion, apart: str) -> None:
     assert apart not in layer(EVERY)
@@ -138,7 +144,7 @@ def test_a_gate_of_which_one_side_has_a_bias_is_two_linears() -> None:
     assert sorted(families(small(build))) == ["linear", "linear+bias", "swiglu"]
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (3, 1), (1, 3, 8), (1,)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8), (3, 1), (1, 3, 1), (1,)], ids=str)
 def test_only_a_number_a_column_is_a_bias(shape: tuple[int, ...]) -> None:
     def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
         return {"y": rw.op.Add(linear(x), vector(rw, *shape))}
@@ -158,6 +164,58 @@ def test_a_second_bias_is_added_behind_the_kernel() -> None:
     x = {"x": np.random.default_rng(2).standard_normal((1, 3, 8), np.float32)}
     found, want = (ValueSimulator(one, [rank_weights(one, graph, 0)]).run(x)["y"] for one in (program, plain))
     assert np.array_equal(found, want)  # the same f32 operations in the same order
+
+
+def block(rw: Rewriter, x: Any, part: Any, first: bool) -> Any:
+    """A sum and its norm, the sum read once more."""
+    weights, given = rw.const(np.ones(8, np.float32)), (part, x) if first else (x, part)
+    y, total = rw.add("AddRMSNormalization", (*given, weights), {"epsilon": 1e-6}, domain="Vastai", outputs=2).outputs
+    return rw.op.Sub(y, total)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_linear_adds_the_residual_stream_and_the_norm_reads_the_sum(first: bool) -> None:
+    graph = small(lambda rw, x, linear: {"y": block(rw, x, linear(x), first)})
+    assert families(graph) == ["linear+residual", "rms_norm", "sub"]
+    apart = [one for one in EVERY if one is not Fusion.RESIDUAL]
+    assert families(graph, apart) == ["linear", "add_rms_norm", "sub"]
+    assert families(graph, [one for one in apart if one is not Fusion.NORM]) == ["linear", "add", "rms_norm", "sub"]
+    x = {"x": np.random.default_rng(2).standard_normal((1, 3, 8), np.float32)}
+    found, *others = (
+        ValueSimulator(lower(graph, TARGET, phase="prefill", fusions=one), [rank_weights(lower(graph, TARGET, phase="prefill"), graph, 0)]).run(x)["y"]
+        for one in (EVERY, apart, ())
+    )  # fmt: skip
+    assert all(np.array_equal(found, one) for one in others)  # the same f32 operations in the same order
+
+
+def test_each_call_implements_what_it_computes() -> None:
+    graph = small(lambda rw, x, linear: {"y": block(rw, x, linear(x), True)})
+    first, second, _ = lower(graph, TARGET, phase="prefill").calls
+    product, norm, _ = (node.outputs[0].name for node in graph.nodes())
+    assert (first.nodes, second.nodes) == ((norm, product), (norm,))
+
+
+def test_of_two_linears_that_are_added_up_one_adds_the_other() -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.op.Add(linear(x), linear(x))}
+
+    assert families(small(build)) == ["linear", "linear+residual"]
+
+
+@pytest.mark.parametrize("what", ["gated", "read twice", "repeated for every column"])
+def test_what_is_no_sum_of_one_linear_and_a_stream_of_its_shape_is_added_behind(what: str) -> None:
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        if what == "gated":
+            return {"y": rw.op.Add(x, rw.vastai.SwiGLU(linear(x), linear(x)))}
+        product = linear(x)
+        if what == "read twice":
+            return {"y": rw.op.Add(x, product), "z": rw.op.Tanh(product)}
+        first, second, axis = (rw.const(np.array([one])) for one in (0, 1, 2))
+        return {"y": rw.op.Add(product, rw.op.Slice(x, first, second, axis))}
+
+    found = families(small(build))
+    assert "linear+residual" not in found
+    assert {"add", "bias"} & set(found)
 
 
 def run(m: Llama, fusions: Collection[Fusion], order: int = 0) -> tuple[Array, list[dict[str, Array]]]:

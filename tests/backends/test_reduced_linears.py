@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.backends.vacc import Program, lower, verify
+from vacc_opt.backends.vacc import Program, ScheduleError, lower, verify
 from vacc_opt.backends.vacc.epilogue import Epilogue
 from vacc_opt.backends.vacc.fusion import EVERY, Fusion
 from vacc_opt.backends.vacc.kernels.collectives import all_reduce
@@ -27,6 +28,33 @@ from vacc_opt.tests.backends.test_epilogues import machine
 from vacc_opt.tests.backends.test_fusion import TARGET
 
 RANKS = 3
+
+
+def test_every_rank_adds_its_share_of_the_residual_stream() -> None:
+    """f32: a few units in the last place of the largest sum. Shares of another number of ranks are refused."""
+    target, (m, n, k) = machine(60_000), (19, 131, 257)
+    x, w, y, stream = (
+        param(*one) for one in (
+            ("X", "in", "f32", (m, k)), ("W", "in", "f32", (n, k)), ("Y", "out", "f32", (m, n)), ("RES", "in", "f32", (m, n)),
+        )
+    )  # fmt: skip
+    kernel = fastest_linear(x, w, None, y, target, Epilogue(residual=stream, ranks=RANKS))
+    assert kernel.name == "linear+residual+all_reduce"
+    assert kernel_violations(kernel, target, [{}]) == []
+    rng = np.random.default_rng(0)
+    residual = rng.standard_normal((m, n)).astype(np.float32)
+    ranks = [
+        {"X": rng.standard_normal((m, k)).astype(np.float32), "W": rng.standard_normal((n, k)).astype(np.float32)}
+        for _ in range(RANKS)
+    ]
+    want = residual + sum(one["X"].astype(np.float64) @ one["W"].T.astype(np.float64) for one in ranks)
+    program = Program.from_text(single(kernel, target, RANKS).to_text())
+    verify(program, target)
+    for order in range(4):
+        for one in execute(program, [{**values, "RES": residual} for values in ranks], order):
+            assert np.max(np.abs(one["Y"] - want)) <= 2e-6 * np.max(np.abs(want))
+    with pytest.raises(ScheduleError, match=r"`add_share` of 1 / 3 in a program of 2 ranks"):
+        verify(replace(program, ranks=2), target)
 
 
 def operands(m: int, n: int, k: int, weights: str) -> tuple[Any, Any, Any, Any]:
@@ -70,6 +98,7 @@ def test_the_bits_are_those_of_a_reduction_of_its_own(rows: int, weights: str) -
     slots=st.tuples(st.sampled_from(["", "x", "w"]), st.integers(1, 2), st.integers(1, 2), st.integers(2, 4)),
     dealt=st.sampled_from("nm"),
     weights=st.sampled_from(["f16", "i8"]),
+    residual=st.booleans(),
 )
 def test_the_time_that_the_search_sees_is_that_of_the_kernel(
     sizes: tuple[int, int, int],
@@ -77,12 +106,14 @@ def test_the_time_that_the_search_sees_is_that_of_the_kernel(
     slots: tuple[str, int, int, int],
     dealt: str,
     weights: str,
+    residual: bool,
 ) -> None:
     params, (m, n, k, strip) = operands(*sizes, weights), tiles
     if dealt == "m" and -(-sizes[0] // m) > TARGET.die.cores:
         m = -(-sizes[0] // TARGET.die.cores)  # a multicast needs all cores each time
     chosen = LinearTiles(min(m, sizes[0]), n, k, min(strip, m), slots[0], *slots[1:], 0, dealt)
-    after = Epilogue(ranks=RANKS)
+    stream = param("RES", "in", "f16", (sizes[0], sizes[1])) if residual else None
+    after = Epilogue(residual=stream, ranks=RANKS)
     kernel = linear(*params, TARGET, chosen, after)
     assert linear_cycles(*params, chosen, TARGET, after) == time_kernel(kernel, TARGET, {}, RANKS).cycles
 

@@ -51,7 +51,7 @@ class _Linear:
         self.px = b.param(x)
         self.pw = [b.param(one) for one in (w, *((self.after.gate.weight,) if self.after.gate else ()))]
         columns, rows = self.after.columns(scale), self.after.rows
-        given = {one.name: b.param(one) for one in (*columns, *rows)}
+        given = {one.name: b.param(one) for one in (*columns, *rows, *self.after.whole)}
         self.py = b.param(y)
         self.pos = b.scalar("pos") if self.after.turn or self.after.append else None
         wide = t.n * self.after.weights
@@ -62,6 +62,10 @@ class _Linear:
         self.by_column = [(b.ring(p.name.lower(), p.dtype, (t.n,), "dma_in", "vector"), given[p.name]) for p in columns]
         self.by_row = [
             (b.ring(p.name.lower(), p.dtype, (t.m, p.shape[1]), "dma_in", "vector"), given[p.name]) for p in rows
+        ]
+        self.whole = [
+            (b.ring(p.name.lower(), p.dtype, (t.m, t.n), "dma_in", "vector", 1), given[p.name])
+            for p in self.after.whole
         ]
         self.scratch = {name: b.scratch(name, "f32", (t.strip, t.n), "vector") for name in scratches(self.steps)}
         self.out, self.store = ("link", "all_reduce") if self.after.ranks else ("dma_out", "store")
@@ -127,7 +131,7 @@ class _Linear:
         return slice(index * self.t.n, n.size + index * self.t.n)
 
     def _load(self) -> None:
-        b, woven = self.b, None if self.after.head else weave((self.rows, self.columns), self.t, self.cores)
+        b, woven = self.b, weave((self.rows, self.columns), self.t, self.cores) if self.after.weavable else None
         if woven:
             self._load_woven(woven)
             return
@@ -178,6 +182,10 @@ class _Linear:
                     b.op("load", self.x[m, k], self.px[m, k])
             if self.w is not self.panel:
                 self._weights(n, k)
+        for ring, table in self.whole:
+            assert m is not None
+            with b.fill(ring):
+                b.op("load", ring[m, n], table[m, n])
 
     def _parts(self, m: LoopVar) -> list[tuple[Handle, LoopVar | slice]]:
         """The rings of the sums of a tile, each with its rows of the tile, in the order in which they are finished."""
@@ -222,7 +230,7 @@ class _Linear:
 
     def _finish(self, y: Handle) -> None:
         b, tables = self.b, [ring for ring, _ in self.by_column]
-        by_tile = [*([] if self._by_columns else tables), *(ring for ring, _ in self.by_row)]
+        by_tile = [*([] if self._by_columns else tables), *(ring for ring, _ in self.by_row + self.whole)]
         with b.engine("vector"), self._tiles(*(tables if self._by_columns else [])) as (m, n), self._using(by_tile):
             for sums, rows in self._parts(m):
                 first = rows.start if isinstance(rows, slice) else 0
@@ -233,6 +241,7 @@ class _Linear:
                     views |= {ring.name: ring[n] for ring in tables}
                     place = slice(r.start + first, r.stop + first) if r else m
                     views |= {ring.name: ring[place, :] for ring, _ in self.by_row}
+                    views |= {ring.name: ring[place, n] for ring, _ in self.whole}
                     for one in self.steps:
                         b.op(one.kind, views[one.out], *(views[name] for name in one.ins), **dict(one.attributes))
 

@@ -47,6 +47,7 @@ int map_mul(tile out, const tile *in, float a);
 int map_div(tile out, const tile *in, float a);
 int map_tanh(tile out, const tile *in, float a);
 int map_mul_add(tile out, const tile *in, float a);
+int map_add_share(tile out, const tile *in, float a);
 int map_silu_mul(tile out, const tile *in, float a);
 int map_gelu(tile out, const tile *in, float by_tanh);
 int map_gelu_mul(tile out, const tile *in, float by_tanh);

@@ -150,6 +150,7 @@ OPERATIONS: Mapping[str, Writer] = {
     "constant": _constant,
     **{name: _map(name) for name in ("add", "sub", "mul", "div", "tanh", "mul_add", "silu_mul", "quantize")},
     "dequantize": _map("mul_add"),
+    "add_share": _map("add_share", "parts"),
     "gelu": _map("gelu", "tanh"),
     "gelu_mul": _map("gelu_mul", "tanh"),
     "row_mean": _reduce("MEAN"),
