@@ -3,6 +3,10 @@
 compute   a product M x N x K takes ceil(K / rows) * ceil(N / columns) passes, each of M rows or of one weight load,
           shared by all cores; products that are not one matrix product (attention) count their MACs at the peak rate
 DDR       every element that a kernel touches crosses the port once (compulsory traffic), at the derated bandwidth
+capacity  the least traffic of a product whose operands do not stay on the chip: with S bytes there, a, b and c bytes of
+          an element of A, of B and of a result (a f32 sum at most), 2 M N K sqrt(a b c / S) - 2 S bytes, or all
+          elements once where that is more
+port      the same bytes at the rate of the DMA ports of all cores
 vector    lane operations over all lanes
 link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, half of that to scatter
           the sum, (N-1) T to gather
@@ -33,6 +37,7 @@ class Product:
     k: int
     dtype: str
     weight_itemsize: int
+    itemsize: int  # of A
 
 
 def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
@@ -43,10 +48,14 @@ def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: 
     loads = any(engine == "dma_in" for engine, _, _ in costs)
     exchanges = [step for (_, engine), events in lanes.items() if engine == "link" for step in events]
     sizes = [(step.op.kind, work(kernel, step).link_bytes) for step in exchanges if isinstance(step, Step)]
+    compulsory = compulsory_bytes(kernel, lanes)
+    least = max(compulsory, _capacity_bytes(kernel, product, target) if product else 0)
     return Bound(
         compute=_compute([(cost, times) for engine, cost, times in costs if engine == "matrix"], product, target),
         vector=math.ceil(lane_ops / (target.core.vector.lanes * target.die.cores)),
-        ddr=math.ceil(compulsory_bytes(kernel, lanes) / rate),
+        ddr=math.ceil(compulsory / rate),
+        capacity=math.ceil(least / rate),
+        port=math.ceil(compulsory / (target.core.dma.bytes_per_cycle * target.die.cores)),
         link=_link([(kind, size) for kind, size in sizes if size], ranks, links),
         latency=target.core.dma.issue + target.die.ddr.latency if loads else 0,
     )
@@ -62,6 +71,21 @@ def _compute(costs: Sequence[tuple[Work, int]], product: Product | None, target:
         return math.ceil(cycles / target.die.cores) + matrix.fill
     ideal = sum(cost.macs * times / matrix.macs_per_cycle[cost.dtype] for cost, times in costs)
     return math.ceil(ideal / target.die.cores) + matrix.fill
+
+
+def _capacity_bytes(kernel: Kernel, product: Product, target: Target) -> int:
+    """Bytes below which no order of a product's multiplications goes.
+
+    Hong & Kung 1981, "I/O complexity: the red-blue pebble game", with the constant of Smith et al. 2017
+    (arXiv:1702.02017) and elements of different sizes: while 2 S bytes cross the port, a x + b y + c z <= 3 S bytes of
+    elements are at hand, which allow sqrt(x y z) multiplications at most.
+    """
+    core = target.core
+    weights = 2 * core.matrix.rows_k * core.matrix.cols_n * itemsize("f32")  # in the array: at work, and the next ones
+    room = target.die.cores * (core.sram.bytes + core.matrix.acc.bytes + weights)
+    result = min(itemsize(one.dtype) for one in kernel.params if one.mode != "in")
+    sizes = product.itemsize * product.weight_itemsize * min(result, itemsize("f32"))
+    return math.floor(2 * product.m * product.n * product.k * math.sqrt(sizes / room) - 2 * room)
 
 
 def compulsory_bytes(kernel: Kernel, lanes: Lanes) -> int:
@@ -108,6 +132,8 @@ def program_bound(program: Program, bounds: Sequence[Bound]) -> Bound:
         compute=sum(one.compute for one in bounds),
         vector=sum(one.vector for one in bounds),
         ddr=sum(one.ddr for one in bounds),
+        capacity=sum(one.capacity for one in bounds),
+        port=sum(one.port for one in bounds),
         link=sum(one.link for one in bounds),
         latency=_longest_wait(program, [one.latency for one in bounds]),
         chained=True,

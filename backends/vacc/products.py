@@ -9,7 +9,7 @@ from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step, work
 from vacc_opt.backends.vacc.regions import Region, contains, covers
-from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.schedule import Kernel, itemsize
 from vacc_opt.backends.vacc.text import print_op
 
 Key = tuple[int, str]  # (core, ring)
@@ -109,7 +109,14 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
         a_name, a_k, b_name, b_k = kind
         rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
         cost, depth = work(kernel, last[kind]), kernel.param[b_name].shape[b_k]
-        size = Product(_volume(rows), _volume(columns), depth, cost.dtype, cost.weight_itemsize)
+        size = Product(
+            _volume(rows),
+            _volume(columns),
+            depth,
+            cost.dtype,
+            cost.weight_itemsize,
+            itemsize(kernel.param[a_name].dtype),
+        )
         numbers, macs_steps = zip(*steps, strict=True)
         products.append(MatrixProduct(size, rows, columns, macs_steps, numbers))
     return products

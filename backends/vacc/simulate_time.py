@@ -127,7 +127,8 @@ RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "
 
 def _attribute(engines: Sequence[EngineAccount], binds: str, total: int) -> dict[str, int]:
     """Give each cycle to one resource that is busy in it, first of all to the one that binds; else to `latency`."""
-    order = sorted(("compute", "DDR", "vector", "link"), key=lambda name: name != binds)
+    first = "DDR" if binds in ("capacity", "port") else binds  # which the DMA engines work for
+    order = sorted(("compute", "DDR", "vector", "link"), key=lambda name: name != first)
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in order}
     for engine in engines:
         spans[RESOURCES[engine.engine]] += [(one.start, one.end) for one in engine.records if one.end > one.start]

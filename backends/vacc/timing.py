@@ -15,7 +15,8 @@ class Bound:
 
     Of a kernel, `latency` passes before any engine has something to work on. Of a program, whose calls might overlap,
     the resources hold sums over the calls, and `latency` is the time that a chain of dependent calls spends waiting;
-    it does not add to the work.
+    it does not add to the work. `ddr` counts every byte once, `capacity` (at least as much) also those that cannot stay
+    on the chip until they are needed again; `port` are the DMA ports of the cores.
     """
 
     compute: int
@@ -24,11 +25,20 @@ class Bound:
     link: int
     latency: int
     chained: bool = False
+    capacity: int = 0
+    port: int = 0
 
     @property
     def resources(self) -> Mapping[str, int]:
         """Cycles by resource."""
-        return {"compute": self.compute, "DDR": self.ddr, "vector": self.vector, "link": self.link}
+        return {
+            "compute": self.compute,
+            "DDR": self.ddr,
+            "capacity": self.capacity,
+            "port": self.port,
+            "vector": self.vector,
+            "link": self.link,
+        }
 
     @property
     def cycles(self) -> int:

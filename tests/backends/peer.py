@@ -35,9 +35,16 @@ class Peer:
         return 2 * self.m * self.k + self.weight * self.n * self.k + 2 * self.m * self.n + scales
 
     @property
+    def capacity(self) -> int:
+        """2 M N K sqrt(a b c / S) - 2 S bytes: S in SRAM, 256 KiB of accumulators and two 64 x 64 tiles of 4 bytes."""
+        room = self.sram + (256 << 10) + 2 * 64 * 64 * 4
+        return math.floor(2 * self.m * self.n * self.k * math.sqrt(2 * self.weight * 2 / room) - 2 * room)
+
+    @property
     def bound(self) -> int:
-        """Passes of 64 x 64 over all rows, one cycle a row; or every byte once over the port."""
-        return max(math.ceil(self.k / 64) * math.ceil(self.n / 64) * self.m, math.ceil(self.compulsory / self.rate))
+        """Passes of 64 x 64 over all rows, one cycle a row; or the least bytes over the port."""
+        least = max(self.compulsory, self.capacity)
+        return max(math.ceil(self.k / 64) * math.ceil(self.n / 64) * self.m, math.ceil(least / self.rate))
 
     def least_bytes(self) -> int:
         """Bytes of the best two-level tiling with single buffers, by trying every even split of rows and columns.

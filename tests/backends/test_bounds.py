@@ -15,6 +15,7 @@ from vacc_opt.backends.vacc.regions import covers, first_overlap, first_uncovere
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.target import Links, Target, load_target
+from vacc_opt.tests.backends.peer import LINEARS, TARGETS, Peer
 
 
 class Example(Protocol):
@@ -63,6 +64,42 @@ def test_the_bound_names_what_binds(make_gemm: Callable[..., Kernel]) -> None:
     target = load_target("peer-64x64-2mib-64bpc")
     assert time_kernel(make_gemm(target, 1024, 1280, 512), target, {}).bound.binds == "compute"
     assert time_kernel(make_gemm(target, 1, 1280, 512), target, {}).bound.binds == "DDR"
+
+
+@pytest.mark.parametrize("weight", [1, 2])
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("k", "n"), [*LINEARS.values(), (3402, 107), (4096, 16)])
+def test_what_does_not_fit_on_the_chip_crosses_the_port_again(
+    make_gemm: Callable[..., Kernel], k: int, n: int, name: str, weight: int
+) -> None:
+    """The bound is that of the formula; the least traffic of a tiling and what the kernel moves are no less."""
+    peer, target = Peer(1024, n, k, weight, name), load_target(name)
+    timing = time_kernel(make_gemm(target, 1024, n, k, "i8" if weight == 1 else "f16"), target, {})
+    least = max(peer.capacity, peer.compulsory)
+    assert timing.bound.capacity == math.ceil(least / peer.rate)
+    assert timing.bound.ddr <= timing.bound.capacity
+    assert timing.bytes >= least
+    assert peer.least_bytes() >= peer.capacity
+
+
+def slow(**numbers: float) -> Target:
+    """The peer machine of 1 MiB with other numbers of its DDR or, as `port`, of its DMA."""
+    target = load_target("peer-64x64-1mib-200bpc")
+    core = target.core.model_copy(
+        update={"dma": target.core.dma.model_copy(update={"bytes_per_cycle": numbers.get("port", 1e6)})}
+    )
+    ddr = target.die.ddr.model_copy(update={"bytes_per_cycle": numbers.get("ddr", 200)})
+    return target.model_copy(update={"core": core, "die": target.die.model_copy(update={"ddr": ddr})})
+
+
+@pytest.mark.parametrize(("binds", "target"), [("capacity", slow(ddr=16)), ("port", slow(port=4))])
+def test_memory_that_is_too_small_or_a_port_that_is_too_narrow_binds(
+    make_gemm: Callable[..., Kernel], binds: str, target: Target
+) -> None:
+    timing = time_kernel(make_gemm(target, 1024, 6848, 4096), target, {})
+    assert timing.bound.binds == binds
+    assert sum(timing.account.values()) == timing.cycles > timing.bound.cycles
+    assert timing.account["DDR"] > timing.cycles / 2
 
 
 LINKS = Links(bytes_per_cycle=32, hop_latency=700, engines=2)
