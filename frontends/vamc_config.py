@@ -1,8 +1,9 @@
 """The compile configuration: the upstream YAML schema (every key of it), checked, with file and line in each message.
 
 Ours are ``frontend.attention``, ``frontend.trust_remote_code``, ``frontend.quantize.{kv_scales,kv_args}``, what is in
-``calib_args`` beside ``true_sequential``, ``dataset.seed`` and ``backend.{target,guard_fp16_range,sequence_parallel}``;
-keys that steer only the closed compiler are accepted, and ``config_notes.py`` says what they mean here.
+``calib_args`` beside ``true_sequential``, ``dataset.seed`` and
+``backend.{target,guard_fp16_range,sequence_parallel,fold_norm_weights}``; keys that steer only the closed compiler are
+accepted, and ``config_notes.py`` says what they mean here.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ class Backend(_Section):
     target: str = "vacc-reference"
     guard_fp16_range: bool = False
     sequence_parallel: bool = False
+    fold_norm_weights: bool = False
     merge_params: bool = True
     remove_params: bool = False
     compile: BackendCompile = BackendCompile()

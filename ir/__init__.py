@@ -7,12 +7,13 @@ from vacc_opt.ir.onnx_proto import from_onnx, to_onnx
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.seeded import Seeded
 from vacc_opt.ir.tensor import Literal, PerRank, Source, TensorExpr
-from vacc_opt.ir.tensor_math import Multiplied, RowNormalized, Shifted, Stacked
+from vacc_opt.ir.tensor_math import ColumnsMultiplied, Multiplied, RowNormalized, Shifted, Stacked
 from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType
 
 __all__ = [
     "CheckError",
     "Coded",
+    "ColumnsMultiplied",
     "DType",
     "Dim",
     "Graph",

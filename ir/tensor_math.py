@@ -48,6 +48,27 @@ class Multiplied(_Elementwise, TensorExpr):
 
 
 @dataclass(frozen=True)
+class ColumnsMultiplied(TensorExpr):
+    """``base * factors`` of a [N, K] weight and a [K] vector, in its type: a weight and that of a norm before it."""
+
+    base: TensorExpr
+    factors: TensorExpr
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of the base."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    def _read(self, index: Index) -> Array:
+        return np.asarray(self.base.read(index) * self.factors.read(index[1:]).astype(self.dtype.numpy))
+
+
+@dataclass(frozen=True)
 class RowNormalized(TensorExpr):
     """``w / max(||row||, floor)`` of a [N, K] weight: the rows of a NormHead (Baichuan 2), of length 1.
 

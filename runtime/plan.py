@@ -114,11 +114,12 @@ class Plan:
         return self.half and self.config.backend.guard_fp16_range
 
     def quantize(self, scales: str, codes: str = "", ranges: str = "") -> str:
-        """The pipeline that lowers precision; empty for fp32.
+        """The pipeline that lowers precision, after what may change weights before; empty for fp32.
 
         Without codes weights are rounded to nearest, and without ranges no value is guarded: the sizes are the same.
         """
-        passes = [f'w8a16{{codes="{codes}"}}' if codes else "w8a16"] if self.weights_int8 else []
+        passes = ["fold-norm-weight"] if self.config.backend.fold_norm_weights else []
+        passes += [f'w8a16{{codes="{codes}"}}' if codes else "w8a16"] if self.weights_int8 else []
         if self.cache_int8:
             assert self.config.frontend.quantize is not None
             new = self.config.frontend.quantize.kv_args.new_tokens.replace("quantised", "quantized")
@@ -183,6 +184,7 @@ def plan_compilation(file: Path, overrides: Sequence[str] = ()) -> Plan:
         cache_int8=quantized and quantize is not None and quantize.cache,
         half=config.backend.dtype != "fp32",
     )
+    _check_folding(plan, place)
     _check_calibration(plan, place)
     _check_context(plan, place)
     return plan
@@ -212,6 +214,15 @@ def _check_support(config: CompileConfig, place: Places) -> None:
             f"{place.of('backend.dtype')}: backend.dtype = int8, but nothing says what to quantize",
             "add `frontend.quantize.type: w8kv8`, or use `backend.dtype: fp32`",
         )
+
+
+def _check_folding(plan: Plan, place: Places) -> None:
+    """GPTQ has seen other weights, and the profile of ranges other values, than folding leaves."""
+    if plan.config.backend.fold_norm_weights and (plan.gptq or plan.guarded):
+        other = "frontend.quantize.type: w8a16" if plan.gptq else "backend.guard_fp16_range: false"
+        what = "GPTQ rounds the weights as they are" if plan.gptq else "guard_fp16_range profiles the norms as they are"
+        where = place.of("backend.fold_norm_weights")
+        raise UserError(f"{where}: backend.fold_norm_weights = true, but {what}", f"use {other}, or do not fold")
 
 
 def _check_calibration(plan: Plan, place: Places) -> None:

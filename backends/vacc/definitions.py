@@ -76,6 +76,8 @@ def _linear(w: Wanted) -> Node:
 
     def sums(weight: str, scale: str, bias: str) -> Node:
         found = w.make.dot(x, w.of(weight, columns, None), True, shape)
+        if "row_scale" in fused:
+            found = w.make.apply("mul", (found, w.of("RS", (rows[0] - at, rows[1] - at), None)), (), shape)
         found = w.make.apply("mul", (found, w.of(scale, columns)), (), shape) if scale in given else found
         return w.make.apply("add", (found, w.of(bias, columns)), (), shape) if "bias" in fused else found
 
@@ -179,7 +181,9 @@ def _all_gather(w: Wanted) -> Node:
     return w.make.make("all_gather", (), (w.of("X", rows, columns),), w.shape)
 
 
+# what the name of a linear may list, each behind a `+`
 _FUSED = {
+    "row_scale",
     "bias",
     *GATES,
     "residual",
@@ -196,6 +200,7 @@ DEFINITIONS: Mapping[str, Definition] = {
     "swiglu": _elementwise("silu_mul"),
     "geglu": _elementwise("gelu_mul"),
     "rms_norm": _rms_norm,
+    "row_scale": lambda w: w.stored(w.apply("inverse_rms", w.of("X", w.box[0], None))),
     "add_rms_norm": _add_rms_norm,
     "layer_norm": _layer_norm,
     "rotary": _rotary,

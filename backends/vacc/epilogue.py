@@ -1,10 +1,10 @@
 """What a linear does with its sums before it stores them: a short list of vector operations and the tables they read.
 
-The order is fixed: the factor of a column (int8 weights), its bias, the product of an activated gate with the sums of a
-second weight, the residual stream, the turn of a rotary embedding, the codes of a cache. Sums stay f32 through all of
-it and are rounded once, by the store. Instead of being stored, the strips of all ranks may be added up on the links,
-each as soon as it is finished: the same bits as a reduction of its own gives, without a way to DDR and back. Each rank
-then adds its share of the residual stream, which all of them hold.
+The order is fixed: the factor of a row (a norm), that of a column (int8 weights), its bias, the product of an activated
+gate with the sums of a second weight, the residual stream, the turn of a rotary embedding, the codes of a cache. Sums
+stay f32 through all of it and are rounded once, by the store. Instead of being stored, the strips of all ranks may be
+added up on the links, each as soon as it is finished: the same bits as a reduction of its own gives, without a way to
+DDR and back. Each rank then adds its share of the residual stream, which all of them hold.
 """
 
 from __future__ import annotations
@@ -58,14 +58,15 @@ class Operation:
 class Epilogue:
     """What is fused into a linear; nothing by default.
 
-    `residual` [M, N] is added to the result. `codes` are scale and zero [N] of an int8 result. `head`: Y is
-    [N / head, rows, head], and a tile of columns is one head. `append`: Y is a cache, of which the rows from run-time
-    scalar `pos` on are written. `ranks`: of so many the results are added up.
+    `factor` [M, 1] multiplies the sums of a row, `residual` [M, N] is added to the result. `codes` are scale and zero
+    [N] of an int8 result. `head`: Y is [N / head, rows, head], and a tile of columns is one head. `append`: Y is a
+    cache, of which the rows from run-time scalar `pos` on are written. `ranks`: of so many the results are added up.
     """
 
     bias: Param | None = None
     gate: Gate | None = None
     residual: Param | None = None
+    factor: Param | None = None
     turn: Turn | None = None
     codes: tuple[Param, Param] | None = None
     append: bool = False
@@ -75,8 +76,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """What it adds to the name of a kernel."""
-        parts = ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate), ("residual", self.residual)
-        ends = ("rotary", self.turn), ("append", self.append), ("all_reduce", self.ranks)
+        parts = ("row_scale", self.factor), ("bias", self.bias), (self.gate.kind if self.gate else "", self.gate)
+        ends = ("residual", self.residual), ("rotary", self.turn), ("append", self.append), ("all_reduce", self.ranks)
         return "".join(f"+{name}" for name, given in (*parts, *ends) if given)
 
     @property
@@ -91,7 +92,13 @@ class Epilogue:
 
     @property
     def rows(self) -> tuple[Param, ...]:
-        """Tables of which a tile reads the rows of its own positions."""
+        """Tables of which a tile reads its own rows; those of positions are read from run-time scalar `pos` on."""
+        factor = (self.factor,) if self.factor else ()
+        return (*factor, *self.positions)
+
+    @property
+    def positions(self) -> tuple[Param, ...]:
+        """Tables of which a row is a position."""
         return (self.turn.cos, self.turn.sin) if self.turn else ()
 
     @property
@@ -102,17 +109,16 @@ class Epilogue:
     @property
     def weavable(self) -> bool:
         """Whether the next rows of X may be loaded between tiles of these: no table tells rows apart."""
-        return not (self.head or self.residual)
+        return not (self.head or self.residual or self.factor)
 
     def operations(self, scaled: bool, rounded: bool) -> tuple[Operation, ...]:
         """The vector operations in order; none for sums that are stored as they are, which `rounded` ones are not."""
-        first, source = self._factors("acc", "sum", "s" if scaled else "", self.bias)
-        steps = [first] if first else []
+        steps: list[Operation] = []
+        source = self._factors(steps, "acc", "sum", "s" if scaled else "", self.bias)
         if self.gate:
             scale = "su" if self.gate.scale else ""
-            second, other = self._factors("acc2", "sum2", scale, self.gate.bias)
+            other = self._factors(steps, "acc2", "sum2", scale, self.gate.bias)
             attributes = (("tanh", self.gate.tanh),) if self.gate.kind == "geglu" else ()
-            steps += [second] if second else []
             steps.append(Operation(GATES[self.gate.kind], (source, other), "sum", attributes))
             source = "sum"
         if self.residual:
@@ -132,12 +138,16 @@ class Epilogue:
         last = steps.pop()
         return (*steps, Operation(last.kind, last.ins, "y", last.attributes))
 
-    @staticmethod
-    def _factors(sums: str, into: str, scale: str, bias: Param | None) -> tuple[Operation | None, str]:
-        """The operation on the sums of one weight, and where they then are."""
+    def _factors(self, steps: list[Operation], sums: str, into: str, scale: str, bias: Param | None) -> str:
+        """Add the operations on the sums of one weight; gives where they then are."""
+        if self.factor:
+            steps.append(Operation("mul", (sums, self.factor.name.lower()), into))
+            sums = into
         kind = _FACTORS[bool(scale), bias is not None]
         tables = (*((scale,) if scale else ()), *((bias.name.lower(),) if bias else ()))
-        return (Operation(kind, (sums, *tables), into), into) if kind else (None, sums)
+        if kind:
+            steps.append(Operation(kind, (sums, *tables), into))
+        return into if kind else sums
 
 
 PLAIN = Epilogue()

@@ -23,6 +23,7 @@ from vacc_opt.backends.vacc.schedule import Kernel, Param, row_major
 from vacc_opt.backends.vacc.search import Found, search_linear
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.ir.graph import Node, Value
+from vacc_opt.ir.tensor import Casted, Literal, TensorExpr
 
 if TYPE_CHECKING:
     from vacc_opt.backends.vacc.lowering import Lowering
@@ -35,6 +36,7 @@ class Fusion(Enum):
     BIAS = "bias"
     ROTARY = "rotary"
     RESIDUAL = "residual"  # the residual stream that the sums are added to
+    ROW_SCALE = "row-scale"  # of an RMS norm whose weight is all ones, by the linears that read it
     NORM = "norm"  # a sum with the residual stream and the norm of it, where no linear adds the sum
     APPEND = "append"  # new rows of a KV cache, quantized on the way when it is int8
     ALL_REDUCE = "all-reduce"  # of the ranks' parts of a product
@@ -51,7 +53,16 @@ _READERS = {
     "TensorScatter": {Fusion.APPEND},
     "Vastai::AllReduce": {Fusion.ALL_REDUCE},
 }
+_LINEARS = ("MatMul", "Vastai::QuantizedLinearPerChannel")
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """`source` [..., K] times `factor` [..., 1], which the linears that read it multiply their sums with."""
+
+    source: Ref
+    factor: Ref | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,7 @@ class Sums:
     node: Node
     bias: Ref | None = None
     gate: tuple[str, int, Sums] | None = None  # kind, form of the GELU, the other sums
+    factor: Ref | None = None  # [M, 1]
     residual: Ref | None = None  # [M, N]
     turn: tuple[Ref, Ref, bool] | None = None
     codes: tuple[Ref, Ref] | None = None  # scale and zero [H, D]
@@ -266,7 +278,8 @@ def _found(low: Lowering, sums: Sums, params: Sequence[Param]) -> Found:
     turn = Turn(given["COS"], given["SIN"], sums.turn[2]) if sums.turn else None
     codes = (given["SCALE"], given["ZERO"]) if sums.codes else None
     head = y.shape[2] if len(y.shape) == 3 else 0
-    after = Epilogue(given.get("B"), gate, given.get("RES"), turn, codes, y.name == "CACHE", head, sums.ranks)
+    adds, append = (given.get("RES"), given.get("RS")), y.name == "CACHE"
+    after = Epilogue(given.get("B"), gate, *adds, turn, codes, append, head, sums.ranks)
     return search_linear(given["X"], given["W"], given.get("S"), y, low.target, after)
 
 
@@ -277,7 +290,7 @@ def _operands(sums: Sums, y: Ref) -> list[Operand]:
     """
     other = sums.gate[2] if sums.gate else None
     listed = [("X", sums.x), ("W", sums.w), ("U", other.w if other else None), ("S", sums.scale), ("B", sums.bias)]
-    listed += [("RES", sums.residual)]
+    listed += [("RS", sums.factor), ("RES", sums.residual)]
     listed += [("SU", other.scale), ("BU", other.bias)] if other else []
     listed += [("COS", sums.turn[0]), ("SIN", sums.turn[1])] if sums.turn else []
     listed += [("SCALE", sums.codes[0]), ("ZERO", sums.codes[1])] if sums.codes else []
@@ -292,11 +305,28 @@ def _operands(sums: Sums, y: Ref) -> list[Operand]:
 
 
 def sums_of(low: Lowering, node: Node, weight: Ref, scale: Ref | None) -> Sums:
-    """The sums of a linear node over the rows of its input."""
-    source = low.ref(node.inputs[0])
-    x = low.rows(source)
-    shape = (*source.shape[:-1], weight.shape[0])
-    return Sums(x, weight, scale, Ref("", low.dtype(node), shape, row_major(shape)), node)
+    """The sums of a linear node over the rows of its input, which a norm may still have to scale."""
+    found = low.known.get(node.inputs[0]) if node.inputs[0] is not None else None
+    normed = found if isinstance(found, Normed) else Normed(low.ref(node.inputs[0]), None)
+    shape, factor = (*normed.source.shape[:-1], weight.shape[0]), normed.factor
+    view, rows = Ref("", low.dtype(node), shape, row_major(shape)), low.rows(normed.source)
+    return Sums(rows, weight, scale, view, node, factor=low.rows(factor) if factor else None)
+
+
+def scales_rows(low: Lowering, node: Node) -> bool:
+    """Whether `node` (an RMS norm) does no more than scale rows, for linears alone: they can do it."""
+    y, weight = node.outputs[0], node.inputs[-1]
+    plain = weight is not None and weight.const is not None and _uniform(weight.const) == 1
+    if not plain or Fusion.ROW_SCALE not in low.fusions or low.graph.is_output(y) or not y.uses:
+        return False
+    return all(user.op in _LINEARS and position == 0 for user, position in y.uses)
+
+
+def _uniform(expr: TensorExpr) -> float | None:
+    """The number that all elements are, where no file is read to know it."""
+    while isinstance(expr, Casted):
+        expr = expr.base
+    return expr.uniform if isinstance(expr, Literal) else None
 
 
 def reshaped(sums: Sums, shape: tuple[int, ...]) -> Sums | None:

@@ -13,22 +13,26 @@ from vacc_opt.backends.vacc.assemble import Operand
 from vacc_opt.backends.vacc.fusion import (
     EVERY,
     Fusion,
+    Normed,
     added,
     gated,
     pending,
     reduced,
     reshaped,
+    scales_rows,
     store,
     sums_of,
     with_bias,
 )
 from vacc_opt.backends.vacc.kernels.add_rms_norm import add_rms_norm
+from vacc_opt.backends.vacc.kernels.builder import param
 from vacc_opt.backends.vacc.kernels.collectives import all_gather, all_reduce, reduce_scatter
 from vacc_opt.backends.vacc.kernels.elementwise import elementwise
 from vacc_opt.backends.vacc.kernels.embedding import embedding
 from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
 from vacc_opt.backends.vacc.kernels.move import select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
+from vacc_opt.backends.vacc.kernels.row_scale import row_scale
 from vacc_opt.backends.vacc.lower_attention import lower_attention, lower_quantization, lower_rotary, lower_scatter
 from vacc_opt.backends.vacc.lowering import Known, Lowering, is_cache
 from vacc_opt.backends.vacc.refs import Ref, inverse
@@ -126,7 +130,7 @@ def _select(low: Lowering, node: Node, index: Value) -> Ref:
     return low.view(y, low.type(node.outputs[0])[1])
 
 
-def _norm(low: Lowering, node: Node) -> Ref:
+def _norm(low: Lowering, node: Node) -> Ref | Normed:
     """RMSNormalization or LayerNormalization over the last axis."""
     source = low.ref(node.inputs[0])
     if int(node.attributes.get("axis", -1)) not in (-1, len(source.shape) - 1) or len(node.outputs) != 1:
@@ -134,11 +138,16 @@ def _norm(low: Lowering, node: Node) -> Ref:
     return _normed(low, node, source, node.inputs[1:])
 
 
-def _normed(low: Lowering, node: Node, source: Ref, values: Sequence[Value | None]) -> Ref:
+def _normed(low: Lowering, node: Node, source: Ref, values: Sequence[Value | None]) -> Ref | Normed:
     """The norm of `node` with tables `values`, of rows in the order in which they lie in memory."""
     eps, order = _epsilon(node), low.by_layout(source)
     moved = source.transposed(order)
     x = low.rows(moved)
+    if node.op != "LayerNormalization" and scales_rows(low, node):
+        y = low.out.temp("f32", (x.shape[0], 1))
+        operands = [Operand("X", "in", x), Operand("Y", "out", y)]
+        low.emit(("row_scale", eps), lambda a, b: row_scale(a, b, eps, low.target), operands)
+        return Normed(source, low.view(y, (*moved.shape[:-1], 1)).transposed(inverse(order)))
     y = low.out.temp(low.dtype(node), x.shape)
     tables = [Operand(name, "in", low.ref(v)) for name, v in zip("WC", values, strict=False) if v is not None]
 
@@ -157,17 +166,19 @@ def _epsilon(node: Node) -> float:
     return float(node.attributes.get("epsilon", 1e-5))
 
 
-def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
+def _add_norm(low: Lowering, node: Node) -> tuple[Ref | Normed, Ref]:
     """A sum and its norm: one kernel, or the norm of what the linear before it has added up."""
-    dtype, weight, eps = low.dtype(node), low.ref(node.inputs[2]), _epsilon(node)
+    dtype, eps, gain = low.dtype(node), _epsilon(node), node.inputs[2]
+    assert gain is not None
+    w = param("W", "in", *low.type(gain))
 
     def apart(x: Ref, r: Ref) -> Kernel:
         y, s = (replace(x, dtype=dtype).param(name, "out") for name in "YS")
-        return add_rms_norm(x.param("X", "in"), r.param("R", "in"), weight.param("W", "in"), y, s, eps, low.target)
+        return add_rms_norm(x.param("X", "in"), r.param("R", "in"), w, y, s, eps, low.target)
 
     def rest(x: Ref) -> Kernel:
         y = replace(x, dtype=dtype).param("Y", "out")
-        return rms_norm(x.param("X", "in"), weight.param("W", "in"), y, eps, low.target)
+        return rms_norm(x.param("X", "in"), w, y, eps, low.target)
 
     sums = added(low, node, apart, rest)
     if sums:
@@ -182,7 +193,7 @@ def _add_norm(low: Lowering, node: Node) -> tuple[Ref, Ref]:
     moved = first.transposed(order)
     x, r = low.rows(moved), low.rows(second.transposed(order))
     y, s = (low.out.temp(dtype, x.shape) for _ in range(2))
-    given = [Operand(name, "in", ref) for name, ref in zip("XRW", (x, r, weight), strict=True)]
+    given = [Operand(name, "in", ref) for name, ref in zip("XRW", (x, r, low.ref(gain)), strict=True)]
 
     def build(a: Param, b: Param, w: Param, c: Param, d: Param) -> Kernel:
         return add_rms_norm(a, b, w, c, d, eps, low.target)
@@ -358,7 +369,7 @@ def _split(low: Lowering, node: Node) -> tuple[Ref, ...]:
     return tuple(found)
 
 
-RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Ref, ...]]] = {
+RULES: dict[str, Callable[[Lowering, Node], Known | tuple[Known, ...]]] = {
     "Add": _add,
     "Attention": lower_attention,
     "Cast": _cast,

@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 
 from vacc_opt.backends.vacc.assemble import Assembler, Operand
-from vacc_opt.backends.vacc.fusion import EVERY, Fusion, Sums, store, waits
+from vacc_opt.backends.vacc.fusion import EVERY, Fusion, Normed, Sums, store, waits
 from vacc_opt.backends.vacc.index_values import is_affine
 from vacc_opt.backends.vacc.kernels.move import copy
 from vacc_opt.backends.vacc.refs import Ref
@@ -42,7 +42,7 @@ class Joined:
     new: Ref
 
 
-Known = Ref | Quantized | Joined | Sums
+Known = Ref | Quantized | Joined | Sums | Normed
 
 
 def is_cache(name: str) -> bool:

@@ -32,6 +32,7 @@ def fused(
     after = Epilogue(
         bias=row["B"] if bias else None,
         gate=gate,
+        factor=param("RS", "in", "f32", (m, 1)) if "row scale" in steps else None,
         residual=param("RES", "in", dtype, (m, n)) if "residual" in steps else None,
         turn=Turn(tables[0], tables[1], True) if "rotary" in steps else None,
         codes=(row["SCALE"], row["ZERO"]) if "codes" in steps else None,

@@ -23,6 +23,7 @@ from vacc_opt.backends.vacc.kernels.layer_norm import layer_norm
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.kernels.row_scale import row_scale
 from vacc_opt.backends.vacc.lower import lower
 from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
@@ -82,6 +83,8 @@ def bases() -> list[Base]:
         Base("linear+all_reduce", _gemm("f32", None, 8000, 3), machine(8000), ranks=3),
         Base("linear+residual+all_reduce", _fused(["residual"], 10_000, ranks=3), machine(10_000), ranks=3),
         Base("linear+bias+residual", _fused(["bias", "residual"], 8000), machine(8000)),
+        Base("linear+row_scale+bias", _fused(["row scale", "bias"], 8000), machine(8000)),
+        Base("row_scale", row_scale(x, param("Y", "out", "f32", (13, 1)), 1e-5, small), small),
         Base("linear+bias+swiglu", _fused(["bias", "swiglu"], 10_000), machine(10_000)),
         Base("linear_w8+swiglu", _fused(["swiglu"], 8000, "i8"), machine(8000)),
         Base("linear+bias+rotary", _fused(["bias", "rotary"], 8000), machine(8000), at),

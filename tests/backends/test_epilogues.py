@@ -27,6 +27,9 @@ from vacc_opt.tests.backends.epilogues import CONTEXT, HEAD, fused
 Array = npt.NDArray[Any]
 EPILOGUES = {
     "bias": ["bias"],
+    "row scale": ["row scale"],
+    "SwiGLU of scaled rows": ["row scale", "bias", "swiglu"],
+    "append of scaled rows that are turned": ["row scale", "rotary", "append", "codes"],
     "SwiGLU": ["swiglu"],
     "GeGLU of biased sums": ["bias", "geglu"],
     "residual": ["residual"],
@@ -58,7 +61,8 @@ def expected(v: dict[str, Array], after: Epilogue, pos: int) -> Array:
     wide = {name: one.astype(np.float64) for name, one in v.items()}
 
     def sums(weight: str, scale: str, bias: str) -> Array:
-        return np.asarray(wide["X"] @ wide[weight].T * wide.get(scale, 1.0) + wide.get(bias, 0.0))
+        product = wide["X"] @ wide[weight].T * wide.get("RS", 1.0)
+        return np.asarray(product * wide.get(scale, 1.0) + wide.get(bias, 0.0))
 
     y = sums("W", "S", "B")
     if after.gate:

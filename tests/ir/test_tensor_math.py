@@ -12,7 +12,7 @@ import pytest
 from vacc_opt.ir import Literal, TensorExpr
 from vacc_opt.ir.seeded import Seeded
 from vacc_opt.ir.tensor import ROWS_PER_TILE, parse_expr
-from vacc_opt.ir.tensor_math import RowNormalized, Shifted, Stacked
+from vacc_opt.ir.tensor_math import ColumnsMultiplied, RowNormalized, Shifted, Stacked
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -80,12 +80,19 @@ def test_stacked_vectors_are_one_row_a_head(dtype: Any, heads: int) -> None:
     np.testing.assert_array_equal(expr.read((slice(0, heads), slice(0, 0))), np.zeros((heads, 0, 6), dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_column_is_multiplied_in_the_type_of_the_weight(dtype: Any) -> None:
+    weight, factors = numbers((ROWS, 6), dtype), numbers((6,), np.float32)
+    assert_reads(ColumnsMultiplied(Literal(weight), Literal(factors)), weight * factors.astype(dtype))
+
+
 W = Seeded("w", "float", (6, 8))
 EXPRS: list[tuple[TensorExpr, str]] = [
     (Shifted(W, 1.0), "float[6,8]"),
     (Shifted(Seeded("h", "float16", (5,)), -0.1), "float16[5]"),
     (RowNormalized(W, 9.999999960041972e-13), "float[6,8]"),
     (RowNormalized(Shifted(W, 0.5), 0.0), "float[6,8]"),
+    (ColumnsMultiplied(W, Seeded("g", "float", (8,))), "float[6,8]"),
     (Stacked((Seeded("a", "float", (4,)),)), "float[1,1,4]"),
     (Stacked((Seeded("a", "bfloat16", (4,)), Seeded("b", "bfloat16", (4,)))), "bfloat16[2,1,4]"),
 ]

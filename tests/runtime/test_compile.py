@@ -209,6 +209,37 @@ def test_ranks_share_the_sequence_where_the_configuration_says_so(
     np.testing.assert_array_equal(found["plain"][1], found["shared"][1])
 
 
+def test_norms_are_folded_where_the_configuration_says_so(config: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights with their norm in them are rounded to float16 and int8 anew: logits within 5 % of their scale."""
+    found = {}
+    for name, keys in (("plain", []), ("folded", ["backend.fold_norm_weights=true"])):
+        (tmp_path / name).mkdir()
+        artifact = open_artifact(Path(compile_model(config(tmp_path / name), keys, Silent()).path or ""))
+        text = {phase: (artifact.path / f"{phase}.schedule").read_text() for phase in ("prefill", "decode")}
+        assert all(("+row_scale" in one) == (name == "folded") for one in text.values())
+        for engine in ("schedule", "onnxruntime"):
+            found[name, engine] = prefill(make_engine(engine, artifact), list(range(40, 56)))
+    scale = np.max(np.abs(found["plain", "onnxruntime"]))
+    for (name, engine), logits in found.items():
+        assert np.max(np.abs(logits - found["plain", engine])) <= 0.05 * scale, name
+    close = found["folded", "schedule"] - found["folded", "onnxruntime"]
+    assert np.max(np.abs(close)) <= 0.01 * scale
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("frontend.quantize.type=w8a16_gptq", "GPTQ rounds the weights as they are"),
+        ("backend.guard_fp16_range=true", "guard_fp16_range profiles the norms as they are"),
+    ],
+)
+def test_what_has_seen_other_weights_cannot_be_folded(
+    config: Callable[..., Path], tmp_path: Path, key: str, why: str
+) -> None:
+    with pytest.raises(UserError, match=f"backend.fold_norm_weights = true, but {why}"):
+        compile_model(config(tmp_path), ["backend.fold_norm_weights=true", key], Silent())
+
+
 def test_a_prefill_that_does_not_divide_over_the_ranks_cannot_share_its_sequence(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:

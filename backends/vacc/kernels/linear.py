@@ -53,6 +53,7 @@ class _Linear:
         columns, rows = self.after.columns(scale), self.after.rows
         given = {one.name: b.param(one) for one in (*columns, *rows, *self.after.whole)}
         self.py = b.param(y)
+        self.positions = {one.name.lower() for one in self.after.positions}
         self.pos = b.scalar("pos") if self.after.turn or self.after.append else None
         wide = t.n * self.after.weights
         self.x, self.w = self._operand("x", x.dtype, t.m), self._operand("w", w.dtype, wide)
@@ -173,9 +174,11 @@ class _Linear:
             self._scales(n)
         for ring, table in self.by_row:
             assert m is not None
-            assert self.pos is not None
+            place = slice(m.start, m.stop)
+            if self.pos and ring.name in self.positions:
+                place = slice(self.pos + m.start, self.pos + m.stop)
             with b.fill(ring):
-                b.op("load", ring[m, :], table[self.pos + m.start : self.pos + m.stop, :])
+                b.op("load", ring[m, :], table[place, :])
         with b.loop("k", 0, self.depth, self.t.k) as k:
             if self.x is not self.panel and m:
                 with b.fill(self.x):
