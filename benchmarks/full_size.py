@@ -1,8 +1,9 @@
 """Compile checkpoints of real size and hold time and memory to their limits: ``make bench-full``.
 
 Each case makes its checkpoint, copies it with ``cp`` and ``sync`` (what the disk allows), compiles it in a process of
-its own, compiles it again, and once more with another prefill length. The table is kept in ``full_size.md`` beside
-this file. The deepest case needs 60 GB of disk.
+its own, compiles it again, and once more with another prefill length. ChatGLM2-6B is compiled a second time with
+another directory, hash seed and number of processes: ``manifest.json``, which holds the digests of all files, is the
+same. The table is kept in ``full_size.md`` beside this file. The deepest case needs 60 GB of disk.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vacc_opt.benchmarks.make_checkpoint import shapes_of, write_checkpoint
 from vacc_opt.benchmarks.published import CONFIGS, with_layers
 from vacc_opt.calibration.kv_file import write_pth
 from vacc_opt.calibration.kv_scales import KvScales, ScaleZero
+from vacc_opt.runtime.artifact import MANIFEST
 from vacc_opt.runtime.compile import find_tokenizer
 from vacc_opt.runtime.memory import PeakMemory
 
@@ -122,6 +124,7 @@ class Row:
     peak: int = 0
     again: float = 0.0
     prefill: float = 0.0
+    elsewhere: float = 0.0
     missed: list[str] = field(default_factory=list)
 
     def hold(self, what: str, value: float, most: float) -> None:
@@ -134,14 +137,14 @@ class Row:
         times = [self.copy, self.first, self.export, self.write]
         seconds = [f"{t:.1f}" if t else "-" for t in times]
         ratio = f"{self.write / self.copy:.2f}" if self.copy else "-"
-        rest = [f"{t:.1f}" if t else "-" for t in (self.again, self.prefill)]
+        rest = [f"{t:.1f}" if t else "-" for t in (self.again, self.prefill, self.elsewhere)]
         memory = f"{self.peak / 1e9:.2f} (<= {self.case.most_bytes / 1e9:.2f})"
         held = "; ".join(self.missed) or "all"
         return [str(self.case), f"{self.weights / 1e9:.2f}", *seconds, ratio, memory, *rest, held]
 
 
 HEAD = ["case", "weights, GB", "cp + sync, s", "compile, s", "export, s", "write, s", "write / cp", "peak memory, GB"]
-HEAD += ["again, s", "other prefill, s", "limits held"]
+HEAD += ["again, s", "other prefill, s", "same bytes elsewhere, s", "limits held"]
 
 
 def say(text: str) -> None:
@@ -171,17 +174,18 @@ def copy_seconds(source: Path, root: Path) -> float:
         return time.perf_counter() - started
 
 
-def compiled(config: Path, *arguments: str) -> tuple[dict[str, Any], float, int]:
+def compiled(config: Path, *arguments: str, seed: int = 0) -> tuple[dict[str, Any], float, int]:
     """The report of ``vacc-opt compile``, its seconds, and the peak bytes of its processes."""
-    return finished([sys.executable, "-m", "vacc_opt.cli.main", "compile", str(config), "--json", *arguments])
+    return finished([sys.executable, "-m", "vacc_opt.cli.main", "compile", str(config), "--json", *arguments], seed)
 
 
-def finished(command: Sequence[str]) -> tuple[dict[str, Any], float, int]:
-    """What a command prints as JSON, its seconds, and the peak bytes of its processes."""
+def finished(command: Sequence[str], seed: int = 0) -> tuple[dict[str, Any], float, int]:
+    """What a command prints as JSON, its seconds, and the peak bytes of its processes; ``seed`` is that of hashes."""
     started = time.perf_counter()
     with PeakMemory() as peak:
         before = peak.bytes
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -240,6 +244,14 @@ def measure(case: Case, root: Path) -> Row:
         say(f"{case}: compile again")
         _, row.again, _ = compiled(config)
         row.hold("second run", row.again, SECOND_RUN)
+        if case.layers is None and case.model == "chatglm2-6b":
+            say(f"{case}: in another directory, with another hash seed, in one process")
+            with directory(root, "elsewhere") as other:
+                keys = ("-D", f"workspace.path={other}", "-D", "workspace.workers=1")
+                _, row.elsewhere, _ = compiled(config, *keys, seed=7)
+                one, same = ((path / name / MANIFEST).read_bytes() for path in (out, other))
+            if one != same:
+                row.missed.append("other bytes elsewhere")
         say(f"{case}: another prefill length")
         before = stored(out / name)
         _, row.prefill, _ = compiled(config, "-D", "frontend.shape.input_ids=[[512], [2048]]")
