@@ -330,7 +330,7 @@ def _write(
 
     plan, kept = run.plan, KeptWeights(run.cache)
     with run.step("write", str(plan.output)) as said:
-        phases = [PhaseReport(one.timing, memory_plan(one.program)) for one in lowered]
+        phases = [PhaseReport(one.timing, memory_plan(one.program), one.program.kernels) for one in lowered]
         linears = [LinearLoss(**asdict(one)) for one in calibrated.layers]
         report = render_report(plan.config.name, phases, linears)
         artifact = write_artifact(

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from vacc_opt.backends.vacc.banks import enough_banks
 from vacc_opt.backends.vacc.costs import link_cost
 from vacc_opt.backends.vacc.epilogue import lane_operations, scratches
 from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles
@@ -59,10 +60,14 @@ def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
     Ordered by estimated cycles in steps of 0.05 %, then by products and DDR bytes. Dropped is what moves more than
     `TRAFFIC` times :func:`least_traffic`, unless nothing else fits.
     """
+    sram = target.core.sram
+    family = "linear_w8" if shape.w == "i8" else "linear"
+    enough_banks(f"{family}{shape.after.name}", _groups(shape), sram)
     space = _fitting(shape, target)
     if not len(space.m):
         linear, acc = f"{shape.m}x{shape.n}x{shape.k} linear", target.core.matrix.acc.bytes
-        room = f"{target.core.sram.bytes} bytes of SRAM and {acc} bytes of accumulators"
+        banks = f" in {sram.banks} banks" if sram.banks else ""
+        room = f"{sram.bytes} bytes of SRAM{banks} and {acc} bytes of accumulators"
         raise UserError(f"no tile of a {linear} fits {room}")
     kept = space.ddr <= TRAFFIC * least_traffic(shape, target)
     rows = np.flatnonzero(kept if kept.any() else ~kept)
@@ -72,8 +77,15 @@ def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
     return Space(tuple(space.candidate(int(row)) for row in rows[:most]), len(rows), rest)
 
 
+def _groups(shape: LinearShape) -> int:
+    """Sets of engines of the buffers: operands and sums, and of an epilogue results, tables and scratch."""
+    after = shape.after
+    tables = shape.scaled or bool(after.columns(None) or after.rows or after.whole)
+    return 2 + shape.epilogue + tables + bool(scratches(shape.operations))
+
+
 def least_traffic(shape: LinearShape, target: Target) -> float:
-    """Fewest DDR bytes of a tiling that uses every core it can, all of whose buffers are single.
+    """Fewest DDR bytes of a tiling that uses every core it can, all of whose buffers are single, whatever the banks.
 
     For each split of the rows, the widest tile of columns that fits beside it; sums stay in f32, chunks of k are of 1.
     """
@@ -213,7 +225,13 @@ class _Combinations:
         tables += sum(2 * _aligned(self.n, one.dtype) for one in self.shape.after.columns(None))
         tables += sum(2 * _aligned(self.m * one.shape[1], one.dtype) for one in self.shape.after.rows)
         tables += sum(_aligned(self.m * self.n, one.dtype) for one in self.shape.after.whole)
-        return x + w + self.sums + tables
+        sums = self._banked(self.sums) if self.shape.epilogue else self.sums  # the last ones end where they end
+        return self._banked(x + w) + sums + self._banked(np.asarray(tables))
+
+    def _banked(self, size: Numbers) -> Numbers:
+        """Bytes of the buffers of the same engines up to those of others: whole banks, where there are any."""
+        bank = self.target.core.sram.bank_bytes
+        return np.ceil(size / bank) * bank if bank else size
 
     @cached_property
     def strip(self) -> Numbers:
@@ -223,12 +241,23 @@ class _Combinations:
         where it waits for the sums, they take the SRAM that is left. At least one row.
         """
         kept = len(scratches(self.shape.operations))
-        left = self.target.core.sram.bytes - self._rings - (2 + kept) * ALIGN
         rows = np.maximum(self.split, self.m - self.split)
-        fit = np.clip(np.floor(left / (self.n * (2 * itemsize(self.shape.y) + kept * itemsize("f32")))), 1, rows)
+        fit = np.clip(np.floor(self._strips(kept)), 1, rows)
         elements = max(16 * self.target.core.vector.startup, 128) * self.target.core.vector.lanes
         small = np.minimum(fit, np.maximum(np.floor(elements / self.n), 1))
         return np.ceil(rows / np.ceil(rows / np.where((self.results == 1) & (self.tiles > 1), fit, small)))
+
+    def _strips(self, kept: int) -> Numbers:
+        """Rows of a strip and of `kept` scratches for which there is SRAM; with banks both have whole ones."""
+        left = self.target.core.sram.bytes - self._rings - (2 + kept) * ALIGN
+        results, scratch = self.n * 2 * itemsize(self.shape.y), self.n * kept * itemsize("f32")
+        bank = self.target.core.sram.bank_bytes
+        if not bank or not kept:
+            return np.asarray(left / (results + scratch))
+        even = np.floor(left * scratch / (results + scratch) / bank) * bank
+        left = left + kept * ALIGN
+        parts = [np.minimum((own - kept * ALIGN) / scratch, (left - own) / results) for own in (even, even + bank)]
+        return np.asarray(np.maximum(*parts))
 
     @cached_property
     def sram(self) -> Numbers:
@@ -236,7 +265,7 @@ class _Combinations:
         strip, kept = self.strip * self.n, len(scratches(self.shape.operations))
         return (
             self._rings
-            + kept * _aligned(strip, "f32")
+            + self._banked(kept * _aligned(strip, "f32"))
             + (2 * _aligned(strip, self.shape.y) if self.shape.epilogue else 0)
         )
 

@@ -226,6 +226,11 @@ class Buffer:
         return bool(self.consumers)
 
     @property
+    def engines(self) -> frozenset[str]:
+        """The engines that touch it."""
+        return frozenset((self.producer, *self.consumers))
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes from one slot to the next."""
         return -(-prod(self.shape) * itemsize(self.dtype) // ALIGN) * ALIGN

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from vacc_opt.backends.vacc.schedule import ALIGN
 from vacc_opt.ir.errors import UserError, did_you_mean
 
 _TARGETS = Path(__file__).parent / "targets"
@@ -119,10 +120,23 @@ class Vector(_Section):
 
 
 class Sram(_Section):
-    """Scratch memory of a core."""
+    """Scratch memory of a core, in `banks` equal parts one after the other; `null` where none are known.
+
+    Engines that do not share their buffers use banks of their own (see `banks`).
+    """
 
     bytes: Bytes
     align: Bytes
+    banks: Count | None
+
+    @property
+    def bank_bytes(self) -> int | None:
+        """Bytes of a bank."""
+        return self.bytes // self.banks if self.banks else None
+
+    def whole_banks(self, size: int) -> int:
+        """`size` bytes rounded up to whole banks; without banks as they are."""
+        return -(-size // self.bank_bytes) * self.bank_bytes if self.bank_bytes else size
 
 
 class Dma(_Section):
@@ -149,6 +163,12 @@ class Links(_Section):
     bytes_per_cycle: Rate
     hop_latency: Cycles
     engines: Count
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "die": Die, "die.ddr": Ddr, "core": Core, "core.matrix": Matrix, "core.matrix.acc": Accumulators,
+    "core.vector": Vector, "core.sram": Sram, "core.dma": Dma, "links": Links,
+}  # fmt: skip
 
 
 class Target(_Section):
@@ -226,16 +246,17 @@ def parse_target(raw: Any, where: str = "target") -> Target:
         target = Target.model_validate(plain | {"numbers_from": sources})
     except ValidationError as error:
         raise _explain(error, where) from None
-    _check_littles_law(target, where)
+    _check_numbers(target, where)
     return target
 
 
 def number_path(target: Target, key: str) -> str:
-    """The dotted path of a number from its end: `ddr.bytes_per_cycle` is `die.ddr.bytes_per_cycle`.
+    """The dotted path of a number, which may be null, from its end: `ddr.latency` is `die.ddr.latency`.
 
     Raises UserError for a key that names no number or several.
     """
-    paths = [path for path, _, _ in target.numbers()]
+    tree = target.model_dump(exclude={"numbers_from", "name", "version"})
+    paths = [path for path, _ in _leaves(tree, nulls=True) if path not in _SECTIONS]
     found = [key] if key in paths else [path for path in paths if path.endswith(f".{key}")]
     if not found:
         endings = [".".join(path.split(".")[start:]) for path in paths for start in range(path.count(".") + 1)]
@@ -266,7 +287,7 @@ def overlay(target: Target, changes: Mapping[str, Any]) -> Target:
         changed = Target.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, f"target {tree['name']}") from None
-    _check_littles_law(changed, f"target {tree['name']}")
+    _check_numbers(changed, f"target {tree['name']}")
     return changed
 
 
@@ -320,11 +341,19 @@ def _explain(error: ValidationError, where: str) -> UserError:
 
 def _fields(path: tuple[str, ...]) -> list[str]:
     """Field names of the section at `path`."""
-    sections: dict[str, type[BaseModel]] = {"die": Die, "die.ddr": Ddr, "core": Core, "core.matrix": Matrix,
-                                            "core.matrix.acc": Accumulators, "core.vector": Vector,
-                                            "core.sram": Sram, "core.dma": Dma, "links": Links}  # fmt: skip
-    fields = sections.get(".".join(path), Target).model_fields
+    fields = _SECTIONS.get(".".join(path), Target).model_fields
     return [name for name in fields if name != "numbers_from"]
+
+
+def _check_numbers(target: Target, where: str) -> None:
+    """Refuse numbers that do not go together."""
+    _check_littles_law(target, where)
+    sram = target.core.sram
+    if sram.banks and sram.bytes % (sram.banks * ALIGN):
+        raise UserError(
+            f"{where}: {sram.bytes} bytes of SRAM are not {sram.banks} equal banks of whole {ALIGN} bytes",
+            "change core.sram.bytes or core.sram.banks",
+        )
 
 
 def _check_littles_law(target: Target, where: str) -> None:
@@ -356,10 +385,10 @@ def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+def _leaves(tree: Mapping[str, Any], path: str = "", nulls: bool = False) -> Iterator[tuple[str, float]]:
     for key, value in tree.items():
         full = f"{path}.{key}" if path else key
         if isinstance(value, Mapping):
-            yield from _leaves(value, full)
-        elif value is not None:
+            yield from _leaves(value, full, nulls)
+        elif nulls or value is not None:
             yield full, value

@@ -1,7 +1,8 @@
 """The verifier: a schedule is refused unless every rule that keeps its values right holds (docs/invariants.md).
 
 Kernels, unrolled at four values of their run-time scalars (smallest, largest, one above the smallest, middle):
-- names are given once; buffers are aligned, inside SRAM and apart; what the array fills fits its accumulators;
+- names are given once; buffers are aligned, inside SRAM and apart; what the array fills fits its accumulators; buffers
+  that share a bank, where the SRAM has banks, are touched by the same engines;
 - rings are filled as often as used and cannot deadlock; tiles of operations conform, and their types are ones that the
   engine takes;
 - a slot or scratch is read only where it was written, no ring slot is overwritten unread, what the array or the vector
@@ -28,8 +29,8 @@ are checked for bounds alone.
 
 Hazards have the names of the field: RAW (read before written), WAW (written twice, or what may not be), WAR (slot
 reused too early), `uncovered` (a lost tail), `coverage` (the wrong place), `meaning` (another value than is due),
-`lost-signal`, `deadlock`, `overlap`, `capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`, `mode`,
-`op`, `call`, `output`, `scalar`, `collective`, `target`, ...
+`lost-signal`, `deadlock`, `overlap`, `bank`, `capacity`, `bounds`. The rest name the text: `name`, `shape`, `dtype`,
+`mode`, `op`, `call`, `output`, `scalar`, `collective`, `target`, ...
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vacc_opt.backends.vacc.banks import shared_banks
 from vacc_opt.backends.vacc.binding import Lanes, Unroll, lanes
 from vacc_opt.backends.vacc.expand import Box, RingEvent, Step
 from vacc_opt.backends.vacc.ops import MOVES, PRIMITIVES
@@ -58,7 +59,7 @@ Problem = tuple[str, str]  # (kind, message)
 
 
 def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
-    """Names are given once; buffers with all their slots are aligned, inside the SRAM, apart from each other."""
+    """Names are given once; buffers with all slots are aligned, inside the SRAM, apart, and share banks as they may."""
     names = [*(one.name for one in kernel.params), *(one.name for one in kernel.buffers), *kernel.scalars]
     engines = [engine for engine, _ in kernel.trees]
     for listed in (names, engines):
@@ -76,6 +77,7 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
         for other in ordered[index + 1 :]:
             if other.offset < one.end:
                 yield "overlap", f"buffers `{one.name}` and `{other.name}` share bytes {other.offset}..{one.end}"
+    yield from (("bank", message) for message in shared_banks(ordered, target.core.sram))
 
 
 def _shapes(unrolled: Lanes) -> Iterator[Problem]:

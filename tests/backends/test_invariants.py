@@ -147,9 +147,17 @@ def test_6_buffers_of_a_core_share_no_bytes_and_fit() -> None:
     assert {one.kind for one in kernel_violations(out, target, [{}])} == {"capacity"}
 
 
-def test_7_a_target_has_no_banks_so_that_no_conflict_of_them_is_left_out() -> None:
-    """What a target does not state cannot be broken; a target with banks would need a rule here."""
-    assert not [path for path, _, _ in CARD.numbers() if "bank" in path]
+def test_7_engines_that_do_not_share_their_buffers_use_banks_of_their_own() -> None:
+    """The linear was made for a memory without banks: what is no rule there is one where a target states banks."""
+    kernel, target = base("linear").kernel, base("linear").target
+    assert target.core.sram.banks is None
+    assert kernel_violations(kernel, target, [{}]) == []
+    sram = target.core.sram.model_copy(update={"bytes": 8192, "banks": 2})
+    banked = target.model_copy(update={"core": target.core.model_copy(update={"sram": sram})})
+    found = kernel_violations(kernel, banked, [{}])
+    assert {one.kind for one in found} == {"bank"}
+    shared = "buffer `w` (dma_in -> matrix) and buffer `acc` (matrix -> dma_out) share bank 0"
+    assert shared in [one.message for one in found]
 
 
 def test_8_tensors_alive_together_share_no_bytes_of_ddr_and_the_stated_bound_is_theirs() -> None:

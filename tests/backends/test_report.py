@@ -106,6 +106,23 @@ def test_every_assumed_number_is_marked(page: Page) -> None:
     assert len(marked) == len(load_target("vacc-reference").assumed)
 
 
+@pytest.mark.parametrize(("name", "lines"), [("vacc-reference", 2), ("vacc-reference-16banks", 17)])
+def test_the_map_of_the_sram_shows_the_buffers_of_each_kernel_and_where_banks_end(
+    name: str, lines: int, make_gemm: Callable[..., Kernel]
+) -> None:
+    target = load_target(name)
+    program = single(make_gemm(target, 70, 203, 129), target)
+    timing, page = simulate_time(program, target), Page()
+    page.feed(render_report("model", [PhaseReport(timing, memory_plan(program), program.kernels)]))
+    assert page.balanced
+    assert [attributes.get("class") for _, attributes in page.tags].count("bank") == lines
+    (kernel,) = program.kernels
+    for one in kernel.buffers:
+        told = f"{one.name}: {one.depth} x {one.slot_bytes:,} bytes at {one.offset:#x}, {one.producer} -> "
+        assert any(text.startswith(told) for text in page.text)
+    assert any("16 banks of 131,072 bytes" in text for text in page.text) is (lines == 17)
+
+
 def test_there_is_a_roofline_with_a_point_for_the_kernel_and_a_memory_map(page: Page) -> None:
     classes = [attributes.get("class") for tag, attributes in page.tags if tag == "svg"]
     assert {"roofline", "ddr", "bar"} <= set(classes)

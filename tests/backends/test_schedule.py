@@ -17,7 +17,7 @@ from vacc_opt.backends.vacc.schedule import Buffer, Kernel, Param, Violation, af
 from vacc_opt.backends.vacc.search import fastest_linear
 from vacc_opt.backends.vacc.single import single
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import MOVED, row_tile
 from vacc_opt.ir import UserError
 
 TARGET = load_target("vacc-reference")
@@ -113,7 +113,7 @@ def test_the_chosen_linear_is_no_slower_than_the_first_of_the_ranking() -> None:
 
 def test_a_machine_without_room_for_one_row_is_the_users_error() -> None:
     with pytest.raises(UserError, match="does not fit SRAM"):
-        row_tile(4, TARGET.core.sram.bytes + 1, 0, TARGET)
+        row_tile("copy", 4, {MOVED: (TARGET.core.sram.bytes + 1, 0)}, TARGET)
 
 
 def test_the_value_of_an_affine_bound_follows_its_names() -> None:

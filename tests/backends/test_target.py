@@ -23,7 +23,7 @@ def raw() -> Any:
 
 def test_the_shipped_targets_are_these() -> None:
     peers = [f"peer-64x64-{mib}mib-{rate}bpc" for mib in (1, 2) for rate in (200, 64)]
-    assert target_names() == sorted(["vacc-card4", "vacc-reference", *peers])
+    assert target_names() == sorted(["vacc-card4", "vacc-reference", "vacc-reference-16banks", *peers])
 
 
 @pytest.mark.parametrize("name", target_names())
@@ -56,6 +56,58 @@ def test_the_hash_follows_values_and_provenance(raw: Any) -> None:
     hashes = {same.sha, parse_target(faster).sha, parse_target(measured).sha}
     assert len(hashes) == 3
     assert same.sha == load_target("vacc-reference").sha
+
+
+@pytest.mark.parametrize(
+    ("name", "sha"),
+    [
+        ("peer-64x64-1mib-200bpc", "a619410e527dccc8"),
+        ("peer-64x64-1mib-64bpc", "8e46a2ae4ab998c4"),
+        ("peer-64x64-2mib-200bpc", "91708df0363ec9df"),
+        ("peer-64x64-2mib-64bpc", "22adbf7ca80a9e45"),
+        ("vacc-card4", "08742626cd21158a"),
+        ("vacc-reference", "a9d3dd447a2f28b1"),
+    ],
+)
+def test_banks_that_are_not_known_leave_the_hash_of_a_target_as_it_was_before_there_were_any(
+    name: str, sha: str
+) -> None:
+    target = load_target(name)
+    assert target.core.sram.banks is None
+    assert "core.sram.banks" not in target.numbers_from
+    assert target.sha == sha
+
+
+def test_the_reference_with_banks_differs_from_the_reference_in_nothing_else() -> None:
+    plain, banked = load_target("vacc-reference"), load_target("vacc-reference-16banks")
+    assert banked.core.sram.banks == 16
+    assert banked.core.sram.bank_bytes == 128 << 10
+    assert "core.sram.banks" in banked.assumed
+    assert list(plain.numbers()) == [one for one in banked.numbers() if one[0] != "core.sram.banks"]
+
+
+def test_banks_are_stated_even_where_none_are_known(raw: Any) -> None:
+    del raw["core"]["sram"]["banks"]
+    with pytest.raises(UserError, match=r"`core\.sram\.banks` is missing"):
+        parse_target(raw)
+
+
+@pytest.mark.parametrize("banks", [3, 1 << 16])
+def test_banks_of_unequal_sizes_or_less_than_a_slot_are_refused(raw: Any, banks: int) -> None:
+    raw["core"]["sram"]["banks"] = banks
+    with pytest.raises(UserError, match=f"2097152 bytes of SRAM are not {banks} equal banks of whole 64 bytes"):
+        parse_target(raw)
+
+
+def test_an_overlay_sets_a_number_that_is_null() -> None:
+    target = load_target("vacc-reference")
+    for key in ("core.sram.banks", "banks"):
+        changed = overlay(target, {key: 16})
+        assert changed.core == load_target("vacc-reference-16banks").core
+        assert changed.numbers_from["core.sram.banks"] == "assumed"
+        assert changed.name == f"vacc-reference+{key}=16"
+        assert changed.sha != target.sha
+    assert overlay(target, {"acc.sram_bytes_per_cycle": 512}).core.matrix.acc.sram_bytes_per_cycle == 512
 
 
 def test_an_array_pass_is_charged_whole() -> None:
@@ -149,6 +201,9 @@ def test_the_file_that_a_machine_writes_is_that_machine(name: str, tmp_path: Pat
         ({"bytes": 1}, "`bytes` is one of several numbers", "core.matrix.acc.bytes or core.sram.bytes"),
         ({"die.cores": 0}, "die.cores = 0", None),
         ({"ddr.latency": 10**9}, "cannot hide", "core.dma.chunk"),
+        ({"sram.banks": 7}, "are not 7 equal banks", "core.sram.banks"),
+        ({"sram.banks": 0}, "core.sram.banks = 0", None),
+        ({"links": 1}, "has no number `links`", None),
     ],
 )
 def test_an_overlay_that_makes_no_machine_is_refused(changes: dict[str, int], message: str, hint: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, OWN, STORED, row_tile
 
 
 def add_rms_norm(x: Param, r: Param, w: Param, y: Param, s: Param, eps: float, target: Target) -> Kernel:
@@ -14,9 +14,14 @@ def add_rms_norm(x: Param, r: Param, w: Param, y: Param, s: Param, eps: float, t
     S is rounded to its type before it is normalized, as if it had been stored and loaded.
     """
     rows, width = x.shape
-    row_bytes = width * (2 * sum(itemsize(one.dtype) for one in (x, r, y, s)) + 4) + 4
-    tile = row_tile(rows, row_bytes, 2 * width * itemsize(w.dtype) + 1024, target)
-    b = KernelBuilder("add_rms_norm")
+    loaded, stored = (2 * width * sum(itemsize(one.dtype) for one in pair) for pair in ((x, r), (y, s)))
+    needs = {
+        LOADED: (loaded, 2 * width * itemsize(w.dtype) + 512),
+        STORED: (stored, 256),
+        OWN: (4 * width + 4, 256),
+    }
+    tile = row_tile("add_rms_norm", rows, needs, target)
+    b = KernelBuilder("add_rms_norm", target.core.sram)
     px, pr, pw, py, ps = (b.param(one) for one in (x, r, w, y, s))
     weight = b.ring("w", w.dtype, (width,), "dma_in", "vector", depth=1)
     xs = b.ring("x", x.dtype, (tile, width), "dma_in", "vector")

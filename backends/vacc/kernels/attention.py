@@ -78,7 +78,7 @@ class Scores:
 
 def attention(params: AttentionParams, scores: Scores, target: Target) -> Kernel:
     """Build the kernel for the runtime scalar `pos`."""
-    return _Attention(params, scores, target).build()
+    return _Attention(params, scores, target, _tiles(params, scores, target)).build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +90,33 @@ class _Tiles:
     together: bool
 
 
-def _tiles(p: AttentionParams, target: Target) -> _Tiles:
+def _tiles(p: AttentionParams, scores: Scores, target: Target) -> _Tiles:
     """Tiles that fit SRAM and, as f32 scores and products, the accumulators: queries first, then long cache blocks."""
     heads, _, length, _ = p.q.shape
     cores = target.die.cores
     shared = min(length, 64) if heads >= cores else min(64, -(-length // cores))
-    query, block = _fitting(p, target, shared)
+    query, block = _fitting(p, scores, target, shared)
     if length >= cores > 1:
-        most, _ = _fitting(p, target, min(64, -(-length // cores)))
+        most, _ = _fitting(p, scores, target, min(64, -(-length // cores)))
         together = next((one for one in range(most, 0, -1) if -(-length // one) % cores == 0), 0)
         if 2 * together > most:
-            return _Tiles(together, _fitting(p, target, together)[1], True)
+            return _Tiles(together, _fitting(p, scores, target, together)[1], True)
     return _Tiles(query, block, False)
 
 
-def _fitting(p: AttentionParams, target: Target, query: int) -> tuple[int, int]:
+def _fitting(p: AttentionParams, scores: Scores, target: Target, query: int) -> tuple[int, int]:
     """At most `query` rows, halved until a block of the cache fits beside them, and the rows of that block."""
     group, width = p.q.shape[1], p.q.shape[3]
+    most = target.core.matrix.acc.bytes
     while query:
         block = min(512, p.k.shape[1])
         while block:
             rows = group * query
             cache = 4 * block * width * (itemsize(p.k.dtype) + (itemsize(p.new[0].dtype) if p.new else 0))
-            scores = 2 * rows * block * (4 + itemsize(p.q.dtype))
-            sram = cache + scores + rows * width * (6 * itemsize(p.q.dtype) + 16) + 16 * width + 4096
+            products = 2 * rows * block * (4 + itemsize(p.q.dtype))
+            sram = cache + products + rows * width * (6 * itemsize(p.q.dtype) + 16) + 16 * width + 4096
             acc = 2 * (round_up(4 * rows * block, ALIGN) + round_up(4 * rows * width, ALIGN))
-            if sram <= target.core.sram.bytes and acc <= target.core.matrix.acc.bytes:
+            if max(sram, _banked(p, scores, target, query, block)) <= target.core.sram.bytes and acc <= most:
                 return query, block
             block //= 2
         query //= 2
@@ -124,18 +125,24 @@ def _fitting(p: AttentionParams, target: Target, query: int) -> tuple[int, int]:
     )
 
 
+def _banked(p: AttentionParams, scores: Scores, target: Target, query: int, block: int) -> int:
+    """Bytes that the buffers take of a memory of banks, which are what they are laid out to; 0 without banks."""
+    if not target.core.sram.banks:
+        return 0
+    return _Attention(p, scores, target, _Tiles(query, block, False)).b.sram_bytes
+
+
 class _Attention:
     """Declares the buffers, then writes one tree after the other over the same loops."""
 
-    def __init__(self, params: AttentionParams, scores: Scores, target: Target) -> None:
+    def __init__(self, params: AttentionParams, scores: Scores, target: Target, tiles: _Tiles) -> None:
         self.params, self.scores = params, scores
         heads, group, length, width = params.q.shape
         self.heads, self.length = heads, length
-        tiles = _tiles(params, target)
         self.tile, self.block, self.together = tiles.query, tiles.block, tiles.together
         self.cores = target.die.cores
         q = params.quantization
-        b = self.b = KernelBuilder("attention_i8" if q else "attention")
+        b = self.b = KernelBuilder("attention_i8" if q else "attention", target.core.sram)
         self.q, self.k, self.v, self.y = (b.param(one) for one in (params.q, params.k, params.v, params.y))
         tables = [q.k_scale, q.v_scale, q.v_zero] if q else []
         if q and q.k_zero and (params.new or not scores.linear):

@@ -1,4 +1,4 @@
-"""A small builder for kernels: parameters, buffers laid out one after the other, and one tree per engine.
+"""A small builder for kernels: parameters, buffers, which it lays out in the SRAM, and one tree per engine.
 
 A tile is written by indexing a handle with loop variables: on a parameter `X[m, k]` is the box `m:m+|m|, k:k+|k|`, on a
 buffer, which holds one tile, it is `0:|m|, 0:|k|`. An index may also be a slice, one number, or `...` for the rest.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import EllipsisType
 
+from vacc_opt.backends.vacc.banks import laid_out
 from vacc_opt.backends.vacc.schedule import (
     ENGINES,
     Affine,
@@ -27,6 +28,7 @@ from vacc_opt.backends.vacc.schedule import (
     affine,
     row_major,
 )
+from vacc_opt.backends.vacc.target import Sram
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,13 @@ class Handle:
 
 
 class KernelBuilder:
-    """Collects a kernel; `build` returns it."""
+    """Collects a kernel; `build` returns it.
 
-    def __init__(self, family: str) -> None:
-        self.family = family
+    Buffers are laid out for the banks of `sram`, one after the other where it has none or is not given.
+    """
+
+    def __init__(self, family: str, sram: Sram | None = None) -> None:
+        self.family, self._sram = family, sram
         self._params: list[Param] = []
         self._scalars: list[str] = []
         self._buffers: list[Buffer] = []
@@ -134,21 +139,22 @@ class KernelBuilder:
         consumers: str | tuple[str, ...],
         depth: int = 2,
     ) -> Handle:
-        """Declare a ring buffer behind the buffers so far."""
+        """Declare a ring buffer."""
         to = (consumers,) if isinstance(consumers, str) else consumers
-        return self._buffer(Buffer(name, dtype, tuple(shape), depth, self._end, producer, to))
+        return self._buffer(Buffer(name, dtype, tuple(shape), depth, 0, producer, to))
 
     def scratch(self, name: str, dtype: str, shape: Sequence[int], engine: str) -> Handle:
         """Declare a buffer that one engine keeps for itself."""
-        return self._buffer(Buffer(name, dtype, tuple(shape), 1, self._end, engine))
+        return self._buffer(Buffer(name, dtype, tuple(shape), 1, 0, engine))
 
     def _buffer(self, buffer: Buffer) -> Handle:
         self._buffers.append(buffer)
         return Handle(buffer.name, buffer.shape, buffer.dtype, True)
 
     @property
-    def _end(self) -> int:
-        return self._buffers[-1].end if self._buffers else 0
+    def sram_bytes(self) -> int:
+        """Bytes that the buffers so far take; raises UserError where they need more banks than there are."""
+        return max((one.end for one in laid_out(self.family, self._buffers, self._sram)), default=0)
 
     @contextmanager
     def engine(self, name: str) -> Iterator[None]:
@@ -189,9 +195,13 @@ class KernelBuilder:
         self._open[-1].append(Op(kind, outs if isinstance(outs, tuple) else (outs,), ins, given))
 
     def build(self) -> Kernel:
-        """The kernel; its name is the family until the program gives it a number."""
+        """The kernel; its name is the family until the program gives it a number.
+
+        Raises UserError where its buffers need more banks than there are.
+        """
         trees = tuple((engine, self._trees[engine]) for engine in ENGINES if engine in self._trees)
-        return Kernel(self.family, tuple(self._params), tuple(self._scalars), tuple(self._buffers), trees)
+        buffers = laid_out(self.family, self._buffers, self._sram)
+        return Kernel(self.family, tuple(self._params), tuple(self._scalars), buffers, trees)
 
 
 def param(name: str, mode: str, dtype: str, shape: Sequence[int], strides: Sequence[int] | None = None) -> Param:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import Handle, KernelBuilder, LoopVar
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import round_up, row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, STORED, fitting, round_up, row_tile
 
 _FAMILIES = {"silu_mul": "swiglu", "gelu_mul": "geglu"}
 
@@ -20,11 +20,13 @@ def elementwise(kind: str, a: Param, b: Param | None, y: Param, target: Target, 
     by_row = rows >= cores
     n_tile = columns if by_row else min(columns, round_up(-(-columns // cores), 64))
     inputs = [one for one in (a, b) if one is not None]
-    element = 2 * sum(itemsize(one.dtype) for one in (*inputs, y))
-    n_tile = min(n_tile, (target.core.sram.bytes - 1024) // element)
-    m_tile = row_tile(rows, n_tile * element, 1024, target, cores if by_row else 1)
     bias = kind == "add" and b is not None and len(b.shape) == 1
-    k = KernelBuilder("bias" if bias else _FAMILIES.get(kind, kind))
+    family = "bias" if bias else _FAMILIES.get(kind, kind)
+    loaded, stored = 2 * sum(itemsize(one.dtype) for one in inputs), 2 * itemsize(y.dtype)
+    n_tile = fitting(family, n_tile, {LOADED: (loaded, 512), STORED: (stored, 512)}, target)
+    needs = {LOADED: (n_tile * loaded, 512), STORED: (n_tile * stored, 512)}
+    m_tile = row_tile(family, rows, needs, target, cores if by_row else 1)
+    k = KernelBuilder(family, target.core.sram)
     params = [k.param(one) for one in inputs]
     py = k.param(y)
     rings = [k.ring(p.name.lower(), p.dtype, (m_tile, n_tile)[-len(p.shape) :], "dma_in", "vector") for p in inputs]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import MOVED, row_tile
 
 
 def embedding(table: Param, ids: Param, first: Param | None, y: Param, target: Target) -> Kernel:
     """Build the kernel for T [V, H], IDS [R] i64, FIRST [] i64 (first row of the shard) or None, Y [R, H]."""
     rows, width = y.shape
-    tile = row_tile(rows, 2 * width * itemsize(y.dtype), 256, target)
-    b = KernelBuilder("embedding" if first is None else "embedding_shard")
+    family = "embedding" if first is None else "embedding_shard"
+    tile = row_tile(family, rows, {MOVED: (2 * width * itemsize(y.dtype), 256)}, target)
+    b = KernelBuilder(family, target.core.sram)
     pt, pids = b.param(table), b.param(ids)
     pfirst = b.param(first) if first else None
     py = b.param(y)

@@ -8,15 +8,19 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, MOVED, STORED, row_tile
 
 
 def kv_append(new: Param, cache: Param, scale: Param | None, zero: Param | None, target: Target) -> Kernel:
     """Build the kernel for NEW [heads, S, D], CACHE [heads, C, D], SCALE and ZERO [heads, 1, D]; scalar `pos`."""
     heads, length, width = new.shape
-    row_bytes = 2 * heads * width * (itemsize(new.dtype) + itemsize(cache.dtype))
-    tile = row_tile(length, row_bytes, 8 * heads * width + 1024, target)
-    b = KernelBuilder("kv_append" if scale is None else "kv_append_i8")
+    family = "kv_append" if scale is None else "kv_append_i8"
+    loaded, stored = (2 * heads * width * itemsize(one.dtype) for one in (new, cache))
+    needs = {LOADED: (loaded, 8 * heads * width + 512), STORED: (stored, 512)}
+    if scale is None:
+        needs = {MOVED: (loaded + stored, 8 * heads * width + 1024)}
+    tile = row_tile(family, length, needs, target)
+    b = KernelBuilder(family, target.core.sram)
     pn, pc = b.param(new), b.param(cache)
     pos = b.scalar("pos")
     xs = b.ring("x", new.dtype, (heads, tile, width), "dma_in", "vector" if scale else "dma_out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, OWN, STORED, row_tile
 
 
 def layer_norm(x: Param, w: Param, c: Param | None, y: Param, eps: float, target: Target) -> Kernel:
@@ -15,10 +15,13 @@ def layer_norm(x: Param, w: Param, c: Param | None, y: Param, eps: float, target
     """
     rows, width = x.shape
     tables = [w] if c is None else [w, c]
-    row_bytes = width * (2 * itemsize(x.dtype) + 2 * itemsize(y.dtype) + 4) + 8
-    fixed = width * sum(itemsize(one.dtype) for one in tables) + 1024
-    tile = row_tile(rows, row_bytes, fixed, target)
-    b = KernelBuilder("layer_norm")
+    needs = {
+        LOADED: (2 * width * itemsize(x.dtype), width * sum(itemsize(one.dtype) for one in tables) + 512),
+        STORED: (2 * width * itemsize(y.dtype), 256),
+        OWN: (4 * width + 8, 256),
+    }
+    tile = row_tile("layer_norm", rows, needs, target)
+    b = KernelBuilder("layer_norm", target.core.sram)
     px, py = b.param(x), b.param(y)
     params = [b.param(one) for one in tables]
     rings = [b.ring(one.name.lower(), one.dtype, (width,), "dma_in", "vector", depth=1) for one in tables]

@@ -36,18 +36,18 @@ def linear(
     """
     shape = LinearShape.of(x, w, scale, y, after)
     sizes = tiles or linear_space(shape, target, 1).best[0].tiles
-    return _Linear(shape, (x, w, scale, y), sizes, target.die.cores).build()
+    return _Linear(shape, (x, w, scale, y), sizes, target).build()
 
 
 class _Linear:
     def __init__(
-        self, shape: LinearShape, params: tuple[Param, Param, Param | None, Param], tiles: LinearTiles, cores: int
+        self, shape: LinearShape, params: tuple[Param, Param, Param | None, Param], tiles: LinearTiles, target: Target
     ) -> None:
         x, w, scale, y = params
         self.after, self.steps = shape.after, shape.operations
-        self.rows, self.depth, self.columns, self.cores = shape.m, shape.k, shape.n, cores
+        self.rows, self.depth, self.columns, self.cores = shape.m, shape.k, shape.n, target.die.cores
         self.t = t = tiles
-        self.b = b = KernelBuilder(("linear_w8" if w.dtype == "i8" else "linear") + self.after.name)
+        self.b = b = KernelBuilder(("linear_w8" if w.dtype == "i8" else "linear") + self.after.name, target.core.sram)
         self.px = b.param(x)
         self.pw = [b.param(one) for one in (w, *((self.after.gate.weight,) if self.after.gate else ()))]
         columns, rows = self.after.columns(scale), self.after.rows

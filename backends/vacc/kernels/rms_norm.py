@@ -5,15 +5,19 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, OWN, STORED, row_tile
 
 
 def rms_norm(x: Param, w: Param, y: Param, eps: float, target: Target) -> Kernel:
     """Build the kernel for X [R, H], W [H], Y [R, H]; rows are dealt out to the cores."""
     rows, width = x.shape
-    row_bytes = width * (2 * itemsize(x.dtype) + 2 * itemsize(y.dtype) + 4) + 4
-    tile = row_tile(rows, row_bytes, 2 * width * itemsize(w.dtype) + 1024, target)
-    b = KernelBuilder("rms_norm")
+    needs = {
+        LOADED: (2 * width * itemsize(x.dtype), 2 * width * itemsize(w.dtype) + 512),
+        STORED: (2 * width * itemsize(y.dtype), 256),
+        OWN: (4 * width + 4, 256),
+    }
+    tile = row_tile("rms_norm", rows, needs, target)
+    b = KernelBuilder("rms_norm", target.core.sram)
     px, pw, py = b.param(x), b.param(w), b.param(y)
     weight = b.ring("w", w.dtype, (width,), "dma_in", "vector", depth=1)
     xs = b.ring("x", x.dtype, (tile, width), "dma_in", "vector")

@@ -9,16 +9,17 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, STORED, row_tile
 
 
 def rotary(x: Param, cos: Param, sin: Param, y: Param, interleaved: bool, target: Target) -> Kernel:
     """Build the kernel for X, Y [heads, S, D], COS, SIN [positions, R/2] and runtime scalar `pos`."""
     heads, length, width = x.shape
     half = cos.shape[1]
-    row_bytes = 2 * heads * width * (itemsize(x.dtype) + itemsize(y.dtype)) + 4 * half * itemsize(cos.dtype)
-    tile = row_tile(length, row_bytes, 1024, target)
-    b = KernelBuilder("rotary")
+    loaded = 2 * heads * width * itemsize(x.dtype) + 4 * half * itemsize(cos.dtype)
+    needs = {LOADED: (loaded, 512), STORED: (2 * heads * width * itemsize(y.dtype), 512)}
+    tile = row_tile("rotary", length, needs, target)
+    b = KernelBuilder("rotary", target.core.sram)
     px, pc, ps, py = b.param(x), b.param(cos), b.param(sin), b.param(y)
     pos = b.scalar("pos")
     xs = b.ring("x", x.dtype, (heads, tile, width), "dma_in", "vector")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from vacc_opt.backends.vacc.kernels.builder import KernelBuilder
 from vacc_opt.backends.vacc.schedule import Kernel, Param, itemsize
 from vacc_opt.backends.vacc.target import Target
-from vacc_opt.backends.vacc.tiling import row_tile
+from vacc_opt.backends.vacc.tiling import LOADED, STORED, row_tile
 
 
 def row_scale(x: Param, y: Param, eps: float, target: Target) -> Kernel:
     """Build the kernel for X [R, H], Y [R, 1]; rows are dealt out to the cores."""
     rows, width = x.shape
-    tile = row_tile(rows, 2 * width * itemsize(x.dtype) + 2 * itemsize(y.dtype), 1024, target)
-    b = KernelBuilder("row_scale")
+    needs = {LOADED: (2 * width * itemsize(x.dtype), 128), STORED: (2 * itemsize(y.dtype), 128)}
+    tile = row_tile("row_scale", rows, needs, target)
+    b = KernelBuilder("row_scale", target.core.sram)
     px, py = b.param(x), b.param(y)
     xs = b.ring("x", x.dtype, (tile, width), "dma_in", "vector")
     ys = b.ring("y", y.dtype, (tile, 1), "vector", "dma_out")

@@ -1,4 +1,4 @@
-"""Inline SVG charts of the report: roofline, DDR map, bars of cycle accounts."""
+"""Inline SVG charts of the report: roofline, maps of DDR and SRAM, bars of cycle accounts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 from vacc_opt.backends.vacc.memory import MemoryPlan, Region
+from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.target import Sram
 from vacc_opt.backends.vacc.timing import Timing
 
 COLORS = {
@@ -99,6 +101,31 @@ def _region(region: Region, left: float, right: float, top: float, bottom: float
     title = f"{region.name}: {region.bytes:,} bytes at {region.offset:#x}, calls {region.first} to {region.last}"
     box = f'x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{max(bottom - top, 0.5):.2f}"'
     return f'<rect class="live" {box}><title>{escape(title)}</title></rect>'
+
+
+def sram_map(kernels: Sequence[Kernel], sram: Sram) -> str:
+    """Where the buffers of each kernel lie in the SRAM of a core, a row a kernel, and the bounds of the banks."""
+    left, row = 3 * LEFT, 22
+    bottom = PAD + row * len(kernels)
+
+    def x(address: int) -> float:
+        return left + (WIDTH - left - PAD) * address / sram.bytes
+
+    parts = []
+    for index, kernel in enumerate(kernels):
+        top = PAD + row * index
+        parts.append(f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{escape(kernel.name)}</text>')
+        for one in kernel.buffers:
+            to = f" -> {', '.join(one.consumers)}" if one.is_ring else ""
+            told = f"{one.name}: {one.depth} x {one.slot_bytes:,} bytes at {one.offset:#x}, {one.producer}{to}"
+            box = f'x="{x(one.offset):.2f}" y="{top}" width="{max(x(one.end) - x(one.offset), 0.5):.2f}" height="16"'
+            parts.append(f'<rect class="live" {box}><title>{escape(told)}</title></rect>')
+    ends = range(0, sram.bytes + 1, sram.bank_bytes or sram.bytes)
+    parts += [f'<line class="bank" x1="{x(end):.2f}" x2="{x(end):.2f}" y1="{PAD - 6}" y2="{bottom}"/>' for end in ends]
+    banks = f", {sram.banks} banks of {sram.bank_bytes:,} bytes" if sram.banks else ""
+    label = f"{sram.bytes:,} bytes of a core{banks}"
+    parts.append(f'<text class="axis" x="{WIDTH / 2}" y="{bottom + 20}" text-anchor="middle">{label}</text>')
+    return f'<svg class="sram" viewBox="0 0 {WIDTH} {bottom + 28}" role="img">{"".join(parts)}</svg>'
 
 
 def svg(kind: str, body: str, across: str, up: str) -> str:

@@ -11,15 +11,17 @@ from markupsafe import Markup
 
 from vacc_opt.backends.vacc.memory import MemoryPlan
 from vacc_opt.backends.vacc.report import charts
+from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.timing import KernelTiming, Timing
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseReport:
-    """One phase of a model: its timing and its DDR plan."""
+    """One phase of a model: its timing, its DDR plan, and the kernels whose SRAM is shown."""
 
     timing: Timing
     memory: MemoryPlan
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def _phase(phase: PhaseReport) -> dict[str, object]:
         for kernel in timing.kernels.values()
     ]
     rows.sort(key=lambda row: (-row.total, row.kernel.name))
+    kernels = [one for one in phase.kernels if one.buffers]
     account = [(name, cycles, cycles / max(timing.cycles, 1)) for name, cycles in timing.account.items()]
     return {
         "timing": timing,
@@ -99,6 +102,7 @@ def _phase(phase: PhaseReport) -> dict[str, object]:
         "account": sorted(account, key=lambda one: (-one[1], one[0])),
         "roofline": Markup(charts.roofline(timing)),
         "ddr_map": Markup(charts.ddr_map(phase.memory, len(timing.calls))),
+        "sram_map": Markup(charts.sram_map(kernels, timing.target.core.sram)) if kernels else "",
     }
 
 
