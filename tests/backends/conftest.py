@@ -18,6 +18,7 @@ from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.kernels.row_scale import row_scale
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.target import Target, load_target
 
@@ -95,6 +96,7 @@ def zoo(target: Target) -> dict[str, tuple[Kernel, Scalars]]:
         "layer_norm": (layer_norm(norm[0], norm[1], param("C", "in", "f32", (100,)), norm[2], 1e-5, target), none),
         "layer_norm_plain": (layer_norm(norm[0], norm[1], None, norm[2], 1e-5, target), none),
         "rms_norm": (rms_norm(*norm, 1e-5, target), none),
+        "row_scale": (row_scale(norm[0], param("Y", "out", "f32", (norm[0].shape[0], 1)), 1e-5, target), none),
         "rotary": (rotary(*turn, param("Y", "out", "f32", (3, 13, 32)), False, target), positions),
         "embedding": (embedding(*embed, target), none),
         "copy": (copy(rows[0], rows[2], target), none),

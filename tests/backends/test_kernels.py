@@ -23,6 +23,7 @@ from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.kernels.move import copy, select_row
 from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
+from vacc_opt.backends.vacc.kernels.row_scale import row_scale
 from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Program
 from vacc_opt.backends.vacc.single import execute, single
@@ -154,6 +155,15 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(rows: int, dtype: str, 
     wide = x.astype(np.float64)
     expected = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5) * w
     close(run(kernel, target, {"X": x, "W": w})["Y"], expected, RELATIVE if dtype == "f32" else HALF)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_row_scale_is_one_over_the_root_of_the_mean_square(rows: int, dtype: str, target: Target) -> None:
+    x = normal(1, rows, 577, dtype=dtype)
+    kernel = row_scale(param("X", "in", dtype, (rows, 577)), param("Y", "out", "f32", (rows, 1)), 1e-5, target)
+    expected = 1 / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True) + 1e-5)
+    close(run(kernel, target, {"X": x})["Y"], expected, RELATIVE)
 
 
 @pytest.mark.parametrize("rows", [1, 29])
