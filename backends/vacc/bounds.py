@@ -6,7 +6,7 @@ DDR       every element that a kernel touches crosses the port once (compulsory 
 capacity  the least traffic of a product whose operands do not stay on the chip: with S bytes there, a, b and c bytes of
           an element of A, of B and of a result (a f32 sum at most), 2 M N K sqrt(a b c / S) - 2 S bytes, or all
           elements once where that is more
-port      the same bytes at the rate of the DMA ports of all cores
+port      elements once at the rate of the ports of all cores: an engine that loads has one, and one that stores another
 vector    lane operations over all lanes
 link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, half of that to scatter
           the sum, (N-1) T to gather
@@ -55,7 +55,7 @@ def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: 
         vector=math.ceil(lane_ops / (target.core.vector.lanes * target.die.cores)),
         ddr=math.ceil(compulsory / rate),
         capacity=math.ceil(least / rate),
-        port=math.ceil(compulsory / (target.core.dma.bytes_per_cycle * target.die.cores)),
+        port=math.ceil(_busiest_port(kernel, lanes) / (target.core.dma.bytes_per_cycle * target.die.cores)),
         link=_link([(kind, size) for kind, size in sizes if size], ranks, links),
         latency=target.core.dma.issue + target.die.ddr.latency if loads else 0,
     )
@@ -88,15 +88,23 @@ def _capacity_bytes(kernel: Kernel, product: Product, target: Target) -> int:
     return math.floor(2 * product.m * product.n * product.k * math.sqrt(sizes / room) - 2 * room)
 
 
-def compulsory_bytes(kernel: Kernel, lanes: Lanes) -> int:
+def _busiest_port(kernel: Kernel, lanes: Lanes) -> int:
+    """The most bytes that engines of one kind (loads, stores, links) move once, through a port each of them has."""
+    engines = {engine for engine, _, _ in lanes.counted}
+    return max((compulsory_bytes(kernel, lanes, one) for one in engines), default=0)
+
+
+def compulsory_bytes(kernel: Kernel, lanes: Lanes, only: str | None = None) -> int:
     """DDR bytes if every element that the steps read and every element that they write moves once.
 
-    A gathered row counts as often as it is asked for: which rows are equal is not known.
+    A gathered row counts as often as it is asked for: which rows are equal is not known. `only`: steps of one engine.
     """
     reads: dict[str, set[Region]] = {}
     writes: dict[str, set[Region]] = {}
     total = 0
-    for _, step, times in lanes.counted:
+    for engine, step, times in lanes.counted:
+        if only not in (None, engine):
+            continue
         gathers = step.op.kind == "gather"
         if gathers:
             total += work(kernel, step).bytes * times

@@ -21,7 +21,7 @@ from vacc_opt.passes.infra.registry import all_passes
 from vacc_opt.tests.passes.pipelines import Tally, examine, kv_scales, pipelines, run
 from vacc_opt.tests.passes.soups import soups
 
-CASES, CHUNKS = 70, 28  # `make test` runs one chunk, `make test-full` all, a pass or more for each
+CASES, CHUNKS = 70, 29  # `make test` runs one chunk, `make test-full` all, a pass or more for each
 
 
 @pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, CHUNKS))])

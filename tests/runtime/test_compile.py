@@ -192,7 +192,11 @@ def test_calibration_texts_are_cut_to_the_context(config: Callable[..., Path], t
 def test_ranks_share_the_sequence_where_the_configuration_says_so(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prefill scatters its sums; a decode has one token, which cannot be shared; both engines answer as before."""
+    """The prefill scatters its sums; a decode has one token, which cannot be shared.
+
+    onnxruntime answers with the same bits. The schedule adds the residual stream to the parts of the ranks before they
+    are rounded to float16, or to their scattered sums behind: within 2 % of the largest logit.
+    """
     monkeypatch.chdir(tmp_path)
     found = {}
     for name, keys in (("plain", []), ("shared", ["backend.sequence_parallel=true"])):
@@ -205,7 +209,9 @@ def test_ranks_share_the_sequence_where_the_configuration_says_so(
         found[name] = [
             prefill(make_engine(engine, artifact), list(range(40, 56))) for engine in ("schedule", "onnxruntime")
         ]
-    np.testing.assert_array_equal(found["plain"][0], found["shared"][0])
+    np.testing.assert_allclose(
+        found["plain"][0], found["shared"][0], rtol=0, atol=0.02 * np.max(np.abs(found["plain"][0]))
+    )
     np.testing.assert_array_equal(found["plain"][1], found["shared"][1])
 
 

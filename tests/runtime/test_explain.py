@@ -22,10 +22,19 @@ from vacc_opt.runtime.explain import Explanation, explain, explainers
 from vacc_opt.runtime.explain_text import explanation_text
 
 LINEAR = """\
-call 10: linear_w8+all_reduce.10 of prefill, rank 1
-  node      linear_6_QuantizedLinearPerChannel_AllReduce  Vastai::AllReduce  float16[1,16,64]
-  passes    w8a16 > cast-float > split-tp
-  from      model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
+call 10: linear_w8+residual+all_reduce.9 of prefill, rank 1
+  node      mul_428_RMSNormalization_AddRMSNormalization  Vastai::AddRMSNormalization  float16[1,16,64], float16[1,16,64]
+  passes    fuse-rms-norm > cast-float > fuse-residual-norm
+  from      model.layers.1.input_layernorm  modeling_llama.py:LINE  aten.mul
+            model.layers.1.input_layernorm  modeling_llama.py:LINE  aten.mul, aten.rsqrt, aten.add
+            model.layers.1.input_layernorm  modeling_llama.py:LINE  aten.mean, aten.pow
+            model.layers.0  modeling_llama.py:LINE  aten.add
+  weight    model.layers.1.input_layernorm.weight  float16[64]
+    is        float16(model.layers.1.input_layernorm.weight)
+    passes    cast-float
+    from      model.layers.1.input_layernorm.weight  model.safetensors:model.layers.1.input_layernorm.weight  float[64]
+  with      linear_6_QuantizedLinearPerChannel_AllReduce  Vastai::AllReduce  w8a16 > cast-float > split-tp
+              model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
   with      linear_6_QuantizedLinearPerChannel  Vastai::QuantizedLinearPerChannel  w8a16 > cast-float > split-tp
               model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
               model.layers.0.mlp.down_proj.qweight  int8[64,48] = codes(model.layers.0.mlp.down_proj.weight)[:, 48:96]
@@ -63,10 +72,9 @@ def test_every_part_of_the_model_is_found_under_its_path(artifact: Artifact) -> 
         part = model.find(f"model.layers.{layer}")
         assert part is not None
         kernels = {call.kernel.partition(".")[0] for call in part.calls}
-        ends = {"rms_norm"} if layer == 0 else {"add"}  # what stands before the first sum, and behind the last
-        assert kernels == ends | {
-            "add_rms_norm", "linear_w8", "linear_w8+rotary", "attention_i8", "linear_w8+all_reduce", "linear_w8+swiglu",
-            "kv_append_i8",
+        assert kernels == {
+            "rms_norm", "linear_w8", "linear_w8+rotary", "attention_i8", "linear_w8+residual+all_reduce",
+            "linear_w8+swiglu", "kv_append_i8",
         }  # fmt: skip
         assert len([w for w in part.weights if w.name.endswith("qweight")]) == 7
 
@@ -77,13 +85,17 @@ def test_a_call_is_explained_down_to_the_slice_of_the_checkpoint(artifact: Artif
 
 
 def test_the_same_node_is_found_by_name_and_by_call_and_says_its_call(artifact: Artifact) -> None:
-    name = "linear_6_QuantizedLinearPerChannel_AllReduce"
+    name = "mul_428_RMSNormalization_AddRMSNormalization"
     by_name = explain(artifact.path, name, rank=1)
-    assert text(by_name).splitlines()[:2] == [
+    assert text(by_name).splitlines()[:3] == [
         f"{name}: node of prefill, rank 1",
-        "  call      10  linear_w8+all_reduce.10",
+        "  call      10  linear_w8+residual+all_reduce.9",  # its sum
+        "            11  rms_norm.2",
     ]
-    assert text(by_name).splitlines()[2:] == LINEAR.splitlines()[1:4]  # without what is done inside
+    inside = LINEAR.splitlines().index(next(line for line in LINEAR.splitlines() if line.startswith("  with")))
+    assert text(by_name).splitlines()[3:] == LINEAR.splitlines()[1:inside]
+    reduced = text(explain(artifact.path, "linear_6_QuantizedLinearPerChannel_AllReduce", rank=1)).splitlines()
+    assert reduced[1] == "  inside    10  linear_w8+residual+all_reduce.9"
 
 
 def test_what_a_kernel_does_inside_is_listed_with_its_weights(artifact: Artifact) -> None:
