@@ -119,6 +119,7 @@ class BufferedSubject(Subject):
             yield from self._together(np.stack(windows[low : low + self.rows]), signals)
 
     def _together(self, ids: Ids, signals: bool) -> Iterator[Observed]:
+        """Windows [rows, n] in the same calls."""
         rows, length = ids.shape
         caches = [self._empty(rows) for _ in range(self._executable.graph.ranks)]
         chunk = self.chunk if self._fixed else min(self.chunk or length, length)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vacc_opt.cli.main import main
 from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.evaluate import Executable
 from vacc_opt.runtime.artifact import Artifact
 from vacc_opt.runtime.eval import EvalOptions, EvalReport, evaluate_models, windows_of
 from vacc_opt.runtime.quality import Estimate, divergences, measure, token_losses
@@ -113,6 +115,23 @@ def test_a_last_call_that_is_not_full_counts_its_tokens_once(exported: Path, tex
     assert chunked.chunk == 16
     assert chunked.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
     assert max(whole.kl or 0, chunked.kl or 0) < 1e-9
+
+
+def test_windows_are_decoded_together_but_read_whole_one_by_one(
+    exported: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of a whole window are many numbers, which every window in a call would multiply."""
+    calls: set[tuple[int, ...]] = set()
+    run = Executable.run
+
+    def seen(self: Executable, feeds: Mapping[str, np.ndarray], *rest: Any) -> list[dict[str, np.ndarray]]:
+        calls.update([feeds["input_ids"].shape] if "input_ids" in feeds else [])
+        return run(self, feeds, *rest)
+
+    monkeypatch.setattr(Executable, "run", seen)
+    evaluated(text, exported, passes=(KV,), decoded=(KV,), tokens=80, window=24)
+    assert {one for one in calls if one[1] == 24} == {(1, 24)}  # three windows of 24 tokens
+    assert (3, 1) in calls
 
 
 def test_windows_that_are_decoded_together_are_those_decoded_alone(exported: Path, text: Path) -> None:
