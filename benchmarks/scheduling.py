@@ -7,6 +7,7 @@ The name of a file is that of its phase. With what an earlier run left in CACHE 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vacc_opt.backends.vacc import load_target, lower
+from vacc_opt.cli.main import COLLECT_AFTER
 from vacc_opt.ir.text import from_text
 from vacc_opt.runtime.cache import Cache, kept_schedule
 from vacc_opt.runtime.fusions import activation_bytes
@@ -48,4 +50,5 @@ def scheduled(cache: Cache, files: list[Path]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(COLLECT_AFTER)  # as the command line does
     print(json.dumps(scheduled(Cache(Path(sys.argv[1])), [Path(one) for one in sys.argv[2:]])))

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the input cannot be used, 70 a defect of
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import signal
 import sys
@@ -47,6 +48,9 @@ _USER_ERRNO = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 }
 DEFECT, INTERRUPTED = 70, 130
+# new objects that may be cyclic between two searches for cycles; the usual 700 cost a fifth of verifying a schedule,
+# and graphs and schedules are many small objects without a cycle
+COLLECT_AFTER = 20_000
 _REPRODUCER = "reproducer: "  # how the note of an error begins that says where a failed run can be replayed
 
 
@@ -111,6 +115,7 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code; no exception but a system exit leaves."""
     _end_on_sigterm()
+    gc.set_threshold(COLLECT_AFTER)
     try:
         result: Any = cli.main(args=None if args is None else list(args), prog_name="vacc-opt", standalone_mode=False)
     except click.exceptions.Abort:

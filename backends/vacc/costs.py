@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vacc_opt.backends.vacc.event_model import Step
+from vacc_opt.backends.vacc.event_state import Step
 from vacc_opt.backends.vacc.target import Links, Target
 
 

@@ -63,16 +63,15 @@ def linear_space(shape: LinearShape, target: Target, most: int) -> Space:
     sram = target.core.sram
     family = "linear_w8" if shape.w == "i8" else "linear"
     enough_banks(f"{family}{shape.after.name}", _groups(shape), sram)
-    space = _fitting(shape, target)
+    space = _fitting(shape, target, TRAFFIC * least_traffic(shape, target))
+    space = space if len(space.m) else _fitting(shape, target)
     if not len(space.m):
         linear, acc = f"{shape.m}x{shape.n}x{shape.k} linear", target.core.matrix.acc.bytes
         banks = f" in {sram.banks} banks" if sram.banks else ""
         room = f"{sram.bytes} bytes of SRAM{banks} and {acc} bytes of accumulators"
         raise UserError(f"no tile of a {linear} fits {room}")
-    kept = space.ddr <= TRAFFIC * least_traffic(shape, target)
-    rows = np.flatnonzero(kept if kept.any() else ~kept)
-    steps = np.ceil(np.log(space.cycles[rows]) / 0.0005)
-    rows = rows[np.lexsort((space.ddr[rows], space.products[rows], steps))]
+    steps = np.ceil(np.log(space.cycles) / 0.0005)
+    rows = np.lexsort((space.ddr, space.products, steps))
     rest = float(space.floor[rows[most:]].min(initial=math.inf))
     return Space(tuple(space.candidate(int(row)) for row in rows[:most]), len(rows), rest)
 
@@ -117,8 +116,12 @@ def _aligned(elements: Numbers, dtype: str) -> Numbers:
     return np.ceil(elements * itemsize(dtype) / ALIGN) * ALIGN
 
 
-def _grid(shape: LinearShape, target: Target, kind: tuple[int, int, int]) -> dict[str, Numbers]:
-    """Every combination of sizes and slots of a `kind`: what is resident, panels of it, whether rows are dealt."""
+def _grid(shape: LinearShape, target: Target, kind: tuple[int, int, int], most: float) -> dict[str, Numbers]:
+    """Every combination of sizes and slots of a `kind`: what is resident, panels of it, whether rows are dealt.
+
+    The bytes over the port are known of a tile's rows and columns alone: those that move more than `most` are left out
+    before they are combined with the rest.
+    """
     rows, cores, columns = target.core.matrix.rows_k, target.die.cores, target.core.matrix.cols_n
     parts = {*range(1, max(cores, 24) + 1), *(cores * split for split in _N_PARTS)}
     m = {-(-shape.m // split) for split in (*_M_PARTS, *(cores * one for one in _M_PARTS)) if split <= shape.m}
@@ -127,20 +130,34 @@ def _grid(shape: LinearShape, target: Target, kind: tuple[int, int, int]) -> dic
     n = {shape.after.head} if shape.after.head else n
     k = {min(shape.k, round_up(-(-shape.k // split), rows)) for split in _K_PARTS}
     k |= {min(shape.k, passes * rows) for passes in (1, 2, 4, 8)}
-    grid = np.meshgrid(*map(_axis, (m, n, k, (1, 1.5, 1.75, 2), (2, 3, 4))), indexing="ij")
-    made = dict(zip(("m", "n", "k", "slots", "streams"), (one.ravel() for one in grid), strict=True))
-    slots = made.pop("slots")
+    sizes = _product(m=m, n=n)
+    light = _Combinations(shape, target, _whole(sizes, kind) | {"k": np.full(len(sizes["m"]), 1.0)}).ddr <= most
+    rest = _product(k=k, slots=(1, 1.5, 1.75, 2), streams=(2, 3, 4))
+    made = {name: np.repeat(one[light], len(rest["k"])) for name, one in sizes.items()}
+    made |= {name: np.tile(one, np.count_nonzero(light)) for name, one in rest.items()}
+    return _whole(made, kind)
+
+
+def _whole(made: dict[str, Numbers], kind: tuple[int, int, int]) -> dict[str, Numbers]:
+    """With the numbers of a kind, and the `slots` of sums (1, 2, or 2 for a part of the rows) as results and split."""
+    slots = made.pop("slots", np.ones(len(made["m"])))
     results = np.floor(slots)
     fixed = {name: np.full(len(slots), float(one)) for name, one in zip(_KIND, kind, strict=True)}
-    return made | fixed | {"results": results, "split": np.ceil((slots - results) * made["m"])}
+    return {"streams": results, **made, **fixed, "results": results, "split": np.ceil((slots - results) * made["m"])}
 
 
-def _fitting(shape: LinearShape, target: Target) -> _Combinations:
-    """All combinations that fit; kind by kind, as those that do not are many times more."""
+def _product(**axes: Iterable[float]) -> dict[str, Numbers]:
+    """Every combination of the values of some axes."""
+    grid = np.meshgrid(*map(_axis, axes.values()), indexing="ij")
+    return dict(zip(axes, (one.ravel() for one in grid), strict=True))
+
+
+def _fitting(shape: LinearShape, target: Target, most: float = math.inf) -> _Combinations:
+    """All combinations that fit and move `most` bytes; kind by kind, as those that do not are many times more."""
     kinds = [(resident, panels, 0) for resident, panels in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2))]
     if target.die.cores > 1 and shape.m > 1:
         kinds += [(resident, panels, 1) for resident, panels, _ in kinds]
-    found = [_Combinations(shape, target, _grid(shape, target, kind)).fitting() for kind in kinds]
+    found = [_Combinations(shape, target, _grid(shape, target, kind, most)).fitting() for kind in kinds]
     return _Combinations(shape, target, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
 

@@ -11,7 +11,8 @@ from functools import cached_property
 
 from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
 from vacc_opt.backends.vacc.epilogue import PLAIN, Epilogue, Operation
-from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream
+from vacc_opt.backends.vacc.event_model import Machine
+from vacc_opt.backends.vacc.event_state import Channel, Step, Stream
 from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles, weave
 from vacc_opt.backends.vacc.ops import PRIMITIVES, Tile
 from vacc_opt.backends.vacc.schedule import ALIGN, Param, itemsize
@@ -24,7 +25,7 @@ def linear_cycles(
     x: Param, w: Param, scale: Param | None, y: Param, tiles: LinearTiles, target: Target, after: Epilogue = PLAIN
 ) -> int:
     """Cycles of the kernel that :func:`kernels.linear.linear` builds of the same arguments, on an idle die."""
-    return _Linear(x, w, scale, y, tiles, target, after).machine().run()[1]
+    return _Linear(x, w, scale, y, tiles, target, after).machine().cycles()
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class _Linear:
         columns = self._axes(core)[1]
         made: dict[tuple[str, int, int], Step] = {}
         weights = (self.w, *((self.after.gate.weight,) if self.after.gate else ()))
+        pairs: dict[tuple[int, int], list[Step]] = {}
 
         def load(param: Param, name: str, *shape: int) -> Step:
             key = (param.name, shape[0], shape[-1])
@@ -145,11 +147,14 @@ class _Linear:
                 made[key] = self._transfer(param, shape, f"{name}.{core}", True)
             return made[key]
 
-        def weight(n: int, k: int) -> Iterator[Step]:
-            steps = [load(one, "w", n, k) for one in weights]
-            for index, one in enumerate(steps):
-                first, last = not index, index == len(steps) - 1
-                yield replace(one, acquires=one.acquires if first else (), commits=one.commits if last else ())
+        def weight(n: int, k: int) -> list[Step]:
+            if (n, k) not in pairs:
+                steps, end = [load(one, "w", n, k) for one in weights], len(weights) - 1
+                pairs[n, k] = [
+                    replace(one, acquires=() if index else one.acquires, commits=() if index < end else one.commits)
+                    for index, one in enumerate(steps)
+                ]
+            return pairs[n, k]
 
         def tile(m: int, n: int, first: bool) -> Iterator[Step]:
             if first or resident != "w":

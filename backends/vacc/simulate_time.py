@@ -25,8 +25,9 @@ from vacc_opt.backends.vacc.alike import Alike
 from vacc_opt.backends.vacc.binding import Lanes, Unroll, Unrolled, lanes, scalar_values
 from vacc_opt.backends.vacc.bounds import kernel_bound, program_bound, work_bytes
 from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transfer_step, vector_step
-from vacc_opt.backends.vacc.event_model import Channel, Machine, Stream, account
-from vacc_opt.backends.vacc.event_model import Step as TimedStep
+from vacc_opt.backends.vacc.event_model import Machine, account
+from vacc_opt.backends.vacc.event_state import Channel, Stream
+from vacc_opt.backends.vacc.event_state import Step as TimedStep
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, work
 from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.schedule import Kernel, Program

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vacc_opt.backends.vacc.event_model import Record
+from vacc_opt.backends.vacc.event_state import Record
 from vacc_opt.backends.vacc.target import Target
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.backends.vacc.event_model import Channel, Machine, Step, Stream, account
+from vacc_opt.backends.vacc.event_model import Machine, account
+from vacc_opt.backends.vacc.event_state import Channel, Step, Stream
 from vacc_opt.ir.errors import CheckError
 
 
