@@ -8,14 +8,16 @@ other with the boxes of parameters shifted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from vacc_opt.backends.vacc.expand import Event, RingEvent, Step
 from vacc_opt.backends.vacc.schedule import Kernel
 
 Shift = Mapping[str, tuple[int, ...]]  # parameter -> elements an axis
-Marks = tuple[tuple[str, tuple[int, ...]], ...]  # (engine, a number for each event)
+Marks = tuple[tuple[str, bytes], ...]  # (engine, a number for each event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,13 @@ class Alike:
 def alike(kernel: Kernel, lanes: Mapping[tuple[int, str], Sequence[Event]]) -> list[Alike]:
     """For each core in order the first one that it is like: itself, without a shift, where there is none before it."""
     numbers = _Numbers(kernel)
-    by_core: dict[int, dict[str, Sequence[Event]]] = {}
+    by_core: dict[int, dict[str, _Lane]] = {}
     for (core, engine), events in lanes.items():
-        by_core.setdefault(core, {})[engine] = events
+        by_core.setdefault(core, {})[engine] = _Lane(events)
     firsts: dict[Marks, list[int]] = {}
     found = []
     for core in sorted(by_core):
-        marks = tuple((engine, numbers.of(events)) for engine, events in by_core[core].items())
+        marks = tuple((engine, numbers.of(lane)) for engine, lane in by_core[core].items())
         before = firsts.setdefault(marks, [])
         shifts = ((first, _shift(kernel, by_core[first], by_core[core])) for first in before)
         like = next((Alike(core, first, shift) for first, shift in shifts if shift is not None), None)
@@ -44,6 +46,22 @@ def alike(kernel: Kernel, lanes: Mapping[tuple[int, str], Sequence[Event]]) -> l
             before.append(core)
         found.append(like or Alike(core, core, {}))
     return found
+
+
+class _Lane:
+    """The events of an engine of a core, each object once, and for each event in order the index of its object."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        once = dict(zip(map(id, events), events, strict=True))
+        index = dict(zip(once, range(len(once)), strict=True))
+        self.objects = list(once.values())
+        self.order = np.fromiter(map(index.__getitem__, map(id, events)), np.int64, len(events))
+
+    def beside(self, other: _Lane) -> Iterator[tuple[Event, Event]]:
+        """What this lane and one of the same length do at the same place, each pair of objects once."""
+        size = len(other.objects)
+        for code in np.unique(self.order * size + other.order).tolist():
+            yield self.objects[code // size], other.objects[code % size]
 
 
 class _Numbers:
@@ -54,12 +72,15 @@ class _Numbers:
         self._kinds: dict[object, int] = {}
         self._known: dict[int, int] = {}
 
-    def of(self, events: Sequence[Event]) -> tuple[int, ...]:
+    def of(self, lane: _Lane) -> bytes:
         """The numbers of a lane."""
-        for key, event in dict(zip(map(id, events), events, strict=True)).items():
-            if key not in self._known:
-                self._known[key] = self._kinds.setdefault(self._kind(event), len(self._kinds))
-        return tuple(map(self._known.__getitem__, map(id, events)))
+        numbers = np.array([self._number(event) for event in lane.objects], np.int64)
+        return numbers[lane.order].tobytes()
+
+    def _number(self, event: Event) -> int:
+        if id(event) not in self._known:
+            self._known[id(event)] = self._kinds.setdefault(self._kind(event), len(self._kinds))
+        return self._known[id(event)]
 
     def _kind(self, event: Event) -> object:
         if isinstance(event, RingEvent):
@@ -68,13 +89,11 @@ class _Numbers:
         return id(event.op), tuple(sorted(event.attributes.items())), tuple(boxes)
 
 
-def _shift(kernel: Kernel, one: Mapping[str, Sequence[Event]], other: Mapping[str, Sequence[Event]]) -> Shift | None:
+def _shift(kernel: Kernel, one: Mapping[str, _Lane], other: Mapping[str, _Lane]) -> Shift | None:
     """How much further on the boxes of parameters of `other` lie; None where they do not all lie as much."""
     shift: dict[str, tuple[int, ...]] = {}
-    for engine, events in one.items():
-        both = list(zip(events, other[engine], strict=True))
-        pairs = dict(zip(zip(map(id, events), map(id, other[engine]), strict=True), both, strict=True))
-        for a, b in pairs.values():
+    for engine, lane in one.items():
+        for a, b in lane.beside(other[engine]):
             if not isinstance(a, Step) or not isinstance(b, Step):
                 continue
             for box, moved in zip((*a.outs, *a.ins), (*b.outs, *b.ins), strict=True):

@@ -20,7 +20,7 @@ from vacc_opt.backends.vacc.target import Target
 TIED = 1.002  # latencies within 0.2 % count as equal: fewer DDR bytes then win, then less SRAM
 RANKED = 256  # candidates of the closed form that are looked at
 TRIED = 48  # of which so many are simulated at most
-PRODUCTS = 6000  # tile products that are simulated at most (but for one candidate): they take the time of a search
+PRODUCTS = 10_000  # tile products that are simulated at most (but for one candidate): they take the time of a search
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.linear_time import linear_cycles
-from vacc_opt.backends.vacc.search import fastest_linear
+from vacc_opt.backends.vacc.search import fastest_linear, search_linear
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
@@ -66,6 +66,7 @@ def operands(m: int, n: int, k: int, weights: str) -> tuple[Any, Any, Any, Any]:
 @pytest.mark.parametrize("weights", ["f16", "i8"])
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_the_bits_are_those_of_a_reduction_of_its_own(rows: int, weights: str) -> None:
+    """With the same tiles: BLAS may add up a row of a product in another order where the tile is of another width."""
     target, size = machine(30_000), (rows, 131, 257)
     params, rng = operands(*size, weights), np.random.default_rng(0)
     given_values = [
@@ -76,13 +77,12 @@ def test_the_bits_are_those_of_a_reduction_of_its_own(rows: int, weights: str) -
         }
         for _ in range(RANKS)
     ]
-    kernel = fastest_linear(*params, target, Epilogue(ranks=RANKS))
+    reduced = search_linear(*params, target, Epilogue(ranks=RANKS))
+    kernel, separate = reduced.kernel, linear(*params, target, reduced.tiles)
     assert kernel.name.endswith("+all_reduce")
     assert kernel_violations(kernel, target, [{}]) == []
     program = Program.from_text(single(kernel, target, RANKS).to_text())
-    alone = [
-        execute(single(fastest_linear(*params, target), target), [one])[0]["Y"].reshape(-1) for one in given_values
-    ]
+    alone = [execute(single(separate, target), [one])[0]["Y"].reshape(-1) for one in given_values]
     flat = [param(name, mode, "f16", alone[0].shape) for name, mode in (("X", "in"), ("Y", "out"))]
     want = execute(single(all_reduce(*flat), target, RANKS), [{"X": one} for one in alone])
     for order in range(4):
