@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,12 +192,15 @@ class Explainer:
             raise UserError(f"{self.title}: has no calls", "name an artifact, which holds schedules")
         if index >= len(self.program.calls):
             raise UserError(f"{self.title}: has no call {index}", f"calls are 0 to {len(self.program.calls) - 1}")
-        call = _call_fact(self.program.calls[index])
+        scheduled = self.program.calls[index]
+        call = _call_fact(scheduled)
         cited = [self.graph.values.get(name) for name in call.nodes]
         nodes = [value.producer for value in cited if value is not None and value.producer is not None]
         if not nodes or len(nodes) < len(cited):
             raise UserError(f"{self.title}: call {index} does not name nodes of the graph", "compile it again")
-        return self._made(f"call {index}", "call", nodes, [call])
+        # of a node that takes several calls, the weights of this one: those of another call are tensors as well
+        elsewhere = self.program.tensor.keys() - {one.tensor for one in scheduled.arguments}
+        return self._made(f"call {index}", "call", nodes, [call], without=elsewhere)
 
     def _module(self, path: str) -> Explanation | None:
         nodes = [n for n in self.graph.nodes() if any(_inside(o, path) for o in n.provenance.origins)]
@@ -216,19 +219,20 @@ class Explainer:
         nodes: Iterable[Node],
         calls: Iterable[CallFact],
         constants: Iterable[Value] = (),
+        without: Set[str] = frozenset(),
     ) -> Explanation:
-        facts = tuple(self._node_fact(node) for node in nodes)
+        facts = tuple(self._node_fact(node, without) for node in nodes)
         weights = tuple(self._weight_fact(value) for value in constants)
         return Explanation(subject, kind, self._where(), tuple(calls), facts, weights)
 
     def _where(self) -> str:
         return f"{self.title}, rank {self.rank}" if self.graph.ranks > 1 and self.program is not None else self.title
 
-    def _node_fact(self, node: Node) -> NodeFact:
+    def _node_fact(self, node: Node, without: Set[str]) -> NodeFact:
         calls = tuple(self._calls.get(node.output.name, ()))
         types = ", ".join(str(value.type) for value in node.outputs)
         p = node.provenance
-        weights = tuple(self._weight_fact(value) for value in _weights(node))
+        weights = tuple(self._weight_fact(value) for value in _weights(node) if value.name not in without)
         return NodeFact(
             node.output.name, node.op, types, p.passes, p.origins, calls, self._becomes(node, calls), weights
         )

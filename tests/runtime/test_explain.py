@@ -29,10 +29,6 @@ call 10: linear_w8+residual+all_reduce.9 of prefill, rank 1
             model.layers.1.input_layernorm  modeling_llama.py:LINE  aten.mul, aten.rsqrt, aten.add
             model.layers.1.input_layernorm  modeling_llama.py:LINE  aten.mean, aten.pow
             model.layers.0  modeling_llama.py:LINE  aten.add
-  weight    model.layers.1.input_layernorm.weight  float16[64]
-    is        float16(model.layers.1.input_layernorm.weight)
-    passes    cast-float
-    from      model.layers.1.input_layernorm.weight  model.safetensors:model.layers.1.input_layernorm.weight  float[64]
   with      linear_6_QuantizedLinearPerChannel_AllReduce  Vastai::AllReduce  w8a16 > cast-float > split-tp
               model.layers.0.mlp.down_proj  modeling_llama.py:LINE  aten.linear
   with      linear_6_QuantizedLinearPerChannel  Vastai::QuantizedLinearPerChannel  w8a16 > cast-float > split-tp
@@ -82,6 +78,14 @@ def test_every_part_of_the_model_is_found_under_its_path(artifact: Artifact) -> 
 def test_a_call_is_explained_down_to_the_slice_of_the_checkpoint(artifact: Artifact) -> None:
     assert text(explain(artifact.path, "call 10", rank=1)) == LINEAR
     assert text(explain(artifact.path, "#10", rank=1)) == LINEAR
+
+
+def test_of_a_node_that_takes_two_calls_each_lists_the_weights_that_it_reads(artifact: Artifact) -> None:
+    """The sum is made behind the linear (call 10), the norm of it by a call of its own, which reads the weight."""
+    added, normed = (explain(artifact.path, f"call {index}").nodes[0] for index in (10, 11))
+    assert added.name == normed.name
+    assert not added.weights
+    assert [weight.name for weight in normed.weights] == ["model.layers.1.input_layernorm.weight"]
 
 
 def test_the_same_node_is_found_by_name_and_by_call_and_says_its_call(artifact: Artifact) -> None:
