@@ -25,6 +25,7 @@ from vacc_opt.runtime.plan import plan_compilation
 
 COLD, CACHED, TEXT, KERNELS = 10.0, 1.0, 1_000_000, 16  # seconds of one core for both phases; bytes, kernels of each
 RATIO = {"prefill": 1.10, "decode": 1.05}  # cycles over their bound
+CLOSE = 0.01  # how far the closed form of a linear may be off its simulated cycles
 ACTIVATIONS = 0.55  # DDR bytes of activations in prefill, over those of a program without any fusion
 
 
@@ -70,6 +71,9 @@ def test_chatglm2_is_scheduled_in_seconds(benchmark: Any, graphs: list[Path], tm
         assert one["ratio"] <= RATIO[phase]
         assert other["phases"][phase] == one
         assert cached["phases"][phase] == {**one, "kept": True}
+    print("closed form over simulated cycles, less 1: " + ", ".join(f"{k} {v}" for k, v in cold["closed_form"].items()))
+    assert len(cold["closed_form"]) >= 6
+    assert all(abs(off) <= CLOSE for off in cold["closed_form"].values())
     prefill = cold["phases"]["prefill"]
     fused = prefill["activation_bytes"] / prefill["unfused_activation_bytes"]
     print(f"activations of prefill: {fused:.3f} x those of the program without fusions")

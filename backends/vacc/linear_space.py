@@ -410,13 +410,13 @@ class _Combinations:
         )
         array = ddr.latency + self.target.core.dma.issue + first + self._array
         array = array + np.where((self.results == 1) & one.epilogue, waiting, 0)
-        return np.maximum(np.maximum(array, self._links), self.ddr / ddr.effective_bytes_per_cycle)
+        return np.maximum(np.maximum(array, self._links[0]), self.ddr / ddr.effective_bytes_per_cycle)
 
     @property
-    def _links(self) -> float:
-        """Cycles in which the links add up the results of all ranks."""
+    def _links(self) -> tuple[int, int]:
+        """Cycles in which the links add up the results of all ranks, and of their hops."""
         ranks, size = self.shape.after.ranks, self.shape.m * self.shape.n * itemsize(self.shape.y)
-        return link_cost("all_reduce", size, ranks, self.target.links)[0] if ranks else 0.0
+        return link_cost("all_reduce", size, ranks, self.target.links) if ranks else (0, 0)
 
     @cached_property
     def cycles(self) -> Numbers:
@@ -461,7 +461,10 @@ class _Combinations:
         # cores that receive the same W finish their tiles together: what all of them store holds up the next chunks
         alone = np.select([self.resident == 1, self.resident == 2], [self.own_rows, self.own_columns]) * panel
         port = np.maximum(port, np.where(self.by_rows, alone + np.maximum(loads, flight) + tiles * stored, 0))
-        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle))
+        # the last strips of all cores take turns on the links
+        busy, hops = self._links
+        turns = hops + busy * self.active * self.strip * self.n / (one.m * one.n)
+        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle) + turns)
 
 
 def _axis(values: Iterable[float]) -> Numbers:

@@ -20,7 +20,8 @@ from vacc_opt.backends.vacc.target import Target
 TIED = 1.002  # latencies within 0.2 % count as equal: fewer DDR bytes then win, then less SRAM
 RANKED = 256  # candidates of the closed form that are looked at
 TRIED = 48  # of which so many are simulated at most
-PRODUCTS = 10_000  # tile products that are simulated at most (but for one candidate): they take the time of a search
+PRODUCTS = 6_000  # tile products that are simulated at most: they take the time of a search
+LEAST = 8  # but so many candidates, whatever they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,11 @@ def remembering(memory: Memory) -> Iterator[None]:
         _memory.reset(token)
 
 
+def findings() -> Iterator[Found]:
+    """What searches of this process found."""
+    yield from _KNOWN.values()
+
+
 def fastest_linear(
     x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
 ) -> Kernel:
@@ -118,7 +124,8 @@ def _search(x: Param, w: Param, scale: Param | None, y: Param, target: Target, a
     for one in space.best:
         best, chosen = _pick(timed) if timed else (0, one)
         faster, lighter = one.floor * TIED < best, one.floor <= best * TIED and one.ddr < chosen.ddr
-        if timed and (not (faster or lighter) or len(timed) == TRIED or spent + one.products > PRODUCTS):
+        enough = len(timed) == TRIED or (len(timed) >= LEAST and spent + one.products > PRODUCTS)
+        if timed and (enough or not (faster or lighter)):
             floor = min(floor, one.floor)
             continue
         timed.append((linear_cycles(x, w, scale, y, one.tiles, target, after), one))
