@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vacc_opt.frontends.beside import Beside
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm, find_cache
+from vacc_opt.frontends.exporter_ways import shorter_export
 from vacc_opt.frontends.origins import OriginReader
 from vacc_opt.frontends.repeat_layers import KEPT, Layers
 from vacc_opt.frontends.rope_lengths import trace_lengths
@@ -170,7 +171,9 @@ def _finished(traced: onnx_ir.Model, origins: dict[str, Origin]) -> Skeleton:
 
 
 def _export(module: nn.Module, arguments: tuple[torch.Tensor, ...], opset: int, **named: Any) -> torch.onnx.ONNXProgram:
-    with _quiet():
+    # an entry of symbolic sizes costs more to keep and to read than the operator's rule
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with _quiet(), shorter_export(), uncached:
         program = torch.onnx.export(
             module,
             arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vacc_opt.frontends.beside import Beside
 from vacc_opt.frontends.export_process import ExportProcess, started_ahead
 from vacc_opt.frontends.families import structures
 from vacc_opt.frontends.huggingface import build_module
-from vacc_opt.frontends.skeleton import ExportDefect
+from vacc_opt.frontends.skeleton import ExportDefect, export_skeleton
 from vacc_opt.frontends.torch_export import Skeleton, export_module
 from vacc_opt.ir.text import to_text
 
@@ -91,6 +92,20 @@ def test_a_check_that_fails_ends_the_export(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch_export, "find_same_layers", fails)
     with pytest.raises(RuntimeError, match="no room for the check"):
         exported(True)
+
+
+@pytest.mark.parametrize("name", ["llama3-2", "chatglm2", "phi-2", pytest.param("falcon", marks=pytest.mark.full)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_shorter_ways_through_the_exporter_give_what_the_long_ones_give(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def skeleton() -> tuple[bytes, object]:
+        found = export_skeleton(small(name), attention, isolated=False, progress=lambda _: None)
+        return found.model.SerializeToString(deterministic=True), found.origins
+
+    short = skeleton()
+    monkeypatch.setattr(torch_export, "shorter_export", nullcontext)
+    assert short == skeleton()
 
 
 @pytest.fixture
