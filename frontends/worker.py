@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -90,7 +91,6 @@ def _load() -> None:
     from vacc_opt.frontends import huggingface, simplify_skeleton, torch_export  # noqa: F401
 
     torch.set_num_threads(1)
-    gc.freeze()
     gc.set_threshold(50_000)  # traces make many objects that stay
     gc.enable()
 
@@ -101,4 +101,6 @@ def _report(stage: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    exit_code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(exit_code)  # all is written; to take torch apart takes a second
