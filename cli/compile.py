@@ -23,9 +23,11 @@ def command(config: str, overrides: tuple[str, ...], what_if: tuple[str, ...], p
     Every step says what it did and how long it took. The artifact appears complete or not at all. With --what-if it is
     made for that machine, whose target file it holds.
     """
-    from vacc_opt.runtime.compile import compile_model
+    from vacc_opt.runtime.ahead import export_ahead
 
-    with Steps(quiet=as_json) as steps:
+    with export_ahead(Path(config), overrides), Steps(quiet=as_json) as steps:
+        from vacc_opt.runtime.compile import compile_model
+
         report = compile_model(Path(config), overrides, steps, plan_only=plan_only, what_if=what_if)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))

@@ -43,13 +43,15 @@ class _Seen:
     caches: list[list[Token]] = field(default_factory=list)
 
 
+def layer_lists(module: nn.Module) -> list[Layers]:
+    """What may be the layers of ``module``: lists of modules that are more than those exported and one."""
+    lists = ((path, part) for path, part in module.named_modules() if isinstance(part, nn.ModuleList))
+    return [Layers(path, len(part)) for path, part in lists if len(part) > KEPT + 1]
+
+
 def find_same_layers(module: nn.Module, mode: FakeTensorMode, cache: CacheForm) -> Layers | None:
     """The layers of ``module``, if those behind the second one cannot be told from it; None if they can."""
-    found = [
-        Layers(path, len(part))
-        for path, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == cache.layers > KEPT + 1
-    ]
+    found = [layers for layers in layer_lists(module) if layers.count == cache.layers]
     if len(found) != 1:
         return None
     layers = found[0]

@@ -7,11 +7,12 @@ Interface: ``input_ids [batch, seq]``, ``attention_mask [batch, past + seq]``, `
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import onnx
@@ -20,11 +21,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from vacc_opt.frontends.beside import Beside
 from vacc_opt.frontends.caches import AsIfPadded, CacheForm, find_cache
+from vacc_opt.frontends.exporter_ways import shorter_export
 from vacc_opt.frontends.origins import OriginReader
 from vacc_opt.frontends.repeat_layers import KEPT, Layers
 from vacc_opt.frontends.rope_lengths import trace_lengths
-from vacc_opt.frontends.same_layers import find_same_layers, first_layers
+from vacc_opt.frontends.same_layers import find_same_layers, first_layers, layer_lists
 from vacc_opt.frontends.sequences import resolve_sequences
 from vacc_opt.ir.provenance import Origin
 
@@ -81,20 +84,59 @@ def interface_names(layers: int) -> tuple[list[str], list[str]]:
 
 
 def export_module(
-    module: nn.Module, mode: FakeTensorMode, opset: int = OPSET, *, every_layer: bool = False
+    module: nn.Module, mode: FakeTensorMode, opset: int = OPSET, *, every_layer: bool = False, beside: bool = False
 ) -> Skeleton:
     """Export a causal language model that is called as those of transformers are; its cache is found by a run.
 
-    Layers that run the same operations as the second one are left out, unless ``every_layer`` is wanted.
+    Layers that run the same operations as the second one are left out, unless ``every_layer`` is wanted. With
+    ``beside`` a fork of this process looks whether they do, while two of them are traced as if they did.
     """
     trace_lengths(module)
+    found = None if every_layer else _export_two_layers(module, mode, opset, beside)
+    return found or _finished(*_trace(module, mode, find_cache(module, mode), opset))
+
+
+def _export_two_layers(module: nn.Module, mode: FakeTensorMode, opset: int, beside: bool) -> Skeleton | None:
+    """The skeleton of the first layers; None if another one can be told from the second."""
+    supposed = _suppose_same(module, mode)
+    if supposed is None:
+        return None
+    layers, cache = supposed
+
+    def export() -> Skeleton:
+        with first_layers(module, layers):
+            return replace(_finished(*_trace(module, mode, cache, opset)), layers=layers)
+
+    question = partial(_are_same, module, mode, layers, cache)
+    if not beside:
+        return export() if question() else None
+    with Beside(question) as same:
+        try:
+            skeleton = export()
+        except Exception:
+            if same():
+                raise
+            return None  # another layer may be what is wrong with it
+        return skeleton if same() else None
+
+
+def _suppose_same(module: nn.Module, mode: FakeTensorMode) -> tuple[Layers, CacheForm] | None:
+    """What holds if layers are the same: which those are, and the cache of two of them."""
+    found = layer_lists(module)
+    if len(found) == 1:
+        with contextlib.suppress(Exception), first_layers(module, found[0]):  # the whole model says what is wrong
+            cache = find_cache(module, mode)
+            if cache.layers == KEPT:
+                return found[0], cache
     cache = find_cache(module, mode)
-    layers = None if every_layer else find_same_layers(module, mode, cache)
-    if layers is None:
-        return _finished(*_trace(module, mode, cache, opset))
-    with first_layers(module, layers):
-        traced, origins = _trace(module, mode, replace(cache, layers=KEPT), opset)
-    return replace(_finished(traced, origins), layers=layers)
+    found = [layers for layers in found if layers.count == cache.layers]
+    return (found[0], replace(cache, layers=KEPT)) if len(found) == 1 else None
+
+
+def _are_same(module: nn.Module, mode: FakeTensorMode, layers: Layers, cache: CacheForm) -> bool:
+    """Whether two layers with ``cache`` stand for all of them."""
+    whole = find_cache(module, mode)
+    return whole == replace(cache, layers=layers.count) and find_same_layers(module, mode, whole) == layers
 
 
 def _trace(
@@ -129,7 +171,9 @@ def _finished(traced: onnx_ir.Model, origins: dict[str, Origin]) -> Skeleton:
 
 
 def _export(module: nn.Module, arguments: tuple[torch.Tensor, ...], opset: int, **named: Any) -> torch.onnx.ONNXProgram:
-    with _quiet():
+    # an entry of symbolic sizes costs more to keep and to read than the operator's rule
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with _quiet(), shorter_export(), uncached:
         program = torch.onnx.export(
             module,
             arguments,
@@ -239,7 +283,7 @@ def _strip(model: onnx.ModelProto) -> None:
                 dim.dim_param = dim.dim_param.replace(_TOTAL, "past + seq")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing that torch logs or warns about during an export concerns our user."""
     disabled = logging.root.manager.disable

@@ -225,7 +225,7 @@ class Workspace(_Section):
     """Where the artifact goes: ``path/name``."""
 
     path: str = "./vacc_deploy"
-    workers: int = Field(1, ge=1)
+    workers: int = Field(2, ge=1)  # prefill and decode; on one core they take turns
     pyenv: PyEnv | None = None
     env_recheck: bool = False
 

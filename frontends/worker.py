@@ -1,8 +1,10 @@
-"""The child process of an export: reads ``request.json`` in its folder, writes skeleton and origins beside it."""
+"""The child process of an export: loads torch, reads one request, writes skeleton and origins into its folder."""
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from vacc_opt.frontends.export_process import STAGE
 from vacc_opt.frontends.repeat_layers import Layers, is_repeatable
-from vacc_opt.frontends.skeleton import ERROR_FILE, LAYERS_FILE, MODEL_FILE, ORIGINS_FILE, REQUEST_FILE, STAGE
+from vacc_opt.frontends.skeleton import ERROR_FILE, LAYERS_FILE, MODEL_FILE, ORIGINS_FILE
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.provenance import Origin
 
@@ -21,21 +24,24 @@ if TYPE_CHECKING:
 
 
 def make_skeleton(
-    config: Mapping[str, Any], attention: str, progress: Callable[[str], None], code: Path | None = None
+    config: Mapping[str, Any],
+    attention: str,
+    progress: Callable[[str], None],
+    code: Path | None = None,
+    *,
+    beside: bool = False,
 ) -> tuple[onnx.ModelProto, dict[str, Origin], Layers | None]:
     """Build the module, export it, simplify the result: the skeleton and the origin of every node output.
 
     With layers, the skeleton has two of them, of which the second is to be copied. ``code`` is the directory of the
-    checkpoint if the code in it may run.
+    checkpoint if the code in it may run. ``beside`` lets a fork of this process check what the export rests on.
     """
-    progress("load torch")
     from vacc_opt.frontends.origins import complete_origins
     from vacc_opt.frontends.simplify_skeleton import simplify_skeleton
-    from vacc_opt.frontends.torch_export import OPSET  # noqa: F401 - loads torch within this stage
 
     for every_layer in (False, True):
         progress("export")
-        skeleton = trace(config, attention, code, every_layer=every_layer)
+        skeleton = trace(config, attention, code, every_layer=every_layer, beside=beside)
         progress("simplify")
         model = simplify_skeleton(skeleton.model)
         origins = complete_origins(model, skeleton.origins)
@@ -44,30 +50,49 @@ def make_skeleton(
     return model, origins, skeleton.layers
 
 
-def trace(config: Mapping[str, Any], attention: str, code: Path | None = None, *, every_layer: bool) -> Skeleton:
+def trace(
+    config: Mapping[str, Any], attention: str, code: Path | None = None, *, every_layer: bool, beside: bool = False
+) -> Skeleton:
     """The unsimplified skeleton of the whole model, or of two layers for all that are the same."""
     from vacc_opt.frontends.huggingface import build_module
     from vacc_opt.frontends.torch_export import export_module
 
-    return export_module(*build_module(config, attention, code), every_layer=every_layer)
+    return export_module(*build_module(config, attention, code), every_layer=every_layer, beside=beside)
 
 
 def main(folder: Path) -> int:
     """Serve one request; exit code 2 with ``error.json`` for a mistake of the user."""
-    from vacc_opt.frontends.origins import origins_to_json
-
-    request = json.loads((folder / REQUEST_FILE).read_text())
+    _report("load torch")
+    _load()
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # nothing was to be exported
+    request = json.loads(line)
     try:
         code = Path(request["code"]) if request["code"] else None
-        model, origins, layers = make_skeleton(request["config"], request["attention"], _report, code)
+        model, origins, layers = make_skeleton(request["config"], request["attention"], _report, code, beside=True)
     except UserError as error:
         (folder / ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
         return error.exit_code
+    from vacc_opt.frontends.origins import origins_to_json
+
     (folder / ORIGINS_FILE).write_text(origins_to_json(origins))
     if layers is not None:
         (folder / LAYERS_FILE).write_text(json.dumps(asdict(layers)))
     onnx.save(model, folder / MODEL_FILE)
     return 0
+
+
+def _load() -> None:
+    """Import what an export needs, and let torch have no threads, which a fork would miss."""
+    gc.disable()  # what is imported stays
+    import torch
+
+    from vacc_opt.frontends import huggingface, simplify_skeleton, torch_export  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.set_threshold(50_000)  # traces make many objects that stay
+    gc.enable()
 
 
 def _report(stage: str) -> None:
@@ -76,4 +101,6 @@ def _report(stage: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    exit_code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(exit_code)  # all is written; to take torch apart takes a second

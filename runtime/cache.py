@@ -24,10 +24,9 @@ from vacc_opt.backends.vacc.timing_json import timing_from_json, timing_to_json,
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.text import from_text, to_text
-from vacc_opt.runtime.files import sha256
+from vacc_opt.runtime.files import CACHE, sha256
 from vacc_opt.runtime.stamps import program_stamp, stamp
 
-DIRECTORY = ".cache"
 KEPT = 64  # entries of a kind; the text of a schedule or graph of a large model has a few megabytes
 _MANY = {"tiles": 4096}  # entries of kinds that are small
 
@@ -42,7 +41,7 @@ class Cache:
     @staticmethod
     def of(workspace: str | os.PathLike[str], *, keeps: bool = True) -> Cache:
         """The cache of a workspace."""
-        return Cache(Path(workspace) / DIRECTORY, keeps)
+        return Cache(Path(workspace) / CACHE, keeps)
 
     def get(self, kind: str, key: str) -> bytes | None:
         """What was kept; None when nothing was, or when it is damaged."""

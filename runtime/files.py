@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vacc_opt.ir.errors import UserError
 
+CACHE = ".cache"  # in a workspace: what is kept of earlier runs
 _BLOCK = 1 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RANDOM = re.compile(r"[a-z0-9_]{8}")  # what tempfile appends
