@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from vacc_opt.backends.vacc.alike import Alike, alike
-from vacc_opt.backends.vacc.expand import Event, Step, Unroller
-from vacc_opt.backends.vacc.schedule import Call, Kernel, Loop, Op, Program, ScheduleError, Statement, Violation
+from vacc_opt.backends.vacc.expand import Event, Step, Unroller, kind_of
+from vacc_opt.backends.vacc.schedule import Affine, Call, Kernel, Loop, Op, Program, ScheduleError, Statement, Violation
 
 
 class Lanes(dict[tuple[int, str], Sequence[Event]]):
@@ -31,6 +31,17 @@ class Lanes(dict[tuple[int, str], Sequence[Event]]):
         return [(engine, step, times) for engine, step, times in found.values()]
 
     @cached_property
+    def kinds(self) -> Sequence[tuple[str, Step, int]]:
+        """As `counted`, but of steps that cost the same only the first, with the times of all of them.
+
+        These do one operation of the text on tiles of the same shapes, and all of them begin a sum or none does.
+        """
+        found: dict[object, list[Any]] = {}
+        for engine, step, times in self.counted:
+            found.setdefault(kind_of(step), [engine, step, 0])[2] += times
+        return [(engine, step, times) for engine, step, times in found.values()]
+
+    @cached_property
     def alike(self) -> Sequence[Alike]:
         """For each core the first one that does the same on other parts of the parameters."""
         return alike(self._kernel, self)
@@ -45,15 +56,37 @@ class Lanes(dict[tuple[int, str], Sequence[Event]]):
 Unroll = Callable[[Kernel, int, Mapping[str, int]], Lanes]  # `lanes`, or what keeps its results
 
 
-def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
+class Engines:
+    """The engines of a kernel, unrolled for one choice of its scalars after the other."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.cores_work_apart = any(is_parallel(tree) for _, tree in kernel.trees)
+        self._trees = {engine: (Unroller(kernel, engine), names(tree)) for engine, tree in kernel.trees}
+        self._known: dict[tuple[str, int, tuple[tuple[str, int], ...]], list[list[Event]]] = {}
+
+    def events(self, cores: int, scalars: Mapping[str, int]) -> Mapping[str, list[list[Event]]]:
+        """Of each engine the events by core: the same for all values of scalars that it does not name."""
+        return {engine: self._events(engine, cores, scalars) for engine in self._trees}
+
+    def _events(self, engine: str, cores: int, scalars: Mapping[str, int]) -> list[list[Event]]:
+        unroller, named = self._trees[engine]
+        key = engine, cores, tuple(sorted(one for one in scalars.items() if one[0] in named))
+        if key not in self._known:
+            self._known[key] = [unroller.events(core, cores, scalars) for core in range(cores)]
+        return self._known[key]
+
+
+def lanes(kernel: Kernel, cores: int, scalars: Mapping[str, int], engines: Engines | None = None) -> Lanes:
     """Events of each engine of each core that takes part: core 0 alone where no loop is parallel.
 
     A core to which no parallel iteration falls would only load what is shared; it takes no part.
+    `engines`: those of this kernel, where they are unrolled more than once.
     Raises ScheduleError where the text has no meaning (a box outside its tensor, an operation on the wrong engine).
     """
-    used = cores if any(is_parallel(tree) for _, tree in kernel.trees) else 1
-    trees = {engine: Unroller(kernel, engine, scalars) for engine, _ in kernel.trees}
-    every = {(core, engine): tree.events(core, used) for core in range(used) for engine, tree in trees.items()}
+    engines = engines or Engines(kernel)
+    used = cores if engines.cores_work_apart else 1
+    found = engines.events(used, scalars)
+    every = {(core, engine): by_core[core] for core in range(used) for engine, by_core in found.items()}
     active = {core for (core, engine), events in every.items() if engine != "dma_in" and _works(events)}
     return Lanes(kernel, {lane: events for lane, events in every.items() if events and lane[0] in active})
 
@@ -63,17 +96,35 @@ class Unrolled:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int, tuple[tuple[str, int], ...]], Lanes] = {}
+        self._engines: dict[str, Engines] = {}
 
     def __call__(self, kernel: Kernel, cores: int, scalars: Mapping[str, int]) -> Lanes:
         """As :func:`lanes`."""
         key = kernel.name, cores, tuple(sorted(scalars.items()))
         if key not in self._known:
-            self._known[key] = lanes(kernel, cores, scalars)
+            engines = self._engines.get(kernel.name) or self._engines.setdefault(kernel.name, Engines(kernel))
+            self._known[key] = lanes(kernel, cores, scalars, engines)
         return self._known[key]
 
 
 def _works(events: Sequence[Event]) -> bool:
     return any(isinstance(event, Step) for event in events)
+
+
+def names(body: tuple[Statement, ...]) -> set[str]:
+    """Variables and scalars that stand in a body."""
+    found: set[str] = set()
+    for one in body:
+        if isinstance(one, Op):
+            bounds = [
+                bound for view in (*one.outs, *one.ins) for span in view.spans for bound in (span.start, span.stop)
+            ]
+            values = [*bounds, *(value for _, value in one.attributes if isinstance(value, Affine))]
+        else:
+            found |= names(one.body)
+            values = [one.start, one.stop] if isinstance(one, Loop) else []
+        found.update(name for value in values for name, _ in value.terms)
+    return found
 
 
 def is_parallel(body: tuple[Statement, ...]) -> bool:

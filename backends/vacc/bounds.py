@@ -42,12 +42,13 @@ class Product:
 
 def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: Target, ranks: int) -> Bound:
     """The bound of one run of `kernel` on a die, from its unrolled `lanes`; `product` if it is one matrix product."""
-    costs = [(engine, work(kernel, step), times) for engine, step, times in lanes.counted]
+    costs = [(engine, work(kernel, step), times) for engine, step, times in lanes.kinds]
     rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
     lane_ops = sum(cost.lane_ops * times for engine, cost, times in costs if engine == "vector")
     loads = any(engine == "dma_in" for engine, _, _ in costs)
-    exchanges = [step for (_, engine), events in lanes.items() if engine == "link" for step in events]
-    sizes = [(step.op.kind, work(kernel, step).link_bytes) for step in exchanges if isinstance(step, Step)]
+    sizes = [
+        (step.op.kind, work(kernel, step).link_bytes * times) for engine, step, times in lanes.kinds if engine == "link"
+    ]
     compulsory = compulsory_bytes(kernel, lanes)
     least = max(compulsory, _capacity_bytes(kernel, product, target) if product else 0)
     return Bound(

@@ -78,6 +78,12 @@ def work(kernel: Kernel, step: Step) -> Work:
     return step.primitive.work(outs, ins, step.attributes.keys())
 
 
+def kind_of(step: Step) -> object:
+    """Equal for steps of a kernel that cost the same."""
+    shapes = tuple([box.shape for box in (*step.outs, *step.ins)])
+    return id(step.op), bool(step.attributes.get("first")), shapes
+
+
 def _tile(kernel: Kernel, box: Box) -> Tile:
     param = kernel.param.get(box.ref)
     if param is not None:
@@ -101,14 +107,14 @@ class _Place:
 
 
 class Unroller:
-    """The tree of one engine for given scalars, unrolled for one core after the other.
+    """The tree of one engine, unrolled for one core after the other and for any values of the scalars.
 
     An operation that meets the same tiles again, in another iteration or on another core, is the same `Step` object:
     what is worked out of a step once need not be worked out again, and steps can be told apart by identity.
     """
 
-    def __init__(self, kernel: Kernel, engine: str, scalars: Mapping[str, int]) -> None:
-        self._kernel, self._engine, self._scalars = kernel, engine, scalars
+    def __init__(self, kernel: Kernel, engine: str) -> None:
+        self._kernel, self._engine = kernel, engine
         self._boxes: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], Box] = {}
         self._marks: dict[tuple[str, str, int], RingEvent] = {}
         self._core, self._cores = 0, 1
@@ -118,13 +124,13 @@ class Unroller:
         self._events: list[Event] = []
         self._runs = self._prepared(dict(kernel.trees).get(engine, ()), {})
 
-    def events(self, core: int, cores: int) -> list[Event]:
+    def events(self, core: int, cores: int, scalars: Mapping[str, int]) -> list[Event]:
         """What the engine does on `core` of `cores`, in order; raises ScheduleError for a box outside its tensor."""
-        missing = [name for name in self._kernel.scalars if name not in self._scalars]
+        missing = [name for name in self._kernel.scalars if name not in scalars]
         if missing:
             raise self._error("scalar", f"runtime scalar `{missing[0]}` has no value")
         self._core, self._cores = core, cores
-        self._names, self._entered, self._slots, self._events = dict(self._scalars), {}, {}, []
+        self._names, self._entered, self._slots, self._events = dict(scalars), {}, {}, []
         for run in self._runs:
             run()
         return self._events

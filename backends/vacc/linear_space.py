@@ -461,10 +461,8 @@ class _Combinations:
         # cores that receive the same W finish their tiles together: what all of them store holds up the next chunks
         alone = np.select([self.resident == 1, self.resident == 2], [self.own_rows, self.own_columns]) * panel
         port = np.maximum(port, np.where(self.by_rows, alone + np.maximum(loads, flight) + tiles * stored, 0))
-        # the last strips of all cores take turns on the links
-        busy, hops = self._links
-        turns = hops + busy * self.active * self.strip * self.n / (one.m * one.n)
-        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle) + turns)
+        hops = self._links[1]  # of the last strip
+        return np.asarray(np.maximum(first + np.maximum(compute, flight) + last, port + idle) + hops)
 
 
 def _axis(values: Iterable[float]) -> Numbers:

@@ -102,9 +102,14 @@ class _Linear:
 
     def _axes(self, core: int) -> tuple[list[int], list[int]]:
         """Rows and columns of the tiles of a core."""
-        rows, columns = self._tiles(self.x.shape[0], self.t.m), self._tiles(self.w.shape[0], self.t.n)
+        rows, columns = self._grid
         own = slice(core, None, self.target.die.cores)
         return (rows[own], columns) if self.t.dealt == "m" else (rows, columns[own])
+
+    @cached_property
+    def _grid(self) -> tuple[list[int], list[int]]:
+        """Rows and columns of the tiles of all cores."""
+        return self._tiles(self.x.shape[0], self.t.m), self._tiles(self.w.shape[0], self.t.n)
 
     def _tiles(self, size: int, step: int) -> list[int]:
         return [min(step, size - start) for start in range(0, size, step)]

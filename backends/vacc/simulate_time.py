@@ -28,7 +28,7 @@ from vacc_opt.backends.vacc.costs import bursts, link_cost, product_step, transf
 from vacc_opt.backends.vacc.event_model import Machine, account
 from vacc_opt.backends.vacc.event_state import Channel, Stream
 from vacc_opt.backends.vacc.event_state import Step as TimedStep
-from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, work
+from vacc_opt.backends.vacc.expand import Event, RingEvent, Step, kind_of, work
 from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.schedule import Kernel, Program
 from vacc_opt.backends.vacc.target import Target
@@ -87,7 +87,10 @@ def time_kernel(
     unrolled = unroll(kernel, target.die.cores, scalars)
     counted = unrolled.counted
     collectives = sum(times for _, step, times in counted if step.primitive.collective)
-    costs = {id(step): _cost(kernel, engine, step, target, ranks, collectives) for engine, step, _ in counted}
+    known = {
+        kind_of(step): _cost(kernel, engine, step, target, ranks, collectives) for engine, step, _ in unrolled.kinds
+    }
+    costs = {id(step): known[kind_of(step)] for _, step, _ in counted}
     cores = sorted({core for core, _ in unrolled})
     # cores that do the same keep step, but for those that take turns on the links
     copied = unrolled.alike if not collectives else [Alike(core, core, {}) for core in cores]
@@ -109,8 +112,8 @@ def time_kernel(
         EngineAccount(stream.engine, stream.core, account(record, cycles), tuple(record))
         for stream, record in zip(streams, records, strict=True)
     ]
-    moved = _moved(kernel, counted, len(cores))
-    macs = sum(work(kernel, step).macs * times for _, step, times in counted)
+    moved = _moved(kernel, unrolled.kinds, len(cores))
+    macs = sum(work(kernel, step).macs * times for _, step, times in unrolled.kinds)
     where = _attribute(engines, bound.binds, cycles)
     every = tuple(replace(engine, core=one.core) for one in copied for engine in engines if engine.core == one.first)
     return KernelTiming(name or kernel.name, cycles, bound, every, where, moved, macs, 1)

@@ -83,7 +83,7 @@ def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
 def _shapes(unrolled: Lanes) -> Iterator[Problem]:
     """Tiles of an operation fit each other: equal in a move, conformable in a product, broadcasting in arithmetic."""
     seen: set[tuple[object, ...]] = set()
-    for _, step, _ in unrolled.counted:
+    for _, step, _ in unrolled.kinds:
         shapes = step.op.kind, tuple(box.shape for box in step.outs), tuple(box.shape for box in step.ins)
         if shapes not in seen and not _conform(*shapes):
             outs, ins = (", ".join(str(list(shape)) for shape in side) for side in shapes[1:])

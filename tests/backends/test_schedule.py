@@ -35,7 +35,7 @@ def stream(rows: int, step: int) -> Kernel:
 
 
 def test_the_last_tile_of_a_loop_is_what_is_left() -> None:
-    steps = [event for event in Unroller(stream(10, 4), "dma_in", {}).events(0, 1) if isinstance(event, Step)]
+    steps = [event for event in Unroller(stream(10, 4), "dma_in").events(0, 1, {}) if isinstance(event, Step)]
     assert [(step.ins[0].start[0], step.ins[0].stop[0]) for step in steps] == [(0, 4), (4, 8), (8, 10)]
     assert [step.outs[0].shape for step in steps] == [(4, 4), (4, 4), (2, 4)]
 
@@ -43,13 +43,13 @@ def test_the_last_tile_of_a_loop_is_what_is_left() -> None:
 def test_iterations_of_a_parallel_loop_are_dealt_to_the_cores_in_turn() -> None:
     starts = []
     for core in range(3):
-        steps = [event for event in Unroller(stream(40, 4), "dma_in", {}).events(core, 3) if isinstance(event, Step)]
+        steps = [event for event in Unroller(stream(40, 4), "dma_in").events(core, 3, {}) if isinstance(event, Step)]
         starts.append([step.ins[0].start[0] // 4 for step in steps])
     assert starts == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
 
 
 def test_slots_go_round_with_the_visits() -> None:
-    events = [event for event in Unroller(stream(20, 4), "dma_out", {}).events(0, 1) if isinstance(event, RingEvent)]
+    events = [event for event in Unroller(stream(20, 4), "dma_out").events(0, 1, {}) if isinstance(event, RingEvent)]
     assert [(event.action, event.slot) for event in events[:6]] == [
         ("wait", 0), ("release", 0), ("wait", 1), ("release", 1), ("wait", 0), ("release", 0),
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def test_a_missing_runtime_scalar_is_refused() -> None:
     b = KernelBuilder("k")
     b.scalar("pos")
     with pytest.raises(ScheduleError, match="runtime scalar `pos` has no value"):
-        Unroller(b.build(), "dma_in", {}).events(0, 1)
+        Unroller(b.build(), "dma_in").events(0, 1, {})
 
 
 def test_work_counts_the_bytes_and_runs_of_a_strided_load() -> None:
@@ -69,7 +69,7 @@ def test_work_counts_the_bytes_and_runs_of_a_strided_load() -> None:
     with b.engine("dma_in"), b.fill(ring):
         b.op("load", ring[...], px[...])
     kernel = b.build()
-    (step,) = [event for event in Unroller(kernel, "dma_in", {}).events(0, 1) if isinstance(event, Step)]
+    (step,) = [event for event in Unroller(kernel, "dma_in").events(0, 1, {}) if isinstance(event, Step)]
     assert (work(kernel, step).bytes, work(kernel, step).run_bytes) == (80, 16)
 
 
