@@ -20,7 +20,7 @@ from vacc_opt.backends.vacc.target import Target
 TIED = 1.002  # latencies within 0.2 % count as equal: fewer DDR bytes then win, then less SRAM
 RANKED = 256  # candidates of the closed form that are looked at
 TRIED = 48  # of which so many are simulated at most
-PRODUCTS = 3_000  # tile products that are simulated at most: they take the time of a search
+PRODUCTS = 5_000  # tile products that are simulated at most: they take the time of a search
 LEAST = 8  # but so many candidates, whatever they take
 
 
