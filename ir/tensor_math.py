@@ -11,8 +11,8 @@ from vacc_opt.ir.types import DType
 
 
 @dataclass(frozen=True)
-class _Elementwise:
-    """One number meets every element of ``base``, in the type of ``base``."""
+class _LikeBase:
+    """What is computed has the type and the shape of ``base``."""
 
     base: TensorExpr
 
@@ -28,7 +28,7 @@ class _Elementwise:
 
 
 @dataclass(frozen=True)
-class Shifted(_Elementwise, TensorExpr):
+class Shifted(_LikeBase, TensorExpr):
     """``base + amount`` in the type of ``base``: the scale ``1 + w`` of Gemma's norms."""
 
     amount: float
@@ -38,7 +38,7 @@ class Shifted(_Elementwise, TensorExpr):
 
 
 @dataclass(frozen=True)
-class Multiplied(_Elementwise, TensorExpr):
+class Multiplied(_LikeBase, TensorExpr):
     """``base * factor`` in the type of ``base``; exact for a power of two that leaves the numbers normal."""
 
     factor: float
@@ -48,45 +48,23 @@ class Multiplied(_Elementwise, TensorExpr):
 
 
 @dataclass(frozen=True)
-class ColumnsMultiplied(TensorExpr):
+class ColumnsMultiplied(_LikeBase, TensorExpr):
     """``base * factors`` of a [N, K] weight and a [K] vector, in its type: a weight and that of a norm before it."""
 
-    base: TensorExpr
     factors: TensorExpr
-
-    @property
-    def dtype(self) -> DType:
-        """Element type of the base."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
 
     def _read(self, index: Index) -> Array:
         return np.asarray(self.base.read(index) * self.factors.read(index[1:]).astype(self.dtype.numpy))
 
 
 @dataclass(frozen=True)
-class RowNormalized(TensorExpr):
+class RowNormalized(_LikeBase, TensorExpr):
     """``w / max(||row||, floor)`` of a [N, K] weight: the rows of a NormHead (Baichuan 2), of length 1.
 
     The length of a row is summed in float64 and the quotient rounded once.
     """
 
-    base: TensorExpr
     floor: float
-
-    @property
-    def dtype(self) -> DType:
-        """Element type of the base."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
 
     def _read(self, index: Index) -> Array:
         rows, columns = index

@@ -102,8 +102,9 @@ class Unrolled:
         """As :func:`lanes`."""
         key = kernel.name, cores, tuple(sorted(scalars.items()))
         if key not in self._known:
-            engines = self._engines.get(kernel.name) or self._engines.setdefault(kernel.name, Engines(kernel))
-            self._known[key] = lanes(kernel, cores, scalars, engines)
+            if kernel.name not in self._engines:
+                self._engines[kernel.name] = Engines(kernel)
+            self._known[key] = lanes(kernel, cores, scalars, self._engines[kernel.name])
         return self._known[key]
 
 
