@@ -111,8 +111,8 @@ def _bind(checkpoint: Checkpoint, weights: Mapping[str, tuple[int, ...]]) -> dic
                 f"{checkpoint.path}: {name} has shape {list(expr.shape)}, config.json makes it {list(shape)}",
                 "the config and the weights are of different models",
             )
-        scales = checkpoint.tensors.get(f"{name}_scale")
-        if expr.dtype is DType.INT8 and scales is not None and scales.shape == shape[:1]:
-            expr = Coded(expr, scales)  # ChatGLM's own `quantize(8)`
+        scales = checkpoint.scales_of(name)
+        if scales is not None:
+            expr = Coded(expr, scales)
         bound[name] = expr if expr.dtype is DType.FLOAT else Casted(expr, DType.FLOAT.value)
     return bound

@@ -6,8 +6,7 @@ import importlib.util
 import json
 import math
 import os
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,17 @@ from vacc_opt.frontends.gguf_header import read_gguf_header
 from vacc_opt.frontends.gguf_models import gguf_config, gguf_tensors
 from vacc_opt.frontends.torch_zip import read_torch_zip
 from vacc_opt.ir.errors import UserError, did_you_mean
-from vacc_opt.ir.tensor import Source, TensorExpr
+from vacc_opt.ir.storage import read_safetensors_header
+from vacc_opt.ir.tensor import TensorExpr
+from vacc_opt.ir.types import DType
 
-_SAFETENSORS_TYPES = {
-    "F64": "double",
-    "F32": "float",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_FLOATS = {DType.DOUBLE, DType.FLOAT, DType.FLOAT16, DType.BFLOAT16}
 _PACKAGE = "package:"
-_MAX_HEADER = 100 << 20  # the limit that the safetensors format itself sets
+_READERS: dict[str, Callable[[Path], Mapping[str, TensorExpr]]] = {
+    "model.safetensors": read_safetensors_header,
+    "pytorch_model.bin": read_torch_zip,
+}
+_INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -44,14 +38,25 @@ class Checkpoint:
     kind: str  # "huggingface" or "gguf"
 
     @property
-    def tied(self) -> bool:
-        """True when lm_head shares the embedding's weight."""
-        return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.tensors))
-
-    @property
     def parameters(self) -> int:
         """Number of weights in the file."""
         return sum(math.prod(t.shape) for t in self.tensors.values())
+
+    def scales_of(self, name: str) -> TensorExpr | None:
+        """The scales [N] of a weight of int8 codes [N, K], as ChatGLM's own ``quantize(8)`` stores them.
+
+        None for a float weight. Raises UserError for integers without such scales: they are no weights.
+        """
+        weight, scales = self.tensors[name], self.tensors.get(f"{name}_scale")
+        if weight.dtype in _FLOATS:
+            return None
+        if weight.dtype is DType.INT8 and scales is not None and scales.shape == weight.shape[:1]:
+            return scales
+        wanted = f"{name}_scale {list(weight.shape[:1])}"
+        raise UserError(
+            f"{self.path}: {name} is {weight.dtype.value}, and no {wanted} says what it means",
+            "compile the float checkpoint that it was made of; `frontend.quantize` makes it int8",
+        )
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -80,7 +85,7 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
         if not parent.is_dir():
             raise UserError(f"{found}: no such file or directory", f"{parent} does not exist either")
         raise UserError(f"{found}: no such file or directory", _nearest(found.name, parent))
-    return found.resolve()
+    return found.parent.resolve() / found.name  # a link keeps its name: caches of model hubs link to nameless files
 
 
 def _resolve_package(text: str) -> Path:
@@ -116,16 +121,20 @@ def _open_directory(root: Path) -> Checkpoint:
     return Checkpoint(root, config, _read_weights(root), "huggingface")
 
 
-def _read_weights(root: Path) -> dict[str, TensorExpr]:
-    readers: dict[str, Callable[[Path], dict[str, TensorExpr]]] = {
-        "model.safetensors": read_safetensors_header,
-        "pytorch_model.bin": read_torch_zip,
-    }
-    for name, read in readers.items():
+def index_of_shards(root: Path) -> Path | None:
+    """The index of the shards that are read of a directory; None where one file holds all weights, or none does."""
+    places = (place for name in _READERS for place in (root / name, root / f"{name}{_INDEX}"))
+    found = next((place for place in places if place.exists()), None)
+    return found if found is not None and found.name.endswith(_INDEX) else None
+
+
+def _read_weights(root: Path) -> Mapping[str, TensorExpr]:
+    index = index_of_shards(root)
+    if index is not None:
+        return _read_shards(root, index.name, _READERS[index.name.removesuffix(_INDEX)])
+    for name, read in _READERS.items():
         if (root / name).exists():
             return read(root / name)
-        if (root / f"{name}.index.json").exists():
-            return _read_shards(root, f"{name}.index.json", read)
     others = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
     raise UserError(
         f"{root}: no model.safetensors, no pytorch_model.bin, and no .index.json of shards",
@@ -146,11 +155,11 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
     return data
 
 
-def _read_shards(root: Path, index: str, read: Callable[[Path], dict[str, TensorExpr]]) -> dict[str, TensorExpr]:
+def _read_shards(root: Path, index: str, read: Callable[[Path], Mapping[str, TensorExpr]]) -> Mapping[str, TensorExpr]:
     weight_map = _read_json(root, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{root / index}: no `weight_map` of names to files")
-    shards: dict[str, dict[str, TensorExpr]] = {}
+    shards: dict[str, Mapping[str, TensorExpr]] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise UserError(f"{root}: the index names {name!r}, which is outside the checkpoint")
@@ -162,37 +171,3 @@ def _read_shards(root: Path, index: str, read: Callable[[Path], dict[str, Tensor
         raise UserError(f"{root}: {weight_map[lost[0]]} does not hold {lost[0]}", "the index and the shards disagree")
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     return tensors | {name: shards[shard][name] for name, shard in weight_map.items()}
-
-
-def read_safetensors_header(path: Path) -> dict[str, TensorExpr]:
-    """The tensors of one safetensors file by name, in file order; raises UserError when header and size disagree."""
-    size = os.path.getsize(path)
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        if length > min(_MAX_HEADER, size - 8):
-            raise UserError(f"{path}: truncated or not a safetensors file: {size} bytes", "download the file again")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        entries = [(n, e["dtype"], e["shape"], e["data_offsets"]) for n, e in header.items() if n != "__metadata__"]
-        entries.sort(key=lambda entry: entry[3])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: damaged safetensors header", "download the file again") from error
-    return dict(_safetensor(path, size, 8 + length, *entry) for entry in entries)
-
-
-def _safetensor(
-    path: Path, size: int, start: int, name: str, dtype: str, shape: Iterable[int], offsets: tuple[int, int]
-) -> tuple[str, TensorExpr]:
-    if dtype not in _SAFETENSORS_TYPES:
-        raise UserError(f"{path}: {name} has type {dtype}", did_you_mean(dtype, _SAFETENSORS_TYPES))
-    source = Source(str(path), start + offsets[0], _SAFETENSORS_TYPES[dtype], tuple(shape), name)
-    if offsets[1] - offsets[0] != source.nbytes:
-        raise UserError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, its shape needs {source.nbytes}")
-    if start + offsets[1] > size:
-        raise UserError(
-            f"{path}: truncated: {name} ends at byte {start + offsets[1]}, the file has {size}",
-            "download the file again",
-        )
-    return name, source

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -49,7 +48,6 @@ class GgufArchitecture:
     class_name: str
     head_dim_key: str | None = None
     interleaved: bool = False  # llama.cpp stores query and key rows as (pair, half) for these
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 ARCHITECTURES = {
@@ -72,7 +70,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
         raise UserError(f"{header.path}: scaled rotary frequencies are not read from GGUF", "use the safetensors form")
-    config: dict[str, Any] = {"architectures": [arch.class_name], "model_type": arch.model_type, **arch.config}
+    config: dict[str, Any] = {"architectures": [arch.class_name], "model_type": arch.model_type}
     keys = dict(_CONFIG_KEYS)
     if arch.head_dim_key:
         keys[arch.head_dim_key] = "head_dim"

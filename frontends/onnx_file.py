@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -74,7 +74,7 @@ def import_model(
 
 def _existing(path: Path) -> Path:
     if path.is_file():
-        return path.resolve()
+        return path.parent.resolve() / path.name  # a link keeps its name: caches of model hubs link to nameless files
     if path.is_dir():
         models = sorted(p.name for p in path.glob("*.onnx"))
         hint = did_you_mean("model.onnx", models) if models else None
@@ -94,19 +94,33 @@ def _parse(file: Path) -> onnx.ModelProto:
     return model
 
 
+def external_files(path: Path) -> set[Path]:
+    """The files beside an .onnx file that hold its weights; raises UserError for one that is damaged."""
+    model = _parse(path)
+    tensors = (tensor for tensor in (*model.graph.initializer, *_inside_nodes(model)) if _is_external(tensor))
+    return {path.parent / entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
+
+
 def _embed(model: onnx.ModelProto, file: Path) -> None:
     """Read external data into those tensors that are carried inside a node."""
+    for tensor in filter(_is_external, _inside_nodes(model)):
+        array = _external(tensor, file).read()
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def _inside_nodes(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Tensors that nodes carry: in attributes, and as initializers of inner graphs."""
     pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     while pending:
         node = pending.pop()
-        held = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
+        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
         for graph in inner_graphs(node):
-            held += graph.initializer
+            yield from graph.initializer
             pending += graph.node
-        for tensor in held:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                array = _external(tensor, file).read()
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _constants(model: onnx.ModelProto, file: Path) -> dict[str, TensorExpr]:
@@ -114,7 +128,7 @@ def _constants(model: onnx.ModelProto, file: Path) -> dict[str, TensorExpr]:
     found: dict[str, TensorExpr] = {}
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for tensor in model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if _is_external(tensor):
                 found[tensor.name] = _external(tensor, file)
             elif len(tensor.raw_data) > _INLINE_BYTES:
                 # equal bytes are an equal weight, so the first place that holds them is as good as the tensor's own
@@ -140,7 +154,9 @@ def _external(tensor: onnx.TensorProto, file: Path) -> Source:
     entry = {e.key: e.value for e in tensor.external_data}
     location = PurePosixPath(entry.get("location", ""))
     data = (file.parent / location).resolve()
-    if location.is_absolute() or ".." in location.parts or not data.is_relative_to(file.parent):
+    # the files of a link lie beside it, or are links to files beside the one that it leads to
+    inside = data.is_relative_to(file.parent) or data.is_relative_to(file.resolve().parent)
+    if location.is_absolute() or ".." in location.parts or not inside:
         raise UserError(
             f"{file}: weight {tensor.name} lies at `{location}`, outside the model's directory",
             "external data is read from beside the model only",

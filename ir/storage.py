@@ -9,13 +9,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.graph import Graph, Value
 from vacc_opt.ir.onnx_proto import is_inline, to_onnx
 from vacc_opt.ir.tensor import Source, TensorExpr
 from vacc_opt.ir.weight_files import METADATA, NAMES, WeightFile, write_weight_files
 
 _TYPES = {name: dtype for dtype, name in NAMES.items()}
+_MAX_HEADER = 100 << 20  # the limit that the safetensors format itself sets
+_AGAIN = "write or download the file again"
 
 
 def is_stored(value: Value) -> bool:
@@ -32,34 +34,40 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorExpr]) -> dict[str
 
 
 def read_safetensors_header(path: Path) -> dict[str, Source]:
-    """The tensors of a safetensors file as lazy sources.
+    """The tensors of a safetensors file as lazy sources, in the order of their bytes.
 
     Raises:
-        UserError: the file is missing, truncated or no safetensors file.
+        UserError: the file is missing, damaged, truncated or no safetensors file.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, 100 << 20):
-                raise UserError(f"{path}: not a safetensors file, or truncated")
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little") if len(prefix) == 8 else _MAX_HEADER + 1
+            if length > min(_MAX_HEADER, size - 8):
+                raise UserError(f"{path}: not a safetensors file, or truncated: {size} bytes", _AGAIN)
             header = json.loads(file.read(length))
+        entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != METADATA]
+        entries.sort(key=lambda entry: entry[3:])
     except OSError as error:
         raise UserError(f"{path}: cannot read the weight file: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a safetensors file, or truncated: {error}") from error
-    sources: dict[str, Source] = {}
-    for name, entry in header.items():
-        if name == METADATA:
-            continue
-        low, high = entry["data_offsets"]
-        if 8 + length + high > size:
-            raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + high}, the file has {size}")
-        if entry["dtype"] not in _TYPES:
-            raise UserError(f"{path}: {name} has element type {entry['dtype']}, which is not supported")
-        dtype, shape = _TYPES[entry["dtype"]].value, tuple(entry["shape"])
-        sources[name] = Source(str(path), 8 + length + low, dtype, shape, name)
-    return sources
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged safetensors header", _AGAIN) from error
+    return {entry[0]: _stored(path, size, 8 + length, *entry) for entry in entries}
+
+
+def _stored(
+    path: Path, size: int, start: int, name: str, dtype: str, shape: tuple[int, ...], low: int, high: int
+) -> Source:
+    """A tensor whose bytes are `low` to `high` behind `start`."""
+    if dtype not in _TYPES:
+        raise UserError(f"{path}: {name} has type {dtype}", did_you_mean(dtype, _TYPES))
+    source = Source(str(path), start + low, _TYPES[dtype].value, shape, name)
+    if high - low != source.nbytes:
+        raise UserError(f"{path}: {name} has {high - low} bytes, its shape needs {source.nbytes}")
+    if start + high > size:
+        raise UserError(f"{path}: truncated: {name} ends at byte {start + high}, the file has {size}", _AGAIN)
+    return source
 
 
 def stored_tensors(graph: Graph, rank: int = 0) -> dict[str, TensorExpr]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from vacc_opt.frontends.checkpoint import index_of_shards
 from vacc_opt.frontends.vamc_config import mistakes
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.runtime.lint_subject import Subject, read_object
@@ -169,15 +170,15 @@ def _models(text: str) -> dict[str, set[str]]:
 @rule("missing-shards")
 def _shards(subject: Subject) -> Iterator[Problem]:
     """Files that the index of the shards names and that are not there."""
-    if subject.directory is None:
+    index = index_of_shards(subject.directory) if subject.directory is not None else None
+    if index is None:
         return
-    for index in sorted(subject.directory.glob("*.index.json")):
-        weights = read_object(index).get("weight_map")
-        files = set(weights.values()) if isinstance(weights, dict) else set()
-        lost = sorted(f for f in map(str, files) if not (subject.directory / f).is_file())
-        if lost:
-            message = f"{index}: {len(lost)} of {len(files)} shards are missing: {', '.join(lost[:4])}"
-            yield "error", message, "download them into the same directory"
+    weights = read_object(index).get("weight_map")
+    files = set(weights.values()) if isinstance(weights, dict) else set()
+    lost = sorted(f for f in map(str, files) if not (index.parent / f).is_file())
+    if lost:
+        message = f"{index}: {len(lost)} of {len(files)} shards are missing: {', '.join(lost[:4])}"
+        yield "error", message, "download them into the same directory"
 
 
 @rule("checkpoint")
@@ -241,6 +242,9 @@ def _layers(subject: Subject) -> Iterator[Problem]:
         yield "error", message, f"set `{key}: {max(stored) + 1}`"
 
 
+_MOBILLAMA = "MobiLlamaForCausalLM"
+
+
 @rule("kv-heads")
 def _kv_heads(subject: Subject) -> Iterator[Problem]:
     """`num_key_value_heads` in config.json that does not match the rows of the key projection."""
@@ -254,13 +258,15 @@ def _kv_heads(subject: Subject) -> Iterator[Problem]:
         message = f"{subject.json_file}: num_key_value_heads is {kv_heads}, the key projections have {wrong[0]} rows"
         fits = wrong[0] % width == 0
         fix = f"set `num_key_value_heads: {wrong[0] // width}`" if fits else f"head_dim {width} does not divide them"
-        yield "error", message + f" of {width} a head", fix
+        unread = _MOBILLAMA in (subject.model.get("architectures") or ())  # as many as query heads, whatever it says
+        yield "warning" if unread else "error", message + f" of {width} a head", fix
 
 
 @rule("tensors")
 def _tensors(subject: Subject) -> Iterator[Problem]:
-    """Tensors that the model of config.json has and the weights lack, or have in another shape."""
-    if subject.checkpoint is None or list(_layers(subject)) or list(_kv_heads(subject)):
+    """Tensors that the model of config.json has and the weights lack, or have in another shape, or without scales."""
+    wrong_heads = any(severity == "error" for severity, _, _ in _kv_heads(subject))
+    if subject.checkpoint is None or list(_layers(subject)) or wrong_heads:
         return
     from vacc_opt.frontends.huggingface import build_module
     from vacc_opt.frontends.shared_layers import find_shared_layers
@@ -285,6 +291,12 @@ def _tensors(subject: Subject) -> Iterator[Problem]:
         message = f"{checkpoint.path}: {len(wrong)} tensors have a wrong shape: {first} is {list(stored[first])}"
         fix = "correct the sizes in config.json, or use the weights that belong to it"
         yield "error", f"{message}, config.json makes it {list(wanted[first])}", fix
+    for name in [name for name in wanted if name in checkpoint.tensors]:
+        try:
+            checkpoint.scales_of(name)
+        except UserError as error:
+            yield "error", error.message, error.hint or ""
+            return
 
 
 # both together

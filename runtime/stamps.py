@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vacc_opt.frontends.onnx_file import external_files
 from vacc_opt.runtime.files import sha256
 
 _SMALL = 32 << 20  # bytes of a file that is read whole
@@ -81,14 +82,5 @@ def checkpoint_stamp(path: Path) -> str:
     """The stamp of a checkpoint: a directory, a .gguf file, or an .onnx file with its weights and what lies beside."""
     if path.suffix != ".onnx" or path.is_dir():
         return stamp(path)
-    beside = sorted(p for p in path.parent.iterdir() if p.suffix in (".json", ".jinja") or p in _external(path))
-    return hashlib.sha256("\n".join(map(stamp, [path, *beside])).encode()).hexdigest()
-
-
-def _external(path: Path) -> set[Path]:
-    """The files that hold the weights of an .onnx file."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
-    return {path.parent / entry.value for entry in entries if entry.key == "location"}
+    beside = {p for p in path.parent.iterdir() if p.suffix in (".json", ".jinja")} | external_files(path)
+    return hashlib.sha256("\n".join(map(stamp, [path, *sorted(beside)])).encode()).hexdigest()

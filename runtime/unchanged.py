@@ -13,6 +13,7 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import MANIFEST, Artifact, open_artifact
 from vacc_opt.runtime.cache import Cache, key_of
 from vacc_opt.runtime.files import sha256
+from vacc_opt.runtime.models import TEXT_SUFFIX
 from vacc_opt.runtime.plan import Plan
 from vacc_opt.runtime.stamps import checkpoint_stamp, stamp
 
@@ -33,7 +34,9 @@ def unchanged_artifact(plan: Plan, cache: Cache, key: str) -> Unchanged | None:
     Digests of all files but the data of weights are checked; of those the size and the time of change.
     """
     data = cache.get(_KIND, key)
-    if data is None or plan.config.frontend.trust_remote_code:  # that code may depend on anything
+    frontend = plan.config.frontend
+    # that code may depend on anything; a text names files of weights, which its stamp does not cover
+    if data is None or frontend.trust_remote_code or frontend.checkpoint.endswith(TEXT_SUFFIX):
         return None
     kept = json.loads(data)
     try:

@@ -31,7 +31,6 @@ _EXPECTED = {
     "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False,
     "original_rope": True,
-    "quantization_bit": 0,
     "pre_seq_len": None,
 }
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -62,6 +61,11 @@ class ChatGLMConfig:
                 raise UserError(
                     f"config.json: {key} is {config[key]!r}, a ChatGLM2, ChatGLM3 or GLM-4 model has {expected!r}"
                 )
+        if config.get("quantization_bit", 0) not in (0, 8):  # 8: its weights are codes with scales beside them
+            raise UserError(
+                f"config.json: quantization_bit is {config['quantization_bit']!r}, 0 and 8 are read",
+                "compile the float checkpoint; `frontend.quantize` makes it int8",
+            )
         layers = config.get("num_layers", cls.num_layers)
         if config.get("num_hidden_layers", layers) != layers:
             raise UserError(

@@ -150,6 +150,8 @@ def test_a_checkpoint_of_its_own_quantize_8_keeps_its_codes(tmp_path: Path) -> N
         codes[name] = np.rint(weight / scale[:, None].astype(np.float32)).clip(-127, 127).astype(np.int8)
         tensors |= {name: codes[name], f"{name}_scale": scale}
     save_file(tensors, file)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "quantization_bit": 8}))
     graph = export_checkpoint(tmp_path / "m")
     run_pipeline(
         graph, "simplify,fuse-rms-norm,fuse-rotary{positions=64},split-packed-linear,fuse-gqa,fuse-swiglu,w8a16"

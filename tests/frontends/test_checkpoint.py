@@ -71,7 +71,6 @@ HYPER = {
 def test_config_and_every_tensor_of_a_directory_are_those_of_the_model(tied_llama: Any) -> None:
     checkpoint = open_checkpoint(tied_llama.path)
     assert checkpoint.config["model_type"] == "llama"
-    assert checkpoint.tied
     for name, parameter in tied_llama.module.named_parameters():
         np.testing.assert_array_equal(checkpoint.tensors[name].read(), parameter.detach().numpy())
 
@@ -291,3 +290,25 @@ def test_gguf_tensor_without_a_place_in_the_model_is_refused(tmp_path: Path) -> 
 )
 def test_wrong_package_path_is_refused(text: str, expected: str) -> None:
     assert expected in message_of(text)
+
+
+def test_integers_without_scales_are_no_weights(broken: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(broken / "model.safetensors")
+    rows = len(tensors[name])
+    codes = {name: np.ones(tensors[name].shape, np.int8), f"{name}_scale": np.ones((rows, 1), np.float32)}
+    save_file({**tensors, **codes}, broken / "model.safetensors")
+    wanted = rf"{name} is int8, and no {name}_scale \[{rows}\] says what it means"
+    with pytest.raises(UserError, match=wanted):
+        open_checkpoint(broken).scales_of(name)
+    with pytest.raises(UserError, match=wanted):
+        export_checkpoint(broken, isolated=False)
+
+
+def test_a_link_of_a_hub_cache_is_the_file_that_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").symlink_to(open_checkpoint(SMOLLM2).path)
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blobs" / "0a1b")
+    assert open_checkpoint(tmp_path / "model.gguf").path == tmp_path.resolve() / "model.gguf"

@@ -288,3 +288,17 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file") as caught:
         load_onnx(tmp_path / "modle.onnx")
     assert caught.value.hint == "did you mean `model.onnx`?"
+
+
+def test_a_model_in_a_hub_cache_finds_its_weights_beside_it(tmp_path: Path) -> None:
+    path = save_external(tmp_path / "model.onnx")
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    for blob, file in (("0a", path), ("1b", tmp_path / "weights.bin")):
+        (tmp_path / "blobs" / blob).write_bytes(file.read_bytes())
+        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / blob)
+    assert_is_the_linear(tmp_path / "snapshot" / "model.onnx")
+    (tmp_path / "snapshot" / "weights.bin").unlink()
+    (tmp_path / "snapshot" / "weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(UserError, match="outside the model's directory"):
+        load_onnx(tmp_path / "snapshot" / "model.onnx")

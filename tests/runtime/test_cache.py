@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from vacc_opt.ir.text import to_text
@@ -238,3 +240,15 @@ def test_another_tp_does_not_export_again(lively: Path, config: Callable[..., Pa
     fresh, said = compiled(file, "frontend.model_kwargs.tp=1", f"workspace.path={tmp_path / 'elsewhere'}")
     assert not said["export"].startswith("cached")
     assert contents(fresh) == contents(kept)
+
+
+def test_the_stamp_of_an_onnx_file_is_over_weights_in_a_directory_below(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1, 64]) for name in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight]))
+    (tmp_path / "below").mkdir()
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="below/w.bin", size_threshold=16)
+    before = checkpoint_stamp(tmp_path / "m.onnx")
+    (tmp_path / "below" / "w.bin").write_bytes(bytes(64 * 64 * 4))
+    assert checkpoint_stamp(tmp_path / "m.onnx") != before

@@ -188,7 +188,7 @@ def test_a_truncated_checkpoint(config: Callable[..., Path], tmp_path: Path) -> 
     file.write_bytes(file.read_bytes()[:-1])
     one = only(lint(path), "checkpoint")
     assert "truncated" in one.message
-    assert one.fix == "download the file again"
+    assert one.fix == "write or download the file again"
 
 
 @pytest.mark.parametrize(("trusted", "severity"), [(False, "warning"), (True, "error")])
@@ -306,3 +306,25 @@ def test_a_file_that_is_no_configuration_exits_with_2(tmp_path: Path) -> None:
     assert main(["lint", str(tmp_path / "none.yaml")]) == 2
     with pytest.raises(UserError, match="no such configuration file"):
         lint(tmp_path / "none.yaml")
+
+
+def test_an_index_that_is_not_read_names_no_missing_shards(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config()
+    index = {"weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "tiny-llama/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert lint(path) == []
+
+
+def test_kv_heads_that_the_model_does_not_read_are_a_warning(found: Lint, tmp_path: Path) -> None:
+    own = {"num_attention_heads": 2, "num_key_value_heads": 4, "architectures": ["MobiLlamaForCausalLM"]}
+    findings = found(own)
+    only([one for one in findings if one.rule == "kv-heads"], "kv-heads", "warning")
+    only([one for one in findings if one.rule == "tensors"], "tensors")  # which are looked at nevertheless
+
+
+def test_integers_without_scales(config: Callable[..., Path], tmp_path: Path) -> None:
+    path, file = config(), tmp_path / "tiny-llama/model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**load_file(file), name: np.zeros((48, 32), np.int8)}, file)
+    one = only(lint(path), "tensors")
+    assert f"{name} is int8, and no {name}_scale [48] says what it means" in one.message
