@@ -167,17 +167,20 @@ def _defect(error: Exception) -> int:
     import tempfile
     import traceback
 
-    directory = Path(tempfile.mkdtemp(prefix="vacc-opt-"))
-    report = directory / "traceback.txt"
     text = "".join(traceback.format_exception(error))
     words = f"vacc-opt {__version__}\n{' '.join(sys.argv)}\n\n{text}"
-    report.write_text(words, encoding="utf-8", errors="backslashreplace")
+    try:
+        report = Path(tempfile.mkdtemp(prefix="vacc-opt-")) / "traceback.txt"
+        report.write_text(words, encoding="utf-8", errors="backslashreplace")
+        where = f"traceback in {report}"
+    except OSError as full:
+        where = f"the traceback could not be written: {full.strerror}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     notes: list[str] = getattr(error, "__notes__", [])
     place = [*(n for n in notes if not n.startswith(_REPRODUCER)), f"at {Path(last.filename).name}:{last.lineno}"]
     summary = " ".join(f"{type(error).__name__}: {error} {' '.join(place)}".split())[:300]
     reproducer = next((n for n in notes if n.startswith(_REPRODUCER)), None)
-    return _say(f"a defect of vacc-opt, not of your input: {summary}; traceback in {report}", reproducer, DEFECT)
+    return _say(f"a defect of vacc-opt, not of your input: {summary}; {where}", reproducer, DEFECT)
 
 
 if __name__ == "__main__":

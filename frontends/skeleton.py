@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -78,4 +79,6 @@ def _check(folder: Path, code: int, errors: str) -> None:
     if code == -signal.SIGKILL:
         raise UserError("the export was killed, most likely for want of memory", "free some memory and try again")
     last = errors.splitlines()[-1] if errors else f"exit code {code}"
+    if code == os.EX_IOERR:
+        raise UserError(f"{folder}: the export cannot be written: {last}", "free some space, or set TMPDIR")
     raise ExportDefect(f"the export failed: {last}\n{errors}")

@@ -61,7 +61,7 @@ def trace(
 
 
 def main(folder: Path) -> int:
-    """Serve one request; exit code 2 with ``error.json`` for a mistake of the user."""
+    """Serve one request; exit code 2 with ``error.json`` for a mistake of the user, 74 if the result has no room."""
     _report("load torch")
     _load()
     line = sys.stdin.readline()
@@ -76,10 +76,14 @@ def main(folder: Path) -> int:
         return error.exit_code
     from vacc_opt.frontends.origins import origins_to_json
 
-    (folder / ORIGINS_FILE).write_text(origins_to_json(origins))
-    if layers is not None:
-        (folder / LAYERS_FILE).write_text(json.dumps(asdict(layers)))
-    onnx.save(model, folder / MODEL_FILE)
+    try:
+        (folder / ORIGINS_FILE).write_text(origins_to_json(origins))
+        if layers is not None:
+            (folder / LAYERS_FILE).write_text(json.dumps(asdict(layers)))
+        onnx.save(model, folder / MODEL_FILE)
+    except OSError as error:
+        sys.stderr.write(f"{error.strerror}\n")
+        return os.EX_IOERR
     return 0
 
 
@@ -91,6 +95,7 @@ def _load() -> None:
     from vacc_opt.frontends import huggingface, simplify_skeleton, torch_export  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # a search for cycles would write to the memory of all of it, which a fork shares until then
     gc.set_threshold(50_000)  # traces make many objects that stay
     gc.enable()
 

@@ -226,3 +226,19 @@ def test_on_a_terminal_the_bar_stays_off_standard_output(model: Path) -> None:
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=terminal, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["load", "simplify", "write"]
     assert "\x1b" not in done.stdout  # no control sequences where a log may be
+
+
+def test_a_defect_on_a_full_disk_is_still_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def broken(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr("tempfile.mkdtemp", full)
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("vacc_opt.runtime.models.describe", broken)
+    assert main(["opt", str(model)]) == 70
+    err = capsys.readouterr().err
+    assert err.endswith("; the traceback could not be written: No space left on device\n")

@@ -18,6 +18,7 @@ from vacc_opt.frontends.families import structures
 from vacc_opt.frontends.huggingface import build_module
 from vacc_opt.frontends.skeleton import ExportDefect, export_skeleton
 from vacc_opt.frontends.torch_export import Skeleton, export_module
+from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.text import to_text
 
 LAYERS = 5
@@ -145,4 +146,14 @@ def test_a_process_that_ended_ahead_is_a_defect_with_its_reason(
     (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ExportDefect, match="this torch is broken"), started_ahead():
+        export_checkpoint(untied_llama.path)
+
+
+def test_a_full_disk_is_no_defect_of_an_export(
+    monkeypatch: pytest.MonkeyPatch, untied_llama: Any, tmp_path: Path
+) -> None:
+    full = "import onnx\n\ndef save(*_):\n    raise OSError(28, 'No space left on device')\n\nonnx.save = save\n"
+    (tmp_path / "sitecustomize.py").write_text(full)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="the export cannot be written: No space left on device"):
         export_checkpoint(untied_llama.path)
