@@ -19,6 +19,7 @@ from vacc_opt.ir.graph import Graph, Node
 Array = npt.NDArray[Any]
 Watch = Callable[[str, Array], None]
 BUDGET = 1 << 29  # bytes of values in memory; beyond, they go to files
+SPILLED = "activations-"  # how the directory of these files is called
 
 
 def fresh_feeds(graph: Graph, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
@@ -58,7 +59,7 @@ class Activations:
     Args:
         graph: whose nodes run, in its order.
         feeds: inputs of each sample.
-        scratch: directory for what exceeds ``budget`` bytes.
+        scratch: directory for what exceeds ``budget`` bytes; None: that of the system.
         threads: of onnxruntime.
         optimize: let onnxruntime rewrite the nodes, as :class:`Executable` says: turned weights are turned once.
     """
@@ -67,7 +68,7 @@ class Activations:
         self,
         graph: Graph,
         feeds: Sequence[Mapping[str, Array]],
-        scratch: Path,
+        scratch: Path | None,
         *,
         threads: int,
         budget: int = BUDGET,
@@ -77,7 +78,7 @@ class Activations:
         self.at = 0  # nodes before this one have run
         self.spilled = 0  # values written to files so far
         self._threads, self._budget, self._optimize = threads, budget, optimize
-        self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=scratch)
+        self._scratch = tempfile.TemporaryDirectory(prefix=SPILLED, dir=scratch)
         self._values: list[dict[str, Array]] = [dict(one) for one in feeds]
         self._held = sum(array.nbytes for one in self._values for array in one.values())
         # the last node that reads a value

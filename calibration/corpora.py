@@ -42,7 +42,7 @@ def documents(name: str, path: Path) -> Iterator[str]:
                     yield text
         except OSError as error:  # gzip's error of a bad header is one too
             raise UserError(f"{file}: cannot read the calibration data: {error.strerror or error}") from error
-        except (EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except (EOFError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
             raise UserError(f"{file}: damaged or truncated: {error}", "download the file again") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text: {error.reason}") from error

@@ -33,7 +33,7 @@ def largest_magnitudes(
 
     Raises:
         UserError: there are no feeds.
-        CheckError: a value is NaN or infinite in fp32.
+        CheckError: a value is NaN or plus infinity in fp32; minus infinity hides in masks.
     """
     if not feeds:
         raise UserError("a profile of ranges needs at least one sequence of tokens")
@@ -42,10 +42,11 @@ def largest_magnitudes(
     def watch(name: str, array: Array) -> None:
         if array.dtype.kind != "f" or not array.size:
             return
-        largest = float(np.abs(array).max())
-        if np.isnan(largest):
-            raise CheckError(f"calibration: {name} holds NaN", "the checkpoint may be damaged")
-        if largest < _HIDDEN:
+        if np.isnan(array).any() or np.isposinf(array).any():
+            raise CheckError(f"calibration: {name} holds NaN or infinity", "the checkpoint may be damaged")
+        magnitudes = np.abs(array)
+        largest = float(magnitudes.max(initial=-1.0, where=magnitudes < _HIDDEN))
+        if largest >= 0:
             found[name] = max(found.get(name, 0.0), largest)
 
     run = Activations(graph, feeds, scratch, threads=threads)

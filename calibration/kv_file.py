@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vacc_opt.calibration.kv_scales import KvScales, ScaleZero, load_kv_scales
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, first_line
+from vacc_opt.passes.infra.show.files import check_place
 
 SUFFIXES = (".pth", ".pt")
 _LAYER = "transformer.encoder.layers.{}"
@@ -46,8 +47,7 @@ def check_output(out: Path) -> None:
     """Refuse a name that scales cannot be written to; raises UserError."""
     if out.suffix not in (*SUFFIXES, ".safetensors"):
         raise UserError(f"{out}: no form of KV scales", "end it in .pth (upstream) or .safetensors")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: not a file in an existing directory")
+    check_place(out)
 
 
 def write_pth(path: Path, scales: KvScales) -> None:
@@ -75,7 +75,7 @@ def _read_pth(path: Path) -> KvScales:
     except OSError as error:
         raise UserError(f"{path}: cannot read the KV scales: {error.strerror}") from error
     except Exception as error:
-        raise UserError(f"{path}: not a file of arrays alone: {str(error).splitlines()[0]}"[:300], _FORM) from error
+        raise UserError(f"{path}: not a file of arrays alone: {first_line(error)}"[:300], _FORM) from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a dict", _FORM)
     found: dict[tuple[int, str], ScaleZero] = {}

@@ -8,7 +8,6 @@ scale 1, with its value as zero, and is exact.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +122,7 @@ def calibrate_kv(
     symmetric: bool = False,
     envelope: bool = True,
     threads: int = 2,
+    scratch: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> KvScales:
     """Observe the keys and values of ``graph`` over token sequences [1, n] and give their scales.
@@ -130,7 +130,8 @@ def calibrate_kv(
     The graph is one before ``kv-cache``: inputs input_ids, attention_mask, position_ids and empty pasts, outputs
     ``present.{i}.key|value`` [1, kv heads, n, head dim], keys after rotary. With ``envelope`` the range of a key is
     what it has at any position of the rotary tables, else where it was seen. Parts of layers run one after the
-    other over all sequences, so that memory holds the weights of one. ``progress`` hears (parts done, all).
+    other over all sequences, so that memory holds the weights of one; values that are too many go to files in
+    ``scratch``. ``progress`` hears (parts done, all).
 
     Raises:
         UserError: no sequences, or the graph has no such outputs.
@@ -154,14 +155,15 @@ def calibrate_kv(
             one = _finite(Range(*turned[name].extent(array)) if name in turned else _range(array), name)
             seen[name] = seen[name].include(one) if name in seen else one
 
-    with tempfile.TemporaryDirectory(prefix="vacc-opt-") as scratch:
-        feeds = [fresh_feeds(model, ids) for ids in _used_rows(model, sequences)]
-        live = Activations(model, feeds, Path(scratch), threads=threads, budget=_BUDGET, optimize=True)
+    feeds = [fresh_feeds(model, ids) for ids in _used_rows(model, sequences)]
+    live = Activations(model, feeds, scratch, threads=threads, budget=_BUDGET, optimize=True)
+    try:
         ends = _ends(live, watched)
         for done, end in enumerate(ends, 1):
             live.advance(end, {}, watch, watched.keys())
             if progress is not None:
                 progress(done, len(ends))
+    finally:
         live.close()
     scales: dict[tuple[int, str], ScaleZero] = {}
     for name, extent in sorted(seen.items()):

@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vacc_opt.calibration.activations import fresh_feeds
+from vacc_opt.calibration.activations import SPILLED, fresh_feeds
 from vacc_opt.calibration.fp16_ranges import largest_magnitudes, save_ranges
 from vacc_opt.calibration.gptq_model import LayerResult, Options, quantize_model
 from vacc_opt.calibration.kv_file import read_scales
@@ -29,6 +30,7 @@ from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.weight_check import header_digest
 from vacc_opt.ir.weights import formula, stored_parts
 from vacc_opt.runtime.cache import Cache, kept_sha256
+from vacc_opt.runtime.files import locked_directory
 from vacc_opt.runtime.integrity import HEADER, damages
 from vacc_opt.runtime.plan import CODES_FILE, RANGES_FILE, SCALES_FILE, Plan
 from vacc_opt.runtime.subjects import Ids
@@ -103,8 +105,8 @@ def _sequences(plan: Plan, tokenizer: Tokenizer | None) -> list[Ids]:
     assert data is not None  # plan_compilation refuses it
     if tokenizer is None:
         raise UserError(
-            f"{plan.config.frontend.checkpoint}: calibration needs the tokenizer, and tokenizer.json is missing",
-            "put it beside the weights, or name scales in `frontend.quantize.kv_scales`",
+            f"{plan.config.frontend.checkpoint}: calibration needs the tokenizer, and there is none that is read",
+            "put tokenizer.json beside the weights, or name scales in `frontend.quantize.kv_scales`",
         )
     length = min(data.seqlen, plan.context)
     return calibration_ids(
@@ -117,20 +119,30 @@ def _scales(plan: Plan, graph: Graph, ids: Sequence[Ids], cache: Path, base: str
     args = plan.config.frontend.quantize.kv_args
     key = _key("kv", base, args.symmetric, args.envelope)
     target = cache / key / SCALES_FILE
-    if _is_whole(target):
-        return target, True
-    target.parent.mkdir(parents=True, exist_ok=True)
-    found = calibrate_kv(
-        graph,
-        ids,
-        symmetric=args.symmetric,
-        envelope=args.envelope,
-        progress=lambda done, of: say(f"calibrate: ranges, {done} of {of} parts", done, of),
-    )
-    part = target.with_name(target.name + ".tmp")
-    found.save(part)
-    os.replace(part, target)
+    with _alone(target.parent):
+        if _is_whole(target):
+            return target, True
+        found = calibrate_kv(
+            graph,
+            ids,
+            scratch=target.parent,
+            symmetric=args.symmetric,
+            envelope=args.envelope,
+            progress=lambda done, of: say(f"calibrate: ranges, {done} of {of} parts", done, of),
+        )
+        part = target.with_name(target.name + ".tmp")
+        found.save(part)
+        os.replace(part, target)
     return target, False
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """In the directory of a result: another compilation may want the same, and one that was killed left its values."""
+    with locked_directory(directory):
+        for left in (*directory.glob(f"{SPILLED}*"), *directory.glob(f"work/{SPILLED}*")):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _is_whole(file: Path) -> bool:
@@ -164,21 +176,22 @@ def _codes(
     key = _key("gptq", base, asdict(options.solver) | {"device": ""}, options.true_sequential, options.keep_share)
     directory = cache / key
     codes, layers = directory / CODES_FILE, directory / LAYERS_FILE
-    known = layers.is_file() and _is_whole(codes)  # the layers are written last
-    if not known:
-        found = quantize_model(
-            graph,
-            [fresh_feeds(graph, one) for one in ids],
-            codes,
-            directory / "work",
-            key,
-            options,
-            lambda done, of: say(f"calibrate: {done} of {of} linears", done, of),
-        )
-        part = layers.with_name(layers.name + ".tmp")
-        part.write_text(layers_text(found), encoding="utf-8")
-        os.replace(part, layers)
-        shutil.rmtree(directory / "work", ignore_errors=True)
+    with _alone(directory):
+        known = layers.is_file() and _is_whole(codes)  # the layers are written last
+        if not known:
+            found = quantize_model(
+                graph,
+                [fresh_feeds(graph, one) for one in ids],
+                codes,
+                directory / "work",
+                key,
+                options,
+                lambda done, of: say(f"calibrate: {done} of {of} linears", done, of),
+            )
+            part = layers.with_name(layers.name + ".tmp")
+            part.write_text(layers_text(found), encoding="utf-8")
+            os.replace(part, layers)
+            shutil.rmtree(directory / "work", ignore_errors=True)
     entries: list[dict[str, Any]] = json.loads(layers.read_text(encoding="utf-8"))
     return codes, [LayerResult(**{**one, "shape": tuple(one["shape"])}) for one in entries], known
 

@@ -93,6 +93,18 @@ def scratch_directory(parent: Path, prefix: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Within the block no other process is in such a block for ``path``, which is made if it is not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_abandoned(parent: Path, prefix: str, path: Path | None = None) -> list[Path]:
     """Remove the scratch directories of that prefix whose process was killed; gives those that were removed.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +13,14 @@ from pathlib import Path
 from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.graph import Graph
 from vacc_opt.ir.infer import RULES_OPSET
-from vacc_opt.ir.storage import save_onnx, stored_tensors
+from vacc_opt.ir.storage import save_onnx
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import InvalidGraph, verify
+from vacc_opt.ir.weights import stored_parts
+from vacc_opt.runtime.files import remove_abandoned, scratch_directory
 
 TEXT_SUFFIX = ".vacc"
+_SCRATCH = ".vacc-opt-"
 _OURS = re.compile(r"(rank\d+|model)\.(onnx|safetensors)|(prefill|decode)[\w-]*\.rank\d+\.(onnx|safetensors)")
 
 
@@ -81,17 +82,14 @@ def _read(reference: str, export: Callable[[str | Path], Graph], keep_functions:
     if reference.startswith("package:"):
         return export(reference)
     if reference == "-":
-        return _from_text(sys.stdin.read(), "standard input")
+        return _from_text(sys.stdin.read, "standard input")
     path = Path(reference).expanduser()
     if not path.exists():
         raise UserError(f"{reference}: no such file or directory")
     if path.suffix == ".onnx":
         return load_onnx(path, keep_functions=keep_functions)
     if path.suffix == TEXT_SUFFIX:
-        try:
-            return _from_text(path.read_text(encoding="utf-8"), reference)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{reference}: not text: {error.reason}") from error
+        return _from_text(partial(path.read_text, encoding="utf-8"), reference)
     if path.is_dir() or path.suffix == ".gguf":
         return export(path)
     raise UserError(
@@ -99,9 +97,11 @@ def _read(reference: str, export: Callable[[str | Path], Graph], keep_functions:
     )
 
 
-def _from_text(text: str, name: str) -> Graph:
+def _from_text(read: Callable[[], str], name: str) -> Graph:
     try:
-        return from_text(text)
+        return from_text(read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not text: {error.reason}") from error
     except UserError as error:
         raise UserError(f"{name}: {error.message}", error.hint) from error
 
@@ -125,6 +125,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: is a directory", "name a file")
     if path.suffix not in (".onnx", TEXT_SUFFIX) and not path.is_dir() and (path.exists() or path.suffix):
         raise UserError(f"{path}: no form of a model", "end OUT in .onnx or .vacc, or name a directory")
+    if (path / "config.json").exists():
+        raise UserError(f"{path}: is a checkpoint", "its weights would be replaced; name another directory")
     weights = path.with_suffix(".safetensors")
     if path.suffix == ".onnx" and weights.exists() and not path.exists():
         raise UserError(
@@ -169,8 +171,10 @@ def write_model(graph: Graph, out: Path) -> list[Written]:
     out.mkdir(exist_ok=True)
     try:
         written = _publish(out, lambda scratch: _write_ranks(graph, scratch))
+        read = _read_stems(graph)  # an input may lie there too
         for stale in set(_rank_files(out)) - {one.path for one in written}:
-            stale.unlink()  # of an earlier split or of other phases
+            if stale.resolve().with_suffix("") not in read:
+                stale.unlink()  # of an earlier split or of other phases
         return written
     except BaseException:
         if not existed:
@@ -180,6 +184,12 @@ def write_model(graph: Graph, out: Path) -> list[Written]:
 
 def _rank_files(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if _OURS.fullmatch(p.name)]
+
+
+def _read_stems(graph: Graph) -> set[Path]:
+    """The files, without their endings, that hold weights of the graph."""
+    constants = (v.const for one in (graph, *graph.phases.values()) for v in one.constants() if v.const is not None)
+    return {Path(part.file).resolve().with_suffix("") for const in constants for part in stored_parts(const)}
 
 
 def _write_text(graph: Graph, path: Path) -> None:
@@ -201,18 +211,11 @@ def _write_ranks(graph: Graph, directory: Path) -> None:
 
 def _publish(directory: Path, write: Callable[[Path], None]) -> list[Written]:
     """Let ``write`` fill a scratch directory beside the target, then move its files in, weights before graphs."""
-    scratch = Path(tempfile.mkdtemp(prefix=".vacc-opt-", dir=directory))
-    try:
+    remove_abandoned(directory, _SCRATCH)
+    with scratch_directory(directory, _SCRATCH) as scratch:
         write(scratch)
         files = sorted(scratch.iterdir(), key=lambda p: (p.suffix == ".onnx", p.name))
         written = [Written(directory / p.name, p.stat().st_size) for p in files]
         for path in files:
             path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return written
-
-
-def stored_bytes(graph: Graph) -> int:
-    """Bytes of the weights of all ranks as they are stored."""
-    return sum(e.nbytes for rank in range(graph.ranks) for e in stored_tensors(graph, rank).values())

@@ -107,5 +107,11 @@ def test_missing_files_and_impossible_names_are_refused(tmp_path: Path) -> None:
         read_scales(tmp_path / "no.pth")
     with pytest.raises(UserError, match="no form of KV scales"):
         check_output(tmp_path / "a.bin")
-    with pytest.raises(UserError, match="not a file in an existing directory"):
+    with pytest.raises(UserError, match=r"the directory .* does not exist"):
         check_output(tmp_path / "no" / "a.pth")
+
+
+def test_an_empty_file_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "kv.pth").touch()
+    with pytest.raises(UserError, match="not a file of arrays alone: EOFError"):
+        read_scales(tmp_path / "kv.pth")

@@ -208,3 +208,21 @@ def test_a_weight_that_others_read_too_is_copied_for_an_island() -> None:
     run_pipeline(graph, "cast-float")
     assert kinds(graph, "w", "p", "a", "b") == ["float16", "float", "float16", "float16"]
     assert kinds(graph, "w.float") == ["float"]
+
+
+def profile(values: list[float], tmp_path: Path) -> dict[str, float]:
+    graph = from_text('<ir_version: 10, opset_import: ["" : 24]>\ng (float[N] x) => (float[N] y) {\n  y = Neg (x)\n}\n')
+    return largest_magnitudes(graph, [{"x": np.array(values, np.float32)}], tmp_path)
+
+
+def test_what_hides_in_a_mask_hides_only_itself(tmp_path: Path) -> None:
+    lowest = float(np.finfo(np.float32).min)
+    assert profile([-3.0, 2.0, lowest], tmp_path) == {"y": 3.0}
+    assert profile([-3.0, np.inf], tmp_path) == {"y": 3.0}  # minus infinity in y
+    assert profile([lowest], tmp_path) == {}
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_value_that_is_no_number_is_an_error(value: float, tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="y holds NaN or infinity"):
+        profile([1.0, value], tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from vacc_opt.ir.errors import UserError
-from vacc_opt.runtime.files import check_place, remove_abandoned, replaced_directory, scratch_directory
+from vacc_opt.runtime.files import (
+    check_place,
+    locked_directory,
+    remove_abandoned,
+    replaced_directory,
+    scratch_directory,
+)
 
 FILL = """
 import sys, time
@@ -99,3 +107,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)  # to root everything is writable
     with pytest.raises(UserError, match="cannot be written to"):
         check_place(tmp_path / "a" / "b", lambda path: True)
+
+
+def test_a_locked_directory_is_for_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked_directory(tmp_path / "a" / "b"):
+        handle = os.open(tmp_path / "a" / "b", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,26 @@ def test_weights_that_are_not_ours_are_never_overwritten(exported: Path, tmp_pat
 def test_a_misspelt_suffix_makes_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no form of a model"):
         check_output(tmp_path / "out.onx")
+
+
+def test_a_checkpoint_is_no_place_for_output(checkpoint: Path, tmp_path: Path, exported: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    with pytest.raises(UserError, match="model: is a checkpoint"):
+        write_model(load_model(str(exported)), tmp_path / "model")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+
+
+def test_ranks_beside_the_model_that_they_are_made_of_leave_it_there(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported.parent, tmp_path / "work")
+    graph = load_model(str(tmp_path / "work" / "model.onnx"))
+    run_pipeline(graph, "simplify,fuse-rms-norm,fuse-rotary,fuse-gqa,fuse-swiglu,split-tp{tp=2}")
+    write_model(graph, tmp_path / "work")
+    names = {p.name for p in (tmp_path / "work").iterdir()}
+    assert {"model.onnx", "model.safetensors", "rank0.onnx", "rank1.safetensors"} <= names
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / ".vacc-opt-abcdefgh").mkdir()
+    write_model(load_model(str(exported)), tmp_path / "again.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.onnx", "again.safetensors"]
