@@ -72,12 +72,12 @@ def command(
     The text is cut into windows that start without a past. With --reference every window is shown to both, and
     perplexity is compared token by token.
     """
-    from vacc_opt.ir.errors import UserError
+    from vacc_opt.passes.infra.show.files import check_place
     from vacc_opt.runtime.eval import EvalOptions, evaluate_models
 
     page = Path(html) if html else None
-    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-        raise UserError(f"{page}: not a file in an existing directory", "name an .html file")
+    if page is not None:
+        check_place(page)
     options = EvalOptions(
         models=models,
         text=Path(text),

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 from vacc_opt.ir.errors import UserError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+# value types of the specification, and how ``struct`` calls the scalars
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_ARRAY_KEPT = 4096  # longer arrays (the vocabulary) are stepped over; nobody here needs them
 
@@ -118,17 +119,17 @@ def _string(file: BinaryIO, size: int) -> str:
 
 
 def _value(file: BinaryIO, kind: int, size: int) -> Any:
-    if kind == _STRING:
+    if kind == STRING:
         return _string(file, size)
-    if kind != _ARRAY:
-        return _unpack(file, _SCALARS[kind])[0]
+    if kind != ARRAY:
+        return _unpack(file, SCALARS[kind])[0]
     element, count = _unpack(file, "IQ")
     if count > size:
         raise ValueError("an array longer than the file")
     if count <= _MAX_ARRAY_KEPT:
         return [_value(file, element, size) for _ in range(count)]
-    if element in _SCALARS:
-        file.seek(count * struct.calcsize("<" + _SCALARS[element]), os.SEEK_CUR)
+    if element in SCALARS:
+        file.seek(count * struct.calcsize("<" + SCALARS[element]), os.SEEK_CUR)
     else:
         for _ in range(count):
             file.seek(_unpack(file, "Q")[0], os.SEEK_CUR)

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from vacc_opt.frontends.config_errors import Locations, describe_error, describe_errors
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, first_line
 
 QuantizeType = Literal["w8a16", "w8a16_gptq", "w16kv8", "w8kv8", "w8kv8_gptq"]
 BLOCK = 16  # upstream: every sequence length is a multiple of this
@@ -224,7 +224,7 @@ class PyEnv(_Section):
 class Workspace(_Section):
     """Where the artifact goes: ``path/name``."""
 
-    path: str = "./vacc_deploy"
+    path: Annotated[str, AfterValidator(os.path.expanduser)] = "./vacc_deploy"
     workers: int = Field(2, ge=1)  # prefill and decode; on one core they take turns
     pyenv: PyEnv | None = None
     env_recheck: bool = False
@@ -283,7 +283,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Locations]:
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark is not None else str(file)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation and the quotes") from error
     if not isinstance(tree, Mapping):
         raise UserError(f"{file}: not a configuration: the top level is not a mapping", "it begins with `name: ...`")
@@ -296,16 +296,24 @@ def _plain(node: Any, path: tuple[str | int, ...], lines: dict[tuple[str | int, 
     position = getattr(node, "lc", None)
     if isinstance(node, Mapping):
         for key in node:
-            lines[(*path, str(key))] = position.key(key)[0] + 1 if position is not None else 0
+            lines[(*path, str(key))] = line_of(position, key)
         return {str(key): _plain(value, (*path, str(key)), lines) for key, value in node.items()}
     if isinstance(node, list):
         for i in range(len(node)):
-            lines[(*path, i)] = position.item(i)[0] + 1 if position is not None else 0
+            lines[(*path, i)] = line_of(position, i)
         return [_plain(value, (*path, i), lines) for i, value in enumerate(node)]
     for kind in (bool, int, float, str):  # ruamel's scalars are subclasses that remember their spelling
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def line_of(position: Any, key: Any) -> int:
+    """The line of a key or entry, from 1; of one that `<<: *anchor` brings in, its mapping's; 0 where none is known."""
+    if position is None:
+        return 0
+    place = (position.data or {}).get(key)
+    return int(position.line if place is None else place[0]) + 1
 
 
 def _apply(data: dict[str, Any], override: str, locations: Locations) -> None:

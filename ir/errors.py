@@ -35,6 +35,15 @@ class CheckError(VaccError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind if it says nothing.
+
+    >>> first_line(ValueError("no\\nmore")), first_line(EOFError())
+    ('no', 'EOFError')
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint that names the nearest choice, or all of them when none is near.
 

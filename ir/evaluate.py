@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from vacc_opt.ir import ops
 from vacc_opt.ir.copy import extract
-from vacc_opt.ir.errors import CheckError, UserError
+from vacc_opt.ir.errors import CheckError, UserError, first_line
 from vacc_opt.ir.graph import Graph, Node, Value
 from vacc_opt.ir.onnx_proto import to_onnx
 from vacc_opt.ir.ort_values import embed_packed, from_ort, run_session, to_ort
@@ -53,7 +53,7 @@ def open_session(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
     except Exception as error:
-        raise CheckError(f"onnxruntime does not load the graph: {str(error).splitlines()[0]}") from error
+        raise CheckError(f"onnxruntime does not load the graph: {first_line(error)}") from error
 
 
 class _Part:
@@ -93,7 +93,7 @@ class _Part:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+            raise CheckError(f"onnxruntime failed: {first_line(error)}") from error
         for name, result in zip(self.outputs, binding.get_outputs(), strict=True):
             values[name] = values[in_place[name]] if in_place.get(name) in buffers else from_ort(result)
 
@@ -102,7 +102,7 @@ class _Part:
         try:
             return run_session(self._session, feeds)
         except Exception as error:
-            raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+            raise CheckError(f"onnxruntime failed: {first_line(error)}") from error
 
 
 def combine(node: Node, parts: Sequence[Array]) -> list[Array]:

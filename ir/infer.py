@@ -15,7 +15,7 @@ import onnx
 from onnx import TypeProto, helper, numpy_helper
 
 from vacc_opt.ir.attributes import make_node, subgraphs
-from vacc_opt.ir.errors import CheckError
+from vacc_opt.ir.errors import CheckError, first_line
 from vacc_opt.ir.graph import Value, attribute_key
 from vacc_opt.ir.tensor import Literal
 from vacc_opt.ir.types import Dim, DType, OpaqueType, Shape, SymbolicDim, TensorType
@@ -239,7 +239,7 @@ def _infer_by_onnx(ctx: Context, outputs: int) -> list[Result]:
     try:
         found = (_infer_with_subgraphs if subgraphs(ctx.attributes) else _infer_plain)(ctx, node, types, data)
     except _REFUSED as error:
-        raise ctx.error(str(error).splitlines()[0]) from error
+        raise ctx.error(first_line(error)) from error
     results: list[Result] = []
     for n in range(outputs):
         proto = found.get(f"o{n}")

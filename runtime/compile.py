@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -201,9 +201,9 @@ def _export(run: _Run) -> tuple[Graph, Tokenizer | None]:
         kind = [frontend.attention] if frontend.type == "huggingface" else []
         cached = ["cached"] if kept else []
         said.append(", ".join([*cached, describe(graph), *([f"{layers} layers"] if layers else []), *kind]))
-        tokenizer = find_tokenizer(frontend.checkpoint)
-        if tokenizer is None:
-            said.append("no tokenizer beside the checkpoint: the artifact cannot `generate` from text")
+        tokenizer = find_tokenizer(
+            frontend.checkpoint, lambda why: said.append(f"{why}: the artifact cannot `generate` from text")
+        )
     return graph, tokenizer
 
 
@@ -229,16 +229,26 @@ def _load(run: _Run) -> tuple[Graph, bool]:
     return kept_graph(run.cache, inputs, load)
 
 
-def find_tokenizer(checkpoint: str) -> Tokenizer | None:
-    """The tokenizer that belongs to a checkpoint; None when it has none in a form that is read."""
+def find_tokenizer(checkpoint: str, say: Callable[[str], None] = lambda why: None) -> Tokenizer | None:
+    """The tokenizer that belongs to a checkpoint; None when it has none in a form that is read, and ``say`` hears why.
+
+    Raises UserError for a tokenizer.json that is damaged.
+    """
     from vacc_opt.frontends.checkpoint import resolve_path
     from vacc_opt.runtime.gguf_tokenizer import gguf_tokenizer
 
     path = resolve_path(checkpoint)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
+        try:
+            return gguf_tokenizer(path)
+        except UserError as error:
+            say(error.message.removeprefix(f"{path}: "))
+            return None
     directory = path if path.is_dir() else path.parent
-    return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+    if (directory / "tokenizer.json").is_file():
+        return load_tokenizer(directory)
+    say("no tokenizer beside the checkpoint")
+    return None
 
 
 def _calibrate(run: _Run, graph: Graph, tokenizer: Tokenizer | None, scratch: Path) -> Calibrated:

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from vacc_opt.ir.errors import CheckError, UserError, VaccError
+from vacc_opt.ir.errors import CheckError, UserError, VaccError, first_line
 from vacc_opt.ir.evaluate import combine
 from vacc_opt.ir.graph import Node
 from vacc_opt.runtime.artifact import Artifact, open_artifact
@@ -108,7 +108,7 @@ def command(artifact: str, prompt: str, max_new_tokens: int, as_json: bool) -> N
         watch.leave()
         raise
     except Exception as error:
-        watch.leave(str(getattr(error, "message", error)).splitlines()[0])
+        watch.leave(first_line(error))
         raise
     if rank == 0:
         _show(found, prompt, as_json)
@@ -143,7 +143,7 @@ def _store(rank: int, ranks: int) -> Any:
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"rank {rank} does not reach the others: {str(error).splitlines()[0]}") from error
+        raise UserError(f"rank {rank} does not reach the others: {first_line(error)}") from error
     return dist.PrefixStore(f"vacc_opt/{attempt}", store)
 
 
@@ -210,7 +210,7 @@ def _run(engine: RankEngine, prompt: str, max_new_tokens: int) -> Generation:
         return generate(engine.artifact, engine, prompt, max_new_tokens=max_new_tokens)
     except RuntimeError as error:  # an exchange broke off: the watch will find out who is lost, and end this process
         time.sleep(SILENCE + 3 * INTERVAL)
-        raise CheckError(f"rank {engine.group.rank}: an exchange failed: {str(error).splitlines()[0]}") from error
+        raise CheckError(f"rank {engine.group.rank}: an exchange failed: {first_line(error)}") from error
 
 
 def _show(found: Generation, prompt: str, as_json: bool) -> None:

@@ -176,7 +176,7 @@ class _Models:
             found = find_tokenizer(model)
             if found is not None:
                 return found
-        raise UserError(f"{self.options.models[0]}: no tokenizer.json beside it", "put the model's tokenizer there")
+        raise UserError(f"{self.options.models[0]}: no tokenizer that is read", "put its tokenizer.json beside it")
 
 
 def evaluate_models(

@@ -7,15 +7,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from vacc_opt.frontends.gguf_header import ARRAY, SCALARS, STRING, read_gguf_header
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 ARRAYS = tuple(_PREFIX + name for name in ("tokens", "merges", "token_type"))
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types: one is never text, the other is matched before any merge
-# value types of the GGUF specification, and where the count of key-value pairs stands (after magic, version, tensors)
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _PAIRS_AT = 8, 9, 16
+_PAIRS_AT = 16  # where the count of key-value pairs stands: after magic, version and tensors
 # how llama 3 and qwen 2 cut text before merging; both differ only in the digits that stay together
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,8 +29,6 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     """
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Backend
-
-    from vacc_opt.frontends.gguf_header import read_gguf_header
 
     found = {**read_gguf_header(path).metadata, **_arrays(path)}
     kind = found.get(_PREFIX + "model")
@@ -85,7 +82,7 @@ def _arrays(path: Path) -> dict[str, list[Any]]:
         (pairs,) = struct.unpack_from("<Q", data, _PAIRS_AT)
         at = _PAIRS_AT + 8
         for _ in range(pairs):
-            key, at = _item(data, at, _STRING)
+            key, at = _item(data, at, STRING)
             (kind,) = struct.unpack_from("<I", data, at)
             value, at = _item(data, at + 4, kind)
             if key in ARRAYS:
@@ -95,19 +92,19 @@ def _arrays(path: Path) -> dict[str, list[Any]]:
 
 def _item(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     """The value at a byte, and the byte after it."""
-    if kind == _STRING:
+    if kind == STRING:
         (length,) = struct.unpack_from("<Q", data, at)
         return data[at + 8 : at + 8 + length].decode(), at + 8 + length
-    if kind == _ARRAY:
+    if kind == ARRAY:
         element, count = struct.unpack_from("<IQ", data, at)
         at += 12
-        if element != _STRING and element != _ARRAY:
-            layout = f"<{count}{_SCALARS[element]}"
+        if element != STRING and element != ARRAY:
+            layout = f"<{count}{SCALARS[element]}"
             return list(struct.unpack_from(layout, data, at)), at + struct.calcsize(layout)
         items = []
         for _ in range(count):
             item, at = _item(data, at, element)
             items.append(item)
         return items, at
-    layout = "<" + _SCALARS[kind]
+    layout = "<" + SCALARS[kind]
     return struct.unpack_from(layout, data, at)[0], at + struct.calcsize(layout)

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from vacc_opt.frontends import load_config, open_checkpoint
 from vacc_opt.frontends.checkpoint import resolve_path
-from vacc_opt.frontends.vamc_config import BLOCK, CompileConfig
+from vacc_opt.frontends.vamc_config import BLOCK, CompileConfig, line_of
 from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra import presets
 from vacc_opt.runtime.entry_points import PREFILL, EntryPoint, entry_points
@@ -39,7 +39,7 @@ class Places:
         for part in dotted.split("."):
             if not hasattr(node, "lc") or part not in node:  # only a section knows lines
                 break
-            line = node.lc.key(part)[0] + 1
+            line = line_of(node.lc, part)
             node = node[part]
         return str(self.file) if line is None else f"{self.file}:{line}"
 

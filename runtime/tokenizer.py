@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vacc_opt.ir.errors import UserError
+from vacc_opt.ir.errors import UserError, first_line
 
 Message = Mapping[str, str]
 TOKENIZER, TEMPLATE, SETTINGS, GENERATION = (
@@ -17,7 +17,6 @@ TOKENIZER, TEMPLATE, SETTINGS, GENERATION = (
     "tokenizer_config.json",
     "generation_config.json",
 )
-FILES = (TOKENIZER, SETTINGS, GENERATION, TEMPLATE)
 
 
 class Tokenizer:
@@ -135,7 +134,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise UserError(f"{path}: damaged tokenizer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: damaged tokenizer: {first_line(error)}") from error
     settings = _json(directory / SETTINGS)
     tokens = {k: _text(v) for k, v in settings.items() if k.endswith("_token") and k.count("_") == 1 and v is not None}
     template = settings.get("chat_template")
@@ -148,7 +147,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     eos = tokens.get("eos_token")
     if not stop and eos is not None and backend.token_to_id(eos) is not None:
         stop = [backend.token_to_id(eos)]
-    return Tokenizer(backend, template, tokens, stop, bool(settings.get("add_bos_token", False)))
+    add_bos = settings.get("add_bos_token")
+    if add_bos is None:  # then tokenizer.json says it, by what it puts around a text
+        add_bos = backend.encode("").ids[:1] == [backend.token_to_id(tokens.get("bos_token", ""))]
+    return Tokenizer(backend, template, tokens, stop, bool(add_bos))
 
 
 def _stop_ids(directory: Path) -> list[int]:

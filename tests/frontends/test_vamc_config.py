@@ -246,3 +246,17 @@ def test_file_that_is_no_mapping_is_refused(load: Any, text: str) -> None:
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_keys_that_an_anchor_brings_in_have_the_line_of_their_section(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(GOOD.replace("  model_kwargs:\n", "  model_kwargs: &ranks\n") + "  compile:\n    <<: *ranks\n")
+    with pytest.raises(UserError, match=r"model\.yaml:14: unknown key backend\.compile\.tp"):
+        load_config(path)
+    path.write_text(GOOD.replace("    tp: 4\n", "    <<: {tp: 3}\n"))
+    assert load_config(path).frontend.model_kwargs.tp == 3
+
+
+def test_the_place_of_artifacts_may_begin_at_home(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load(GOOD + "workspace:\n  path: ~/out\n").output == Path("/home/me/out/model-fp16-tp4")

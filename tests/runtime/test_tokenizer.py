@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers.processors import TemplateProcessing
 
+from vacc_opt.frontends.checkpoint import resolve_path
+from vacc_opt.frontends.gguf_header import read_gguf_header
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.compile import find_tokenizer
 from vacc_opt.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -77,3 +83,26 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(UserError, match="damaged tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@needs_smollm2
+def test_a_gguf_tokenizer_of_another_kind_is_none_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = read_gguf_header(resolve_path(SMOLLM2))
+    other = replace(header, metadata={**header.metadata, "tokenizer.ggml.model": "llama"})
+    monkeypatch.setattr("vacc_opt.runtime.gguf_tokenizer.read_gguf_header", lambda path: other)
+    said: list[str] = []
+    assert find_tokenizer(SMOLLM2, said.append) is None
+    assert said == ["its tokenizer is of the kind 'llama'; byte-level BPE (`gpt2`) is supported"]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_is_added_where_the_file_of_the_tokenizer_adds_it(checkpoint: Path, tmp_path: Path, adds: bool) -> None:
+    backend = Tokenizers.from_file(str(checkpoint / "tokenizer.json"))
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert "add_bos_token" not in settings
+    if adds:
+        bos = settings["bos_token"]
+        backend.post_processor = TemplateProcessing(f"{bos} $A", None, [(bos, backend.token_to_id(bos))])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": settings["bos_token"]}))
+    assert load_tokenizer(tmp_path).add_bos is adds

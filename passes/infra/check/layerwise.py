@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vacc_opt.ir import Graph, Node, Source, TensorType, Value
 from vacc_opt.ir.copy import extract
-from vacc_opt.ir.errors import CheckError, VaccError
+from vacc_opt.ir.errors import CheckError, VaccError, first_line
 from vacc_opt.ir.evaluate import Executable, read_weights
 from vacc_opt.ir.graph import Absent
 from vacc_opt.ir.seeded import noise, stand_in, with_leaves
@@ -129,7 +129,7 @@ class Layerwise:
         except VaccError:
             raise
         except Exception as error:  # of an element type that onnxruntime cannot take
-            raise CheckError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+            raise CheckError(f"onnxruntime failed: {first_line(error)}") from error
 
 
 def _jittered(array: Array, name: str) -> Array:
