@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vacc_opt.cli.console import Steps
+from vacc_opt.cli.console import Steps, print_table
 
 if TYPE_CHECKING:
     from vacc_opt.runtime.tp_plan import Row
@@ -38,35 +38,19 @@ def command(config: str, ranks: str, overrides: tuple[str, ...], as_json: bool) 
 
 
 def _print(rows: Sequence[Row]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from vacc_opt.runtime.models import format_bytes
 
     phases = next((row.traffic for row in rows if row.traffic), ())
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in (
-        "tp",
-        "heads a rank",
-        "weights",
-        "KV cache",
-        *(f"{one.phase}: collectives" for one in phases),
-        "padding",
-    ):
-        table.add_column(name, justify="right" if name in ("tp", "weights", "KV cache", "padding") else "left")
-    for row in rows:
-        if row.reason is not None:
-            continue
+    columns = [f"{one.phase}: collectives" for one in phases]
+    lines = []
+    for row in [row for row in rows if row.reason is None]:
         heads = "; ".join(map(str, row.heads))
         traffic = [f"{sum(one.collectives.values())}, {format_bytes(one.bytes)}" for one in row.traffic]
         held = (format_bytes(row.weights), format_bytes(row.kv_cache))
-        table.add_row(str(row.tp), heads, *held, *traffic, f"{row.waste:.1%}")
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no edge to fit into
-    if table.row_count:
-        console.print(table)
+        lines.append((str(row.tp), heads, *held, *traffic, f"{row.waste:.1%}"))
+    if lines:
+        head = ("tp", "heads a rank", "weights", "KV cache", *columns, "padding")
+        print_table(head, lines, left=("heads a rank", *columns))
     for row in rows:
         if row.reason is not None:
             click.echo(f"{row.tp:>2}  not possible: {row.reason}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,11 +205,9 @@ def _weights(subject: Subject, problems: Problems) -> str:
 @_check
 def _graphs(subject: Subject, problems: Problems) -> str:
     graphs = subject.graphs
-    headers = {rank: subject.header(rank) for rank in range(subject.manifest["ranks"])}
 
     def one(index: int) -> tuple[list[str], int]:
-        phase, rank = graphs[index]
-        return _graph(subject, phase, rank, headers[rank])
+        return _graph(subject, *graphs[index])
 
     constants = 0
     for index, (found, count) in enumerate(each(one, range(len(graphs)), cores())):
@@ -219,19 +217,18 @@ def _graphs(subject: Subject, problems: Problems) -> str:
     return f"{len(graphs)} ONNX files load; {constants} constants lie where their rank stores them"
 
 
-def _graph(subject: Subject, phase: str, rank: int, stored: Mapping[str, Source]) -> tuple[list[str], int]:
+def _graph(subject: Subject, phase: str, rank: int) -> tuple[list[str], int]:
     """What is wrong with an ONNX file, and how many constants it takes from the file of its rank."""
     file = subject.path / f"{phase}.rank{rank}.onnx"
     entry = subject.manifest["phases"][phase]
     try:
-        graph = load_onnx(file)
+        graph, stored, tables = load_onnx(file), subject.header(rank), subject.tables(phase, rank)
     except (VaccError, OSError, ValueError) as error:
         return [f"{file.name}: {error}"], 0
     found = []
     for what, values in (("inputs", {v.name: v for v in graph.inputs}), ("outputs", graph.outputs)):
         if {name: str(value.type) for name, value in values.items()} != entry[what]:
             found.append(f"{file.name}: its {what} are not those of {MANIFEST}")
-    tables = subject.tables(phase, rank)
     sources = {v.name: v.const for v in graph.constants() if isinstance(v.const, Source)}
     for name, source in sources.items():
         home = table_file(phase, rank) if name in tables else weight_file(rank)
