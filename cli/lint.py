@@ -32,5 +32,7 @@ def command(config: str | None, overrides: tuple[str, ...], as_json: bool, markd
     else:
         for one in findings:
             click.echo(f"{one.severity}: {one.message}  [{one.rule}]\n  {one.fix}")
-        click.echo(f"{config}: {errors} errors, {len(findings) - errors} warnings")
+        counts = {"error": errors, "warning": len(findings) - errors}
+        said = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+        click.echo(f"{config}: {said}")
     return 1 if errors else 0

@@ -99,9 +99,12 @@ def _read(reference: str, export: Callable[[str | Path], Graph], keep_functions:
 
 def _from_text(read: Callable[[], str], name: str) -> Graph:
     try:
-        return from_text(read())
-    except UnicodeDecodeError as error:
+        text = read()
+        text.encode()  # standard input may let bytes through that are no text
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise UserError(f"{name}: not text: {error.reason}") from error
+    try:
+        return from_text(text)
     except UserError as error:
         raise UserError(f"{name}: {error.message}", error.hint) from error
 

@@ -239,3 +239,11 @@ def test_a_dash_reads_standard_input_and_writes_standard_output(
     assert main(["opt", "-", "-p", "simplify", "-o", "-"]) == 0
     assert "y = Neg (x)" in capsys.readouterr().out
     assert not Path("-").exists()
+
+
+def test_bytes_that_are_no_text_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8", errors="surrogateescape"))
+    assert main(["opt", "-", "-p", "simplify"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input: not text: ")
