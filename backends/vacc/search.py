@@ -82,13 +82,6 @@ def findings() -> Iterator[Found]:
     yield from _KNOWN.values()
 
 
-def fastest_linear(
-    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
-) -> Kernel:
-    """The kernel of :func:`search_linear`."""
-    return search_linear(x, w, scale, y, target, after).kernel
-
-
 def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN) -> Found:
     """The linear kernel with the fewest simulated cycles, then the fewest DDR bytes, among the best ranked tiles."""
     signature = (x, w, scale, y, target.sha, after)
