@@ -10,11 +10,15 @@ import pytest
 
 from vacc_opt.backends.vacc.binding import lanes
 from vacc_opt.backends.vacc.costs import link_cost
+from vacc_opt.backends.vacc.kernels.builder import param
+from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.regions import covers, first_overlap, first_uncovered, union_volume
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.target import Links, Target, load_target
+from vacc_opt.backends.vacc.text import parse_kernel
+from vacc_opt.backends.vacc.verify_kernel import kernel_violations
 from vacc_opt.tests.backends.peer import LINEARS, TARGETS, Peer
 
 
@@ -122,6 +126,17 @@ def test_many_small_steps_of_a_reduction_take_the_ring() -> None:
 
 def test_one_rank_needs_no_link() -> None:
     assert link_cost("all_reduce", 1024, 1, LINKS) == (0, 0)
+
+
+def test_the_time_of_a_collective_is_that_of_the_links_and_its_bytes_that_of_the_ddr() -> None:
+    """One step: 4 x 8192 bytes pass over the links, which takes most of the time; then each byte moves in and out."""
+    card = load_target("vacc-card4")
+    assert card.links is not None
+    kernel = all_reduce(param("X", "in", "f32", (2048,)), param("Y", "out", "f32", (2048,)))
+    timing = time_kernel(kernel, card, {}, 4)
+    busy, hops = link_cost("all_reduce", 8192, 4, card.links)
+    moving = math.ceil(2 * 8192 / min(card.core.dma.bytes_per_cycle, card.die.ddr.effective_bytes_per_cycle))
+    assert timing.account == {"link": busy, "DDR": moving, "compute": 0, "vector": 0, "latency": hops}
 
 
 def test_volumes_of_overlapping_boxes_count_elements_once() -> None:
