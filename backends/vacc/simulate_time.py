@@ -67,7 +67,7 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
         calls.append(CallTiming(call.index, kernel.name, now, now + kernel.cycles))
         now += kernel.cycles
         spent.update(kernel.account)
-    bound = program_bound(program, [kernel.bound for kernel in order])
+    bound = program_bound(program, [kernel.bound for kernel in order], target)
     if bound.cycles > now:
         raise CheckError(f"program {program.name}: {now} cycles are below the lower bound of {bound.cycles}")
     kernels = {one.name: replace(one, calls=counts[one.name]) for one in timed.values()}

@@ -54,6 +54,67 @@ def test_a_kernel_never_beats_its_bound(example: Example) -> None:
             assert timing.cycles >= timing.bound.cycles > 0
 
 
+ZEROS = """
+kernel zeros(in X f32[64], out Z f32[64], out Y f32[100, 1472]) {
+  ring x f32[64] x1 @0 dma_in -> dma_out
+  ring start f32[1] x1 @256 dma_in -> vector
+  ring y f32[1, 1472] x2 @320 vector -> dma_out
+  engine dma_in {
+    fill start {
+    }
+    fill x {
+      x[0:64] <- load(X[0:64])
+    }
+  }
+  engine vector {
+    use start {
+      for m in 0:100:1 {
+        fill y {
+          y[0:1, 0:1472] <- constant(value=0.0)
+        }
+      }
+    }
+  }
+  engine dma_out {
+    for m in 0:100:1 {
+      use y {
+        Y[m:m+1, 0:1472] <- store(y[0:1, 0:1472])
+      }
+    }
+    use x {
+      Z[0:64] <- store(x[0:64])
+    }
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_what_needs_no_load_does_not_wait_for_the_first(signalled: bool) -> None:
+    """Tiles of zeros are stored while the DDR still looks for X; an empty slot of the loads may set that off."""
+    target, text = load_target("vacc-reference"), ZEROS
+    if not signalled:
+        text = text.replace("  ring start f32[1] x1 @256 dma_in -> vector\n", "").replace(
+            "    fill start {\n    }\n", ""
+        )
+        text = text.replace("use start", "for once in 0:1:1")
+    kernel = parse_kernel(text)
+    assert kernel_violations(kernel, target, [{}]) == []
+    timing = time_kernel(kernel, target, {})
+    assert timing.bound.latency == 0
+    assert timing.cycles < timing.bound.cycles + target.core.dma.issue + target.die.ddr.latency
+
+
+def test_constants_that_an_engine_keeps_to_itself_do_not_shorten_the_wait(
+    make_attention: Callable[..., Kernel],
+) -> None:
+    target = load_target("vacc-reference")
+    kernel = make_attention(target, 13, 64, "f32", False)
+    assert "constant" in {op.kind for _, op in kernel.operations()}
+    bound = time_kernel(kernel, target, {"pos": 0}).bound
+    assert bound.latency == target.core.dma.issue + target.die.ddr.latency
+
+
 def test_the_product_of_a_kernel_is_read_from_its_tiles(make_gemm: Callable[..., Kernel]) -> None:
     target = load_target("vacc-reference")
     kernel = make_gemm(target, 70, 203, 129)
