@@ -96,7 +96,7 @@ class Plan:
         return act
 
     def _operand(self, box: Box) -> Callable[[Arguments, int], Array]:
-        index = tuple(map(slice, box.start, box.stop))
+        index = (*map(slice, box.start, box.stop), ...)  # a view, of a single number as well
         if box.slot >= 0:
             views = [view[index] for view in self._slots[box.ref][box.slot]]
             return lambda arguments, rank: views[rank]
