@@ -167,8 +167,9 @@ def test_7_engines_that_do_not_share_their_buffers_use_banks_of_their_own() -> N
 def test_8_tensors_alive_together_share_no_bytes_of_ddr_and_the_stated_bound_is_theirs() -> None:
     assert of_kind("prefill", "reuse memory too early") == {"overlap"}
     valid = program("prefill")
-    for stated in ({"ddr_bound": valid.ddr_bound - 64}, {"ddr_bytes": valid.ddr_bytes + 64}):
-        (found,) = check(replace(valid, **stated), CARD)
+    wrong = replace(valid, ddr_bound=valid.ddr_bound - 64), replace(valid, ddr_bytes=valid.ddr_bytes + 64)
+    for broken in wrong:
+        (found,) = check(broken, CARD)
         assert found.kind == "capacity"
 
 
