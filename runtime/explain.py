@@ -191,7 +191,7 @@ class Explainer:
         if self.program is None:
             raise UserError(f"{self.title}: has no calls", "name an artifact, which holds schedules")
         if index >= len(self.program.calls):
-            raise UserError(f"{self.title}: has no call {index}", f"calls are 0 to {len(self.program.calls) - 1}")
+            return None
         scheduled = self.program.calls[index]
         call = _call_fact(scheduled)
         cited = [self.graph.values.get(name) for name in call.nodes]
@@ -281,6 +281,9 @@ def _inside(origin: Origin, path: str) -> bool:
 
 
 def _hint(subject: str, models: list[Explainer]) -> str:
+    if _CALL.fullmatch(subject):
+        calls = [f"0 to {len(one.program.calls) - 1} in {one.title}" for one in models if one.program is not None]
+        return f"calls are {', '.join(calls)}"
     names = list(dict.fromkeys(name for model in models for name in model.names()))
     if difflib.get_close_matches(subject, names, n=1, cutoff=0.6):
         return did_you_mean(subject, names)

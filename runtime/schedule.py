@@ -86,16 +86,21 @@ def run_orders(found: Scheduled, seed: int = 0) -> int:
     import numpy as np
 
     from vacc_opt.backends.vacc import Program
+    from vacc_opt.backends.vacc.binding import scalar_range
     from vacc_opt.backends.vacc.single import execute
 
     program = Program.from_text(found.schedule)
     if program.phase != "single":
         raise UserError(f"the schedule is the {program.phase} of a model", "run a model with `vacc-opt generate`")
+    if len(program.calls) != 1 or len(program.kernels) != 1:
+        made = f"{len(program.calls)} calls of {len(program.kernels)} kernels"
+        raise UserError(f"the schedule has {made}", "only one call of one kernel is executed")
+    (call,) = program.calls
     random = np.random.default_rng(seed)
     kernel = program.kernels[0]
     values = [
         {one.name: _random(random, one.dtype, one.shape) for one in kernel.params if one.mode != "out"}
-        | dict.fromkeys(kernel.scalars, 0)
+        | {one.name: scalar_range(program, one.tensor)[0] for one in call.scalars}
         for _ in range(program.ranks)
     ]
     first = execute(program, values)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vacc_opt.ir.errors import UserError
 from vacc_opt.runtime.artifact import TARGET, open_artifact
+from vacc_opt.runtime.entry_points import DECODE
 from vacc_opt.runtime.machine import changed
 
 
@@ -79,6 +80,7 @@ def simulate(
 ) -> Simulation:
     """Predict the time of a phase; ``trace`` receives a Chrome trace.
 
+    ``context`` tokens are cached before the call: by default none in a prefill, as many as fit in a decode.
     With ``what_if``, ``KEY=VALUE`` numbers of the target, the schedule is timed on that machine as it stands.
 
     Raises:
@@ -93,15 +95,16 @@ def simulate(
     entry = artifact.find_phase(phase)
     program = Program.from_text(artifact.schedule(entry.name))
     most = entry.most_cached
-    if context is not None and not 0 <= context <= most:
+    cached = context if context is not None else most if entry.kind == DECODE else 0
+    if not 0 <= cached <= most:
         raise UserError(
-            f"context {context} does not fit: {entry.name} starts after 0 to {most} of {entry.context} tokens"
+            f"context {cached} does not fit: {entry.name} starts after 0 to {most} of {entry.context} tokens"
         )
     compiled_for = load_target(artifact.path / TARGET)
     target = changed(compiled_for, what_if)
     if what_if and program.target_sha == compiled_for.sha:  # the same text, for the machine that it is timed on
         program = replace(program, target=target.name, target_sha=target.sha)
-    timing = verified_time(program, target, context=context)
+    timing = verified_time(program, target, context=cached)
     if trace is not None:
         with tempfile.TemporaryDirectory(prefix=".vacc-opt-", dir=trace.absolute().parent) as scratch:
             write_trace(timing, Path(scratch) / trace.name)
@@ -112,7 +115,7 @@ def simulate(
     return Simulation(
         phase=entry.name,
         ranks=timing.ranks,
-        context=most if context is None else context,
+        context=cached,
         cycles=timing.cycles,
         milliseconds=timing.milliseconds,
         bound_cycles=timing.bound.cycles,

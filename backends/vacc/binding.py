@@ -139,9 +139,13 @@ def scalar_range(program: Program, tensor: str) -> tuple[int, int]:
     """Smallest and largest value of a run-time scalar read from input `tensor` (`pos` or `valid`).
 
     `pos` tokens are cached before the S tokens of the call, the cache holds C: 0 <= pos <= C - S; of the S
-    tokens 1 to S are valid. Raises ScheduleError for another tensor, whose values nobody bounds.
+    tokens 1 to S are valid. Raises ScheduleError for another tensor, whose values nobody bounds, and without S.
     """
-    tokens = program.tensor["input_ids"].shape[-1] if "input_ids" in program.tensor else 1
+    shape = program.tensor["input_ids"].shape if "input_ids" in program.tensor else (1,)
+    if not shape:
+        text = f"`{tensor}` is read as a scalar, but `input_ids` has no axis of tokens that it counts"
+        raise ScheduleError([Violation("scalar", program.name, None, text)])
+    tokens = shape[-1]
     if tensor == "valid":
         return 1, tokens
     if tensor == "pos":

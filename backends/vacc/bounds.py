@@ -10,7 +10,11 @@ port      elements once at the rate of the ports of all cores: an engine that lo
 vector    lane operations over all lanes
 link      the bytes that a collective must move over the links of a die: 2 (N-1)/N T to reduce, half of that to scatter
           the sum, (N-1) T to gather
-latency   issue and DDR latency of the first load, before which nothing can start
+latency   issue and DDR latency of the first load, before which nothing can start but what an engine makes for itself of
+          constants; none where it hands that on
+
+What an array takes to drain and the hop of a last collective pass once a kernel at least. Calls that overlap hide them,
+so that the bound of a program is without them.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: 
     costs = [(engine, work(kernel, step), times) for engine, step, times in lanes.kinds]
     rate, links = target.die.ddr.effective_bytes_per_cycle, target.links
     lane_ops = sum(cost.lane_ops * times for engine, cost, times in costs if engine == "vector")
-    loads = any(engine == "dma_in" for engine, _, _ in costs)
+    early = _before_loads(kernel, lanes)
     sizes = [
         (step.op.kind, work(kernel, step).link_bytes * times) for engine, step, times in lanes.kinds if engine == "link"
     ]
@@ -53,13 +57,38 @@ def kernel_bound(kernel: Kernel, lanes: Lanes, product: Product | None, target: 
     least = max(compulsory, _capacity_bytes(kernel, product, target) if product else 0)
     return Bound(
         compute=_compute([(cost, times) for engine, cost, times in costs if engine == "matrix"], product, target),
-        vector=math.ceil(lane_ops / (target.core.vector.lanes * target.die.cores)),
+        vector=math.ceil((lane_ops - (early or 0)) / (target.core.vector.lanes * target.die.cores)),
         ddr=math.ceil(compulsory / rate),
         capacity=math.ceil(least / rate),
         port=math.ceil(_busiest_port(kernel, lanes) / (target.core.dma.bytes_per_cycle * target.die.cores)),
         link=_link([(kind, size) for kind, size in sizes if size], ranks, links),
-        latency=target.core.dma.issue + target.die.ddr.latency if loads else 0,
+        latency=0 if early is None else target.core.dma.issue + target.die.ddr.latency,
     )
+
+
+def _before_loads(kernel: Kernel, lanes: Lanes) -> float | None:
+    """Lane operations that are done before anything is loaded; None where other engines may go on from there.
+
+    They are what the vector engine does before it first waits for a slot. An engine hands something on if it commits a
+    slot until then, and loads do if they leave one empty.
+    """
+    early, loads = 0.0, False
+    for (_, engine), events in lanes.items():
+        filled = False
+        for event in events:
+            if isinstance(event, Step):
+                if engine not in {"dma_in", "vector"}:
+                    return None
+                loads |= engine == "dma_in"
+                filled = engine == "dma_in"
+                early += 0 if filled else work(kernel, event).lane_ops
+            elif event.action == "acquire":
+                filled = False
+            elif event.action == "commit" and not filled:
+                return None
+            elif event.action == "wait" and engine != "dma_in":
+                break
+    return early if loads else None
 
 
 def _compute(costs: Sequence[tuple[Work, int]], product: Product | None, target: Target) -> int:
@@ -135,15 +164,16 @@ def _link(costs: Sequence[tuple[str, int]], ranks: int, links: Links | None) -> 
     return math.floor(moved / (min(links.engines, 2) * links.bytes_per_cycle)) + links.hop_latency
 
 
-def program_bound(program: Program, bounds: Sequence[Bound]) -> Bound:
-    """The bound of a program from those of its calls, in order; it holds even if calls overlap."""
+def program_bound(program: Program, bounds: Sequence[Bound], target: Target) -> Bound:
+    """The bound of a program on `target` from those of its calls, in order; it holds even if calls overlap."""
+    fill, hop = target.core.matrix.fill, target.links.hop_latency if target.links else 0
     return Bound(
-        compute=sum(one.compute for one in bounds),
+        compute=sum(one.compute - fill for one in bounds if one.compute),
         vector=sum(one.vector for one in bounds),
         ddr=sum(one.ddr for one in bounds),
         capacity=sum(one.capacity for one in bounds),
         port=sum(one.port for one in bounds),
-        link=sum(one.link for one in bounds),
+        link=sum(one.link - hop for one in bounds if one.link),
         latency=_longest_wait(program, [one.latency for one in bounds]),
         chained=True,
     )

@@ -128,7 +128,7 @@ def _block_problem(w: Wanted, block: _Block, head: int, seen: dict[str, list[tup
             "meaning",
             f"{found or 'nothing'} is added to the scores, due is {', '.join(map(str, added)) or 'nothing'}",
         )
-    if block.weights not in {w.kernel.param["Q"].dtype, "f32"} or block.weights != _weights(w):
+    if block.weights != w.kernel.param["Q"].dtype:
         return "dtype", f"weights are rounded to {block.weights}"
     tables = [tuple(w.of(name, (head, head + 1), None, w.box[3]) for name in ("VS", "VZ"))] if source.codes else []
     if list(block.folded) != tables:
@@ -142,10 +142,6 @@ def _block_problem(w: Wanted, block: _Block, head: int, seen: dict[str, list[tup
         )
     seen.setdefault(source.keys, []).append((first, last))
     return None
-
-
-def _weights(w: Wanted) -> str:
-    return w.kernel.param["Q"].dtype
 
 
 def _query(w: Wanted, source: _Source) -> Node:

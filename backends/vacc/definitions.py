@@ -182,20 +182,12 @@ def _all_gather(w: Wanted) -> Node:
 
 
 # what the name of a linear may list, each behind a `+`
-_FUSED = {
-    "row_scale",
-    "bias",
-    *GATES,
-    "residual",
-    "rotary",
-    "append",
-    "all_reduce",
-}  # what the name of a linear may list, each behind a `+`
+_FUSED = {"row_scale", "bias", *GATES, "residual", "rotary", "append", "all_reduce"}
 
 DEFINITIONS: Mapping[str, Definition] = {
     "linear": _linear,
     "linear_w8": _linear,
-    **{kind: _elementwise(kind) for kind in ("add", "sub", "mul", "div", "tanh", "gelu")},
+    **{kind: _elementwise(kind) for kind in ("add", "sub", "mul", "div", "tanh", "gelu", "cast")},
     "bias": _elementwise("add"),
     "swiglu": _elementwise("silu_mul"),
     "geglu": _elementwise("gelu_mul"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vacc_opt.backends.vacc.event_state import Channel, Engine, Record, Ring, State, Step, Stream
 from vacc_opt.backends.vacc.fast_forward import Turns
@@ -80,11 +80,12 @@ class Machine:
         for name in step.waits:
             self._rings[name].waited[index] += 1
         engine.working = True
-        start = now
+        start, linked = now, None
         if engine.stream.engine == "link":
             start = max(now, self._state.links_free)
             self._state.links_free = start + step.cycles
-        engine.records.append(Record(step.label, now, start, start, step.bytes, engine.waited))
+            linked = start, self._state.links_free
+        engine.records.append(Record(step.label, now, start, start, step.bytes, engine.waited, linked))
         engine.waited = []
         self._state.push(start + step.cycles, "done", index, engine.position)
 
@@ -226,19 +227,29 @@ def account(records: Sequence[Record], total: int) -> dict[str, int]:
     """Split `total` cycles of an engine into `busy` and what it waited for; the values sum to `total`.
 
     `data`: no filled slot (RAW); `slot`: no free slot (WAR); `outstanding`: too many requests in flight; `latency`:
-    issue and DDR latency; `drained`: after the last step.
+    issue and DDR latency; `drained`: after the last step. A link engine is busy while it occupies the links and
+    while its bytes move; cycles in which it does both, for two steps, count once.
     """
     split = dict.fromkeys(("busy", "data", "slot", "outstanding", "latency", "drained"), 0)
     cursor = 0
-    for record in records:
-        for reason, start, end in record.waited:
-            begin, stop = max(start, cursor), min(end, record.start)
+    for first, last, waited in _busy(records):
+        for reason, start, end in waited:
+            begin, stop = max(start, cursor), min(end, first)
             if stop > begin:
                 split["latency"] += begin - cursor
                 split[reason] += stop - begin
                 cursor = stop
-        split["latency"] += max(record.start - cursor, 0)
-        split["busy"] += record.end - record.start
-        cursor = max(cursor, record.end)
+        split["latency"] += max(first - cursor, 0)
+        split["busy"] += max(last - max(first, cursor), 0)
+        cursor = max(cursor, last)
     split["drained"] = total - cursor
     return split
+
+
+def _busy(records: Sequence[Record]) -> Iterator[tuple[int, int, Sequence[tuple[str, int, int]]]]:
+    """Spans of work in the order in which they begin, each with what was waited for before it."""
+    if not records or records[0].linked is None:
+        yield from ((one.start, one.end, one.waited) for one in records)
+        return
+    spans = [(*span, () if number else one.waited) for one in records for number, span in enumerate(one.spans)]
+    yield from sorted(spans, key=lambda span: span[:2])

@@ -64,7 +64,8 @@ class Channel:
 class Record:
     """What happened to a step: `wants` it could have started, `start` to `end` it worked (or moved bytes).
 
-    The `bytes` of a shared transfer are with the first of its streams.
+    The `bytes` of a shared transfer are with the first of its streams. `linked`: from when to when a step occupied the
+    links of its die, before its bytes moved.
     """
 
     label: str
@@ -73,15 +74,24 @@ class Record:
     end: int
     bytes: int
     waited: list[tuple[str, int, int]] = field(default_factory=list)
+    linked: tuple[int, int] | None = None
 
     def moved(self, cycles: int) -> Record:
         """The same, so many cycles later."""
         times = self.wants + cycles, self.start + cycles, self.end + cycles
-        return Record(self.label, *times, self.bytes, list(_seen(self.waited, -cycles)))
+        linked = self.linked and (self.linked[0] + cycles, self.linked[1] + cycles)
+        return Record(self.label, *times, self.bytes, list(_seen(self.waited, -cycles)), linked)
 
     def key(self, now: int) -> tuple[object, ...]:
         """Its times, seen from `now`."""
-        return self.wants - now, self.start - now, self.end - now, _seen(self.waited, now)
+        linked = self.linked and (self.linked[0] - now, self.linked[1] - now)
+        return self.wants - now, self.start - now, self.end - now, _seen(self.waited, now), linked
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """When it occupied the links, if it did, and when it worked or moved bytes."""
+        worked = self.start, self.end
+        return (worked,) if self.linked in (None, worked) else (self.linked, worked)
 
 
 def _seen(waited: Sequence[tuple[str, int, int]], now: int) -> tuple[tuple[str, int, int], ...]:

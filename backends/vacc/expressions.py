@@ -74,8 +74,8 @@ class Expressions:
         if kind in {"mul_add", "dequantize"}:
             product = self.apply("mul", parts[:2], (), parts[0].shape)
             return self.apply("add", (product, parts[2]), (), shape)
-        if kind == "mul" and (zero := next((one for one in parts if _is(one, 0.0)), None)):
-            return self.constant(0.0, shape) if zero else parts[0]
+        if kind == "mul" and any(_is(one, 0.0) for one in parts):
+            return self.constant(0.0, shape)
         if kind == "add" and len(parts) == 2 and (_is(parts[0], 0.0) or _is(parts[1], 0.0)):
             kept = parts[1] if _is(parts[0], 0.0) else parts[0]
             if kept.shape == shape:

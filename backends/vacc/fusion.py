@@ -218,7 +218,8 @@ def _pays(
     rest: Sequence[Callable[[], Kernel]] = (),
 ) -> bool:
     """Whether a fusion that narrows the choice of tiles, and the `rest`, take no longer than its parts and `apart`."""
-    key = repr((_params(fused), fused.gate[:2] if fused.gate else fused.turn, fused.ranks))
+    made = fused.node.op, [one.view.dtype for one in parts], fused.gate[:2] if fused.gate else fused.turn, fused.ranks
+    key = repr((_params(fused), made))
     if key not in low.pays:
         before, after = (
             sum(time_kernel(one(), low.target, {"pos": 0}, low.graph.ranks).cycles for one in kernels)

@@ -305,15 +305,30 @@ def _all_reduce(low: Lowering, node: Node) -> Known:
     sums = reduced(low, node)
     if sums:
         return low.waiting(node.output, sums)
-    source = low.ref(node.inputs[0])
+    source = _given(low, node)
     x = low.view(source, (prod(source.shape),))
     y = low.out.temp(x.dtype, x.shape)
     low.emit("all_reduce", all_reduce, [Operand("X", "in", x), Operand("Y", "out", y)])
     return low.view(y, source.shape)
 
 
+def _given(low: Lowering, node: Node) -> Ref:
+    """What ranks add up, in the type of the sum: a transfer does not convert what a cast left as it was."""
+    source, dtype = low.ref(node.inputs[0]), low.dtype(node)
+    if source.dtype == dtype:
+        return source
+    x = low.rows(source)
+    y = low.out.temp(dtype, x.shape)
+
+    def build(a: Param, b: Param) -> Kernel:
+        return elementwise("cast", a, None, b, low.target)
+
+    low.emit(("cast",), build, [Operand("A", "in", x), Operand("Y", "out", y)])
+    return low.view(y, source.shape)
+
+
 def _reduce_scatter(low: Lowering, node: Node) -> Ref:
-    source, ranks = low.ref(node.inputs[0]), low.graph.ranks
+    source, ranks = _given(low, node), low.graph.ranks
     axis = int(node.attributes["axis"]) % len(source.shape)
     if prod(source.shape[:axis]) != 1:
         raise UserError(f"no kernel for a ReduceScatter behind {list(source.shape[:axis])} (`{node.name}`)")

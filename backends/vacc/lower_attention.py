@@ -31,7 +31,7 @@ def lower_rotary(low: Lowering, node: Node) -> Known:
     if sums:
         return low.waiting(node.output, sums)
     x, tables = low.ref(node.inputs[0]), [Operand("COS", "in", cos), Operand("SIN", "in", sin)]
-    y = low.heads(x.dtype, x.shape)
+    y = low.heads(low.dtype(node), x.shape)
     for row in range(x.shape[0]):
         operands = [Operand("X", "in", x.at(row)), *tables, Operand("Y", "out", y.at(row))]
 

@@ -62,7 +62,7 @@ class Lowering:
         self.fusions = fusions
         self.out: Assembler = Assembler(target)
         self.known: dict[Value, Known] = {}
-        self.pays: dict[str, bool] = {}  # fusions that were tried, by their parameters
+        self.pays: dict[str, bool] = {}  # fusions that were tried, by what they do to which types
         self._names = export_names(graph)
         self._waiting: dict[Value, tuple[str, ...]] = {}  # nodes behind a value that no call implements yet
         self._node: Node | None = None  # the node that is lowered at present

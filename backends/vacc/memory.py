@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vacc_opt.backends.vacc.schedule import ALIGN, Program
+from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.ir.errors import CheckError
 
 
@@ -74,7 +75,7 @@ def plan_ddr(
     base = 0
     for name, size in persistent:
         regions.append(Region(name, base, size, 0, max(calls - 1, 0), True))
-        base += _round_up(size, align)
+        base += round_up(size, align)
     lives = list(lifetimes)
     placed: list[tuple[Lifetime, int]] = []
     for life in sorted(lives, key=lambda one: (-one.bytes, one.first, one.name)):
@@ -82,7 +83,7 @@ def plan_ddr(
         placed.append((life, offset))
     for life, offset in sorted(placed, key=lambda one: (one[0].first, one[1])):
         regions.append(Region(life.name, offset, life.bytes, life.first, life.last, False))
-    peak = max([base, *(_round_up(region.end, align) for region in regions)])
+    peak = max([base, *(round_up(region.end, align) for region in regions)])
     plan = MemoryPlan(tuple(regions), peak, base + live_bytes_bound(lives, align), base)
     problems = overlaps(plan)
     if problems:
@@ -102,8 +103,8 @@ def memory_plan(program: Program) -> MemoryPlan:
         life = lives.get(tensor.name, Lifetime(tensor.name, tensor.bytes, 0, last_call))
         kept = tensor.role != "temp"
         regions.append(Region(tensor.name, tensor.offset, tensor.bytes, life.first, life.last, kept))
-        persistent = max(persistent, _round_up(tensor.offset + tensor.bytes, ALIGN) if kept else 0)
-    kept_bytes = sum(_round_up(region.bytes, ALIGN) for region in regions if region.persistent)
+        persistent = max(persistent, round_up(tensor.offset + tensor.bytes, ALIGN) if kept else 0)
+    kept_bytes = sum(round_up(region.bytes, ALIGN) for region in regions if region.persistent)
     bound = kept_bytes + live_bytes_bound(list(lives.values()), ALIGN)
     return MemoryPlan(tuple(regions), program.ddr_bytes, bound, persistent)
 
@@ -125,7 +126,7 @@ def live_bytes_bound(lifetimes: Sequence[Lifetime], align: int) -> int:
     """Largest sum over calls of the (aligned) bytes alive in the call."""
     changes: dict[int, int] = {}
     for life in lifetimes:
-        size = _round_up(life.bytes, align)
+        size = round_up(life.bytes, align)
         changes[life.first] = changes.get(life.first, 0) + size
         changes[life.last + 1] = changes.get(life.last + 1, 0) - size
     alive = peak = 0
@@ -159,9 +160,5 @@ def _first_fit(life: Lifetime, placed: Sequence[tuple[Lifetime, int]], base: int
     for start, end in busy:
         if offset + life.bytes <= start:
             break
-        offset = max(offset, _round_up(end, align))
+        offset = max(offset, round_up(end, align))
     return offset
-
-
-def _round_up(size: int, align: int) -> int:
-    return -(-size // align) * align

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from vacc_opt.backends.vacc.binding import Lanes
 from vacc_opt.backends.vacc.bounds import Product
@@ -110,8 +111,8 @@ def matrix_products(kernel: Kernel, lanes: Lanes) -> list[MatrixProduct]:
         rows, columns = _drop(kernel.param[a_name].shape, a_k), _drop(kernel.param[b_name].shape, b_k)
         cost, depth = work(kernel, last[kind]), kernel.param[b_name].shape[b_k]
         size = Product(
-            _volume(rows),
-            _volume(columns),
+            prod(rows),
+            prod(columns),
             depth,
             cost.dtype,
             cost.weight_itemsize,
@@ -208,10 +209,3 @@ def _interval(box: Box, axis: int) -> tuple[int, int]:
 
 def _drop(values: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return values[:axis] + values[axis + 1 :]
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,9 +45,9 @@ class Found:
     def text(self) -> str:
         """Whether a better tiling of the space may exist, for people."""
         space = f"{self.space} enumerated tilings ({self.simulated} simulated)"
-        if self.floor * TIED >= self.cycles:
+        if self.cycles <= self.floor:
             return f"optimal in the space of {space}"
-        return f"within {100 * (self.cycles / self.floor - 1):.1f} % of the optimum of {space}"
+        return f"within {math.ceil(1000 * (self.cycles / self.floor - 1)) / 10:.1f} % of the optimum of {space}"
 
 
 Signature = tuple[Param, Param, Param | None, Param, str, Epilogue]
@@ -79,13 +80,6 @@ def remembering(memory: Memory) -> Iterator[None]:
 def findings() -> Iterator[Found]:
     """What searches of this process found."""
     yield from _KNOWN.values()
-
-
-def fastest_linear(
-    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
-) -> Kernel:
-    """The kernel of :func:`search_linear`."""
-    return search_linear(x, w, scale, y, target, after).kernel
 
 
 def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN) -> Found:

@@ -67,7 +67,7 @@ def simulate_time(program: Program, target: Target, *, context: int | None = Non
         calls.append(CallTiming(call.index, kernel.name, now, now + kernel.cycles))
         now += kernel.cycles
         spent.update(kernel.account)
-    bound = program_bound(program, [kernel.bound for kernel in order])
+    bound = program_bound(program, [kernel.bound for kernel in order], target)
     if bound.cycles > now:
         raise CheckError(f"program {program.name}: {now} cycles are below the lower bound of {bound.cycles}")
     kernels = {one.name: replace(one, calls=counts[one.name]) for one in timed.values()}
@@ -126,7 +126,8 @@ def _moved(kernel: Kernel, counted: Sequence[tuple[str, Step, int]], cores: int)
     )
 
 
-RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "vector", "link": "link"}
+# what an engine works for; the link engine beside the links, for its bytes
+RESOURCES = {"matrix": "compute", "dma_in": "DDR", "dma_out": "DDR", "vector": "vector", "link": "DDR"}
 
 
 def _attribute(engines: Sequence[EngineAccount], binds: str, total: int) -> dict[str, int]:
@@ -135,7 +136,11 @@ def _attribute(engines: Sequence[EngineAccount], binds: str, total: int) -> dict
     order = sorted(("compute", "DDR", "vector", "link"), key=lambda name: name != first)
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in order}
     for engine in engines:
-        spans[RESOURCES[engine.engine]] += [(one.start, one.end) for one in engine.records if one.end > one.start]
+        worked = [one for one in engine.records if one.end > one.start]
+        if engine.engine == "link":
+            spans["link"] += [one.linked for one in worked if one.linked and one.linked[1] > one.linked[0]]
+            worked = [one for one in worked if one.bytes]
+        spans[RESOURCES[engine.engine]] += [(one.start, one.end) for one in worked]
     edges = np.unique([0, total, *(edge for listed in spans.values() for span in listed for edge in span)])
     lengths, free = np.diff(edges), np.ones(len(edges) - 1, np.bool_)
     spent = dict.fromkeys((*order, "latency"), 0)

@@ -8,6 +8,7 @@ when it is acquired, is filled with NaN (floats) or 0x80 (integers), so nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import EllipsisType
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ class Plan:
         return act
 
     def _operand(self, box: Box) -> Callable[[Arguments, int], Array]:
-        index = tuple(map(slice, box.start, box.stop))
+        index: tuple[slice | EllipsisType, ...] = (*map(slice, box.start, box.stop), ...)  # a view, of one number too
         if box.slot >= 0:
             views = [view[index] for view in self._slots[box.ref][box.slot]]
             return lambda arguments, rank: views[rank]

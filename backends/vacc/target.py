@@ -24,6 +24,7 @@ from vacc_opt.ir.errors import UserError, did_you_mean
 
 _TARGETS = Path(__file__).parent / "targets"
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_OPERANDS = ("f32", "f16", "i8")  # types that the array multiplies
 _HOW = "write `public: SOURCE`, `measured: RUN` or `assumed`"
 _PROVENANCE = re.compile(r"(public: .+|measured: .+|assumed)")
 
@@ -122,6 +123,7 @@ class Vector(_Section):
 class Sram(_Section):
     """Scratch memory of a core, in `banks` equal parts one after the other; `null` where none are known.
 
+    `align` is that of schedules, `ALIGN`: another one is refused.
     Engines that do not share their buffers use banks of their own (see `banks`).
     """
 
@@ -140,7 +142,11 @@ class Sram(_Section):
 
 
 class Dma(_Section):
-    """DMA of a core: `issue` cycles a descriptor, `max_outstanding` requests of at most `chunk` bytes in flight."""
+    """DMA of a core: `issue` cycles a descriptor, `max_outstanding` requests in flight.
+
+    A request moves a tile, whatever its size; that as many of `chunk` bytes hide the latency of the DDR is checked of
+    a target, and no more.
+    """
 
     issue: Cycles
     max_outstanding: Count
@@ -172,9 +178,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 
 class Target(_Section):
-    """A machine. `numbers_from` maps the dotted path of every number to its provenance."""
+    """A machine. `numbers_from` maps the dotted path of every number to its provenance.
 
-    name: str
+    The name stands as one word in schedules. With several `dies`, programs have no more ranks than these; a target of
+    one die stands for as many as a program has ranks.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\S+$")]
     version: Count
     clock_mhz: Rate
     dies: Count
@@ -348,12 +358,28 @@ def _fields(path: tuple[str, ...]) -> list[str]:
 def _check_numbers(target: Target, where: str) -> None:
     """Refuse numbers that do not go together."""
     _check_littles_law(target, where)
+    _check_types(target, where)
     sram = target.core.sram
+    if sram.align != ALIGN:
+        raise UserError(f"{where}: core.sram.align = {sram.align}, but slots of schedules start at {ALIGN}s")
     if sram.banks and sram.bytes % (sram.banks * ALIGN):
         raise UserError(
             f"{where}: {sram.bytes} bytes of SRAM are not {sram.banks} equal banks of whole {ALIGN} bytes",
             "change core.sram.bytes or core.sram.banks",
         )
+
+
+def _check_types(target: Target, where: str) -> None:
+    """Refuse an array whose rates are not those of the types of activations."""
+    rates = target.core.matrix.macs_per_cycle
+    for name in rates:
+        if name not in _OPERANDS:
+            raise UserError(f"{where}: unknown type `core.matrix.macs_per_cycle.{name}`", did_you_mean(name, _OPERANDS))
+    for name in _OPERANDS:
+        if name not in rates:
+            raise UserError(
+                f"{where}: `core.matrix.macs_per_cycle.{name}` is missing", f"types are {', '.join(_OPERANDS)}"
+            )
 
 
 def _check_littles_law(target: Target, where: str) -> None:

@@ -185,11 +185,9 @@ def parse_program(text: str) -> Program:
     tensors, outputs, kernels, calls = [], [], [], []
     while found := lines.match(_TENSOR):
         _dtype(found[2], lines)
-        tensors.append(Tensor(found[1], found[2], _ints(found[3]), found[4], int(found[5])))
+        tensors.append(Tensor(found[1], found[2], _ints(found[3], lines), found[4], int(found[5])))
     while found := lines.match(_OUTPUT):
-        shape = _ints(found[2])
-        strides = row_major(shape) if found[3] is None else _ints(found[3])
-        outputs.append(Output(found[1], found[4], int(found[5]), shape, strides))
+        outputs.append(Output(found[1], found[4], int(found[5]), *_window(found[2], found[3], lines)))
     while lines.peek().startswith("kernel "):
         kernels.append(_parse_kernel(lines))
     while found := lines.match(_CALL):
@@ -237,9 +235,8 @@ def _parse_kernel(lines: _Lines) -> Kernel:
         raise lines.fail("expected `kernel NAME(PARAMETERS) {`")
     params = []
     for found in _every(_PARAM, head[2], lines):
-        shape = _ints(found[4])
-        strides = row_major(shape) if found[5] is None else _ints(found[5])
-        params.append(Param(found[2], _dtype(found[3], lines), shape, strides, found[1]))
+        dtype = _dtype(found[3], lines)
+        params.append(Param(found[2], dtype, *_window(found[4], found[5], lines), found[1]))
     scalars = _words(head[3] or "")
     names = [*(one.name for one in params), *scalars]
     if len({*names}) < len(names):
@@ -251,7 +248,7 @@ def _parse_kernel(lines: _Lines) -> Kernel:
         if match[2] in names:
             raise lines.fail(f"`{match[2]}` is declared twice", 1)
         names.append(match[2])
-        buffers.append(Buffer(match[2], _dtype(match[3], lines), _ints(match[4]), *place))
+        buffers.append(Buffer(match[2], _dtype(match[3], lines), _ints(match[4], lines), *place))
         if (match[1] == "ring") != bool(consumers) or not {match[7], *consumers} <= set(ENGINES):
             raise lines.fail("a ring has consumers, scratch has none; engines are " + ", ".join(ENGINES), 1)
     trees: list[tuple[str, tuple[Statement, ...]]] = []
@@ -351,8 +348,20 @@ def _dtype(name: str, lines: _Lines) -> str:
     return name
 
 
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(one) for one in text.split(",")) if text.strip() else ()
+def _ints(text: str, lines: _Lines) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise lines.fail(f"`[{text}]` is not a list of sizes", 1) from None
+
+
+def _window(sizes: str, steps: str | None, lines: _Lines) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides, row-major where none are given."""
+    shape = _ints(sizes, lines)
+    strides = row_major(shape) if steps is None else _ints(steps, lines)
+    if len(strides) != len(shape):
+        raise lines.fail(f"`[{steps}]` are not strides of {len(shape)} axes", 1)
+    return shape, strides
 
 
 def _words(text: str) -> tuple[str, ...]:

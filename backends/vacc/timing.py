@@ -14,9 +14,10 @@ class Bound:
     """Cycles that no schedule on the target goes below: the work of each resource of a die, after a `latency`.
 
     Of a kernel, `latency` passes before any engine has something to work on. Of a program, whose calls might overlap,
-    the resources hold sums over the calls, and `latency` is the time that a chain of dependent calls spends waiting;
-    it does not add to the work. `ddr` counts every byte once, `capacity` (at least as much) also those that cannot stay
-    on the chip until they are needed again; `port` are the DMA ports of the cores.
+    the resources hold sums over the calls, without the cycles in which an array drains or a hop passes, and `latency`
+    is the time that a chain of dependent calls spends waiting; it does not add to the work. `ddr` counts every byte
+    once, `capacity` (at least as much) also those that cannot stay on the chip until they are needed again; `port` are
+    the DMA ports of the cores.
     """
 
     compute: int

@@ -1,20 +1,21 @@
 """Write a Timing as a Chrome trace (JSON) that Perfetto and chrome://tracing open.
 
-Tracks: the calls, and each engine of each core. The first call of a kernel shows every operation; later ones, which
-repeat it cycle by cycle, one span an engine. Counters: DDR bytes a cycle and transfers in flight.
-Times are microseconds at the core clock.
+Tracks: the calls, and each engine of each core; what collectives move in DDR, while the links go on, has its own. The
+first call of a kernel shows every operation; later ones, which repeat it cycle by cycle, one span an engine. Counters:
+DDR bytes a cycle and transfers in flight. Times are microseconds at the core clock.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vacc_opt.backends.vacc.timing import CallTiming, EngineAccount, KernelTiming, Timing
 
 Event = dict[str, Any]
+_MOVED = "link transfers"
 
 
 def write_trace(timing: Timing, path: Path) -> None:
@@ -35,17 +36,23 @@ def _tracks(timing: Timing) -> Iterator[Event]:
     yield _meta("process_name", 0, 0, f"{timing.phase}: calls")
     yield _meta("thread_name", 0, 0, "calls")
     lanes = {(one.core, one.engine) for kernel in timing.kernels.values() for one in kernel.engines}
-    order = {engine: index for index, engine in enumerate(sorted({engine for _, engine in lanes}))}
+    lanes |= {(core, _MOVED) for core, engine in lanes if engine == "link"}
+    order = _order(timing)
     for core in sorted({core for core, _ in lanes}):
         yield _meta("process_name", core + 1, 0, f"core {core}")
     for core, engine in sorted(lanes):
-        yield _meta("thread_name", core + 1, order[engine] + 1, engine)
+        yield _meta("thread_name", core + 1, order[engine], engine)
+
+
+def _order(timing: Timing) -> Mapping[str, int]:
+    """The number of each track of a core."""
+    engines = sorted({one.engine for kernel in timing.kernels.values() for one in kernel.engines})
+    return {name: index for index, name in enumerate([*engines, _MOVED], 1)}
 
 
 def _events(timing: Timing) -> Iterator[Event]:
     clock = timing.target.clock_mhz
-    engines = sorted({one.engine for kernel in timing.kernels.values() for one in kernel.engines})
-    order = {engine: index + 1 for index, engine in enumerate(engines)}
+    order = _order(timing)
     seen: set[str] = set()
     for call in timing.calls:
         kernel = timing.kernels[call.kernel]
@@ -55,19 +62,25 @@ def _events(timing: Timing) -> Iterator[Event]:
         seen.add(call.kernel)
         for engine in kernel.engines:
             if engine.records:
-                yield from _engine_spans(engine, call, order[engine.engine], clock, detailed)
+                yield from _engine_spans(engine, call, order, clock, detailed)
         yield from _counters(kernel, call, clock, detailed)
 
 
-def _engine_spans(engine: EngineAccount, call: CallTiming, lane: int, clock: float, detailed: bool) -> Iterator[Event]:
-    pid = engine.core + 1
+def _engine_spans(
+    engine: EngineAccount, call: CallTiming, order: Mapping[str, int], clock: float, detailed: bool
+) -> Iterator[Event]:
+    pid, lane = engine.core + 1, order[engine.engine]
     if not detailed:
-        start, end = call.start + engine.records[0].start, call.start + engine.records[-1].end
+        start, end = call.start + engine.records[0].spans[0][0], call.start + engine.records[-1].end
         yield _span(call.kernel, pid, lane, start, end, clock, dict(engine.cycles))
         return
     for record in engine.records:
         args = {"bytes": record.bytes} if record.bytes else {}
-        yield _span(record.label, pid, lane, call.start + record.start, call.start + record.end, clock, args)
+        *linked, worked = record.spans
+        for first, last in linked:
+            yield _span(record.label, pid, lane, call.start + first, call.start + last, clock, {})
+        own = order[_MOVED] if linked else lane
+        yield _span(record.label, pid, own, call.start + worked[0], call.start + worked[1], clock, args)
 
 
 def _counters(kernel: KernelTiming, call: CallTiming, clock: float, detailed: bool) -> Iterator[Event]:

@@ -16,7 +16,7 @@ Kernels, unrolled at four values of their run-time scalars (smallest, largest, o
   computed, each pair of tiles multiplied into a slot adds each k of the first tile once. That vector operations are the
   right ones on the right rows is not checked there.
 
-Programs: the target and its cores match; arguments and outputs are windows inside tensors that exist; elements of
+Programs: the target, its cores and dies match; arguments and outputs are windows inside tensors that exist; elements of
 temporaries are written before they are read or output, and results are read before they are overwritten or the end;
 tensors alive together share no bytes; weights and inputs are never written; windows of one tensor in one call are
 disjoint if one is written; calls are given the scalars, caches and tables that their names ask for
@@ -41,8 +41,9 @@ from math import prod
 from vacc_opt.backends.vacc.binding import Unroll, Unrolled, scalar_samples
 from vacc_opt.backends.vacc.memory import memory_plan, overlaps
 from vacc_opt.backends.vacc.ops import PRIMITIVES
-from vacc_opt.backends.vacc.schedule import Call, Program, ScheduleError, Violation
+from vacc_opt.backends.vacc.schedule import ALIGN, Call, Program, ScheduleError, Violation
 from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.tiling import round_up
 from vacc_opt.backends.vacc.verify_caches import cache_violations
 from vacc_opt.backends.vacc.verify_dataflow import dataflow_violations
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
@@ -71,9 +72,10 @@ def check(
     tried = _samples(program) if samples is None else samples
     unroll = unroll or Unrolled()
     kernels = [v for one in program.kernels for v in kernel_violations(one, target, tried.get(one.name, [{}]), unroll)]
-    calls = [*_memory(program, target), *dataflow_violations(program), *wiring_violations(program)]
-    # kernels that cannot be unrolled say nothing about caches
-    return kernels + calls if kernels else calls + cache_violations(program, target, unroll)
+    calls = [*_memory(program, target), *dataflow_violations(program)]
+    if kernels:
+        return kernels + calls  # the rest reads operations, which may lack operands or not be unrolled
+    return [*calls, *wiring_violations(program), *cache_violations(program, target, unroll)]
 
 
 def _samples(program: Program) -> dict[str, list[dict[str, int]]]:
@@ -85,7 +87,10 @@ def _samples(program: Program) -> dict[str, list[dict[str, int]]]:
 
 
 def _machine(program: Program, target: Target) -> Iterator[Violation]:
-    """The program is for this target, and its collectives have links to run on."""
+    """The program is for this target, its collectives have links to run on, and its ranks a die each.
+
+    A target of one die stands for any number of the same.
+    """
     if program.target_sha != target.sha or program.cores != target.die.cores:
         made = f"made for {program.target} {program.target_sha} with {program.cores} cores"
         yield _wrong(program, "target", f"{made}, not for {target.name} {target.sha} with {target.die.cores}")
@@ -93,6 +98,8 @@ def _machine(program: Program, target: Target) -> Iterator[Violation]:
     collective = any(PRIMITIVES[kind].collective for kind in kinds & PRIMITIVES.keys())
     if collective and program.ranks > 1 and target.links is None:
         yield _wrong(program, "target", f"{program.ranks} ranks exchange data, but {target.name} has no links")
+    if program.ranks > target.dies > 1:
+        yield _wrong(program, "target", f"{program.ranks} ranks, a die each, but {target.name} has {target.dies} dies")
 
 
 def _calls(program: Program) -> Iterator[Violation]:
@@ -148,7 +155,7 @@ def _memory(program: Program, target: Target) -> Iterator[Violation]:
     for message in overlaps(plan):
         yield _wrong(program, "overlap", f"DDR: {message}")
     end = max((region.end for region in plan.regions), default=0)
-    if end > program.ddr_bytes or program.ddr_bytes > target.die.ddr.capacity:
+    if program.ddr_bytes != round_up(end, ALIGN) or program.ddr_bytes > target.die.ddr.capacity:
         stated = f"{program.ddr_bytes} stated, {target.die.ddr.capacity} there"
         yield _wrong(program, "capacity", f"DDR: tensors end at byte {end}, {stated}")
     if program.ddr_bound != plan.bound:

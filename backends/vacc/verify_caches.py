@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vacc_opt.backends.vacc.binding import Unroll, lanes, scalar_range
 from vacc_opt.backends.vacc.expand import Box, Step
-from vacc_opt.backends.vacc.schedule import Affine, Argument, Call, Kernel, Param, Program, Tensor, Violation
+from vacc_opt.backends.vacc.schedule import Affine, Argument, Call, Kernel, Program, Tensor, Violation
 from vacc_opt.backends.vacc.target import Target
+from vacc_opt.backends.vacc.verify_dataflow import Mask, window
 
-Mask = npt.NDArray[np.bool_]
 Boxes = Mapping[str, tuple[Box, ...]]  # parameter -> what a kernel touches of it
 Touches = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Boxes, Boxes]]  # (kernel, scalars) -> reads, writes
 Masks = dict[tuple[object, ...], Mask]  # what was touched of a cache of some shape -> its elements
@@ -168,14 +166,9 @@ class _Pass:
         key = cache.tensor.shape, one.offset, param.shape, param.strides, touched
         if key not in self._masks:
             mask = np.zeros(cache.tensor.shape, np.bool_)
-            window = _window(mask.reshape(-1), one.offset, param)
+            seen = window(mask.reshape(-1), one.offset, param)
             for box in touched:
-                window[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))] = True
+                seen[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))] = True
             mask.flags.writeable = False
             self._masks[key] = mask
         return self._masks[key]
-
-
-def _window(mask: Mask, offset: int, param: Param) -> npt.NDArray[Any]:
-    strides = tuple(stride * mask.itemsize for stride in param.strides)
-    return np.lib.stride_tricks.as_strided(mask[offset:], param.shape, strides)

@@ -61,8 +61,8 @@ class _Flow:
         if isinstance(self._written, bool):
             count = 1 if param is None else prod(param.shape)
             return "" if self._written else f"{count} of {count}"
-        window = _window(self._written, offset, param)
-        return "" if window.all() else f"{window.size - int(window.sum())} of {window.size}"
+        seen = window(self._written, offset, param)
+        return "" if seen.all() else f"{seen.size - int(seen.sum())} of {seen.size}"
 
     def write(self, offset: int, param: Param, call: Call) -> Call | None:
         """Note a write; the earlier call whose unread result it destroys."""
@@ -73,7 +73,7 @@ class _Flow:
         elif self._written is not True:
             if self._written is False:
                 self._written = np.zeros(self._size, np.bool_)
-            _window(self._written, offset, param)[...] = True
+            window(self._written, offset, param)[...] = True
         return met[0] if met else None
 
     def _whole(self, offset: int, param: Param | None) -> bool:
@@ -94,8 +94,8 @@ def _shared(size: int, one: tuple[int, Param | None], other: tuple[int, Param]) 
     if param is not None and start == begin and (param.shape, param.strides) == (written.shape, written.strides):
         return True
     mask = np.zeros(size, np.bool_)
-    _window(mask, begin, written)[...] = True
-    return bool(_window(mask, start, param).any())
+    window(mask, begin, written)[...] = True
+    return bool(window(mask, start, param).any())
 
 
 def _seen(output: Output) -> Param:
@@ -115,7 +115,7 @@ def _aliases(program: Program, call: Call) -> Iterator[Violation]:
                 yield Violation("WAR", call.kernel, call.index, text)
 
 
-def _window(mask: Mask, offset: int, param: Param | None) -> npt.NDArray[Any]:
+def window(mask: Mask, offset: int, param: Param | None) -> npt.NDArray[Any]:
     """The elements of a flat tensor that a parameter (or one scalar) sees, as a view."""
     if param is None:
         return mask[offset : offset + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,8 @@ def kernel_violations(
         except ScheduleError as error:
             found |= dict.fromkeys((one.kind, one.message) for one in error.violations)
             continue
-        found |= dict.fromkeys((*_shapes(unrolled), *_multicasts(unrolled)))
+        shapes = dict.fromkeys(_shapes(unrolled))
+        found |= shapes | dict.fromkeys(_multicasts(unrolled))
         few = unrolled.distinct  # for what happens in SRAM alone
         protocol = dict.fromkeys(_protocol(kernel, few))
         found |= protocol
@@ -45,6 +46,7 @@ def kernel_violations(
             slots = slot_regions(kernel, few)
             found |= dict.fromkeys(unread_slots(slots))
             idle.append(set(unread_results(kernel, few, slots)))
+        if not protocol and not shapes:  # values can be followed through operations
             meaning = dict.fromkeys(meaning_problems(kernel, unrolled, scalars))
             if meaning or not defined(kernel):  # a kernel that keeps to its definition multiplies what it should
                 found |= dict.fromkeys(product_problems(kernel, unrolled))
@@ -56,6 +58,8 @@ def kernel_violations(
 
 
 Problem = tuple[str, str]  # (kind, message)
+Shape = tuple[int, ...]
+Shapes = Sequence[Shape]
 
 
 def _space(kernel: Kernel, target: Target) -> Iterator[Problem]:
@@ -111,38 +115,84 @@ def _multicasts(unrolled: Lanes) -> Iterator[Problem]:
                 return
 
 
-def _conform(kind: str, outs: Sequence[tuple[int, ...]], ins: Sequence[tuple[int, ...]]) -> bool:
+def _conform(kind: str, outs: Shapes, ins: Shapes) -> bool:
     if any(0 in shape for shape in (*outs, *ins)):
         return False
-    if kind in MOVES:
-        return _squeezed(outs[0]) == _squeezed(ins[0])
-    if kind == "gather":
-        return outs[0] == (*ins[1], *ins[0][1:])
-    if kind in {"mma", "mma_nn"}:
-        columns, depth = ins[1][-2:] if kind == "mma" else ins[1][:-3:-1]
-        if any(size != 1 for size in ins[1][:-2]):
-            return False
-        return outs[0][:-1] == ins[0][:-1] and outs[0][-1] == columns and ins[0][-1] == depth
-    if kind == "softmax_step":
-        column = (*ins[0][:-1], 1)
-        return outs[0] == ins[0] and {column} == {*outs[1:]} and _broadcasts(ins[1:], column)
-    if kind == "rotary":
-        return outs[0] == ins[0] and ins[1] == ins[2]
-    form = PRIMITIVES[kind].form
-    if form == "rows":
-        return outs[0] == (*ins[0][:-1], 1) and ins[-1][-1] == ins[0][-1]
-    return form != "elementwise" or _broadcasts(ins, outs[0])
+    form = PRIMITIVES[kind].form or kind
+    return form not in _FORMS or _FORMS[form](outs, ins)
 
 
-def _broadcasts(shapes: Sequence[tuple[int, ...]], to: tuple[int, ...]) -> bool:
+def _rows_conform(outs: Shapes, ins: Shapes) -> bool:
+    if not ins[0] or ins[-1][-1:] != ins[0][-1:]:
+        return False
+    return outs[0] == (*ins[0][:-1], 1) and _broadcasts(ins, ins[0])
+
+
+def _moves_conform(outs: Shapes, ins: Shapes) -> bool:
+    return _trimmed(outs[0]) == _trimmed(ins[0])
+
+
+def _gather_conforms(outs: Shapes, ins: Shapes) -> bool:
+    return bool(ins[0]) and outs[0] == (*ins[1], *ins[0][1:]) and all(set(one) <= {1} for one in ins[2:])
+
+
+def _product_conforms(outs: Shapes, ins: Shapes) -> bool:
+    """Of rows [..., k] with columns [1, ..., n, k]."""
+    if min(map(len, (*outs, *ins))) < 1 or len(ins[1]) < 2 or any(size != 1 for size in ins[1][:-2]):
+        return False
+    return outs[0][:-1] == ins[0][:-1] and (outs[0][-1], ins[0][-1]) == ins[1][-2:]
+
+
+def _turned_product_conforms(outs: Shapes, ins: Shapes) -> bool:
+    return _product_conforms(outs, (ins[0], (*ins[1][:-2], *ins[1][:-3:-1])))
+
+
+def _softmax_conforms(outs: Shapes, ins: Shapes) -> bool:
+    column = (*ins[0][:-1], 1)
+    return len(column) > 1 and outs[0] == ins[0] and {column} == {*outs[1:]} and _broadcasts(ins[1:], column)
+
+
+def _rotary_conforms(outs: Shapes, ins: Shapes) -> bool:
+    """The tables hold a row for each of x, and at most half as many columns."""
+    x, cos, sin = ins
+    if outs[0] != x or cos != sin or not x or not cos or 2 * cos[-1] > x[-1]:
+        return False
+    return _broadcasts([cos[:-1]], x[:-1])
+
+
+def _scatter_conforms(outs: Shapes, ins: Shapes) -> bool:
+    return bool(ins[0]) and outs[0] == ins[0][1:]
+
+
+def _gathered_ranks_conform(outs: Shapes, ins: Shapes) -> bool:
+    return len(outs[0]) > 1 and (*outs[0][:1], *outs[0][2:]) == ins[0]
+
+
+# by form, or by the name of an operation of a form of its own
+_FORMS: Mapping[str, Callable[[Shapes, Shapes], bool]] = {
+    **dict.fromkeys((*MOVES, "all_reduce"), _moves_conform),
+    "elementwise": lambda outs, ins: _broadcasts(ins, outs[0]),
+    "rows": _rows_conform,
+    "gather": _gather_conforms,
+    "mma": _product_conforms,
+    "mma_nn": _turned_product_conforms,
+    "softmax_step": _softmax_conforms,
+    "rotary": _rotary_conforms,
+    "reduce_scatter": _scatter_conforms,
+    "all_gather": _gathered_ranks_conform,
+}
+
+
+def _broadcasts(shapes: Shapes, to: Shape) -> bool:
     try:
         return np.broadcast_shapes(*shapes, to) == to
     except ValueError:
         return False
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
+def _trimmed(shape: Shape) -> Shape:
+    """Without leading axes of one element, which come and go in a move; others would change what lies side by side."""
+    return shape[next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
 def _protocol(kernel: Kernel, unrolled: Lanes) -> Iterator[Problem]:

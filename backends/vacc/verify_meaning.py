@@ -43,8 +43,10 @@ def _problem(wanted: Wanted, one: Stored, told: Definition | None) -> Problem | 
         if told is None:
             return attention_problem(wanted, one.node)
         due = told(wanted)
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         return "name", f"no parameter or scalar {error} of a {family(wanted.kernel.name)}"
+    except (IndexError, ValueError):
+        return "shape", f"parameters are not those of a {family(wanted.kernel.name)}, or have other axes"
     return None if due is one.node else difference(due, one.node)
 
 

@@ -14,13 +14,24 @@ _NUMBERS = {*_FLOATS, "i8"}
 
 
 def type_problems(kernel: Kernel) -> Iterator[Problem]:
-    """Operations of the text on types that their engine does not take; unknown names are left to other checks."""
+    """Operations of the text on types that their engine does not take.
+
+    Unknown names and operations without their operands are left to other checks.
+    """
     types = {one.name: one.dtype for one in kernel.params} | {one.name: one.dtype for one in kernel.buffers}
     for engine, op in kernel.operations():
-        if op.kind in PRIMITIVES and all(view.ref in types for view in (*op.outs, *op.ins)):
+        if _complete(op) and all(view.ref in types for view in (*op.outs, *op.ins)):
             message = _wrong(engine, op, [types[one.ref] for one in op.outs], [types[one.ref] for one in op.ins])
             if message:
                 yield "dtype", f"`{print_op(op)}`: {message}"
+
+
+def _complete(op: Op) -> bool:
+    primitive = PRIMITIVES.get(op.kind)
+    if primitive is None or len(op.outs) != primitive.outputs:
+        return False
+    fewest, most = primitive.inputs
+    return fewest <= len(op.ins) <= most
 
 
 def _wrong(engine: str, op: Op, outs: list[str], ins: list[str]) -> str | None:

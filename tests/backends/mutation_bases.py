@@ -25,9 +25,8 @@ from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.kernels.row_scale import row_scale
 from vacc_opt.backends.vacc.lower import lower
-from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import DTYPES, Kernel, Param, Program
-from vacc_opt.backends.vacc.search import fastest_linear
+from vacc_opt.backends.vacc.search import search_linear
 from vacc_opt.backends.vacc.simulate_values import ValueSimulator
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.target import Target, load_target
@@ -35,6 +34,7 @@ from vacc_opt.ir.errors import CheckError, UserError
 from vacc_opt.tests.backends.conftest import attend
 from vacc_opt.tests.backends.epilogues import fused
 from vacc_opt.tests.backends.llama import Llama, inputs
+from vacc_opt.tests.backends.pack import empty_caches, rank_weights
 
 Array = npt.NDArray[Any]
 ORDERS = 4  # interleavings in which every mutant runs
@@ -112,6 +112,7 @@ def bases() -> list[Base]:
         Base("bias", elementwise("add", a, row, y, small), small),
         Base("swiglu", elementwise("silu_mul", a, b, y, small), small),
         Base("gelu", elementwise("gelu", a, None, y, small, tanh=0), small),
+        Base("cast", elementwise("cast", a, None, param("Y", "out", "f16", (13, 60)), small), small),
         Base("embedding", embedding(table, ids, None, param("Y", "out", "f32", (13, 24)), machine(800)), machine(800)),
         Base(
             "embedding_shard",
@@ -144,13 +145,13 @@ def _gemm(activations: str, weights: str | None, sram: int, ranks: int = 0, rows
     )
     w = param("W", "in", weights or activations, (columns, depth))
     scale = param("S", "in", "f32", (columns,)) if weights else None
-    return fastest_linear(x, w, scale, y, machine(sram, cores), Epilogue(ranks=ranks))
+    return search_linear(x, w, scale, y, machine(sram, cores), Epilogue(ranks=ranks)).kernel
 
 
 def _fused(steps: list[str], sram: int, weights: str = "f32", ranks: int = 0) -> Kernel:
     """5 rows of 24 columns of 50 numbers, with what is fused behind them."""
     params, after = fused(steps, TOKENS, 24, 50, weights, "f32", head=8, context=CONTEXT)
-    return fastest_linear(*params, machine(sram), replace(after, ranks=ranks))
+    return search_linear(*params, machine(sram), replace(after, ranks=ranks)).kernel
 
 
 def _attention(

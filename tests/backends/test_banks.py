@@ -24,9 +24,8 @@ from vacc_opt.backends.vacc.kernels.rms_norm import rms_norm
 from vacc_opt.backends.vacc.kernels.rotary import rotary
 from vacc_opt.backends.vacc.linear_space import linear_space
 from vacc_opt.backends.vacc.linear_tiles import LinearShape
-from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.backends.vacc.schedule import Buffer, Kernel
-from vacc_opt.backends.vacc.search import fastest_linear
+from vacc_opt.backends.vacc.search import search_linear
 from vacc_opt.backends.vacc.target import overlay
 from vacc_opt.backends.vacc.text import print_kernel
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
@@ -36,6 +35,7 @@ from vacc_opt.tests.backends.conftest import attend, gemm, zoo
 from vacc_opt.tests.backends.epilogues import CONTEXT, HEAD, fused
 from vacc_opt.tests.backends.llama import Llama
 from vacc_opt.tests.backends.mutation_bases import Base, ProgramBase, program_results, results, same
+from vacc_opt.tests.backends.pack import rank_weights
 from vacc_opt.tests.backends.test_epilogues import EPILOGUES
 
 PLAIN, BANKED = load_target("vacc-reference"), load_target("vacc-reference-16banks")
@@ -68,11 +68,15 @@ def families(target: Target) -> dict[str, Example]:
     for name, steps in EPILOGUES.items():
         for weights in ("f32", "i8"):
             params, after = fused(steps, 19, 3 * HEAD, 71, weights, "f32")
-            kernel = fastest_linear(*params, target, after)
+            kernel = search_linear(*params, target, after).kernel
             at = [{"pos": pos} for pos in (0, CONTEXT - 19)] if kernel.scalars else none
             made[f"{weights} linear with {name}"] = kernel, at, 1
     params, after = fused(["residual"], 19, 3 * HEAD, 71, "f32", "f32")
-    made["linear with residual and all-reduce"] = fastest_linear(*params, target, replace(after, ranks=3)), none, 3
+    made["linear with residual and all-reduce"] = (
+        search_linear(*params, target, replace(after, ranks=3)).kernel,
+        none,
+        3,
+    )
     return made
 
 

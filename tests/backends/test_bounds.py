@@ -10,11 +10,15 @@ import pytest
 
 from vacc_opt.backends.vacc.binding import lanes
 from vacc_opt.backends.vacc.costs import link_cost
+from vacc_opt.backends.vacc.kernels.builder import param
+from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.products import matrix_product
 from vacc_opt.backends.vacc.regions import covers, first_overlap, first_uncovered, union_volume
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.target import Links, Target, load_target
+from vacc_opt.backends.vacc.text import parse_kernel
+from vacc_opt.backends.vacc.verify_kernel import kernel_violations
 from vacc_opt.tests.backends.peer import LINEARS, TARGETS, Peer
 
 
@@ -48,6 +52,67 @@ def test_a_kernel_never_beats_its_bound(example: Example) -> None:
         for ranks in (1, 4):
             timing = time_kernel(example.kernel, example.target, scalars, ranks)
             assert timing.cycles >= timing.bound.cycles > 0
+
+
+ZEROS = """
+kernel zeros(in X f32[64], out Z f32[64], out Y f32[100, 1472]) {
+  ring x f32[64] x1 @0 dma_in -> dma_out
+  ring start f32[1] x1 @256 dma_in -> vector
+  ring y f32[1, 1472] x2 @320 vector -> dma_out
+  engine dma_in {
+    fill start {
+    }
+    fill x {
+      x[0:64] <- load(X[0:64])
+    }
+  }
+  engine vector {
+    use start {
+      for m in 0:100:1 {
+        fill y {
+          y[0:1, 0:1472] <- constant(value=0.0)
+        }
+      }
+    }
+  }
+  engine dma_out {
+    for m in 0:100:1 {
+      use y {
+        Y[m:m+1, 0:1472] <- store(y[0:1, 0:1472])
+      }
+    }
+    use x {
+      Z[0:64] <- store(x[0:64])
+    }
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_what_needs_no_load_does_not_wait_for_the_first(signalled: bool) -> None:
+    """Tiles of zeros are stored while the DDR still looks for X; an empty slot of the loads may set that off."""
+    target, text = load_target("vacc-reference"), ZEROS
+    if not signalled:
+        text = text.replace("  ring start f32[1] x1 @256 dma_in -> vector\n", "").replace(
+            "    fill start {\n    }\n", ""
+        )
+        text = text.replace("use start", "for once in 0:1:1")
+    kernel = parse_kernel(text)
+    assert kernel_violations(kernel, target, [{}]) == []
+    timing = time_kernel(kernel, target, {})
+    assert timing.bound.latency == 0
+    assert timing.cycles < timing.bound.cycles + target.core.dma.issue + target.die.ddr.latency
+
+
+def test_constants_that_an_engine_keeps_to_itself_do_not_shorten_the_wait(
+    make_attention: Callable[..., Kernel],
+) -> None:
+    target = load_target("vacc-reference")
+    kernel = make_attention(target, 13, 64, "f32", False)
+    assert "constant" in {op.kind for _, op in kernel.operations()}
+    bound = time_kernel(kernel, target, {"pos": 0}).bound
+    assert bound.latency == target.core.dma.issue + target.die.ddr.latency
 
 
 def test_the_product_of_a_kernel_is_read_from_its_tiles(make_gemm: Callable[..., Kernel]) -> None:
@@ -122,6 +187,17 @@ def test_many_small_steps_of_a_reduction_take_the_ring() -> None:
 
 def test_one_rank_needs_no_link() -> None:
     assert link_cost("all_reduce", 1024, 1, LINKS) == (0, 0)
+
+
+def test_the_time_of_a_collective_is_that_of_the_links_and_its_bytes_that_of_the_ddr() -> None:
+    """One step: 4 x 8192 bytes pass over the links, which takes most of the time; then each byte moves in and out."""
+    card = load_target("vacc-card4")
+    assert card.links is not None
+    kernel = all_reduce(param("X", "in", "f32", (2048,)), param("Y", "out", "f32", (2048,)))
+    timing = time_kernel(kernel, card, {}, 4)
+    busy, hops = link_cost("all_reduce", 8192, 4, card.links)
+    moving = math.ceil(2 * 8192 / min(card.core.dma.bytes_per_cycle, card.die.ddr.effective_bytes_per_cycle))
+    assert timing.account == {"link": busy, "DDR": moving, "compute": 0, "vector": 0, "latency": hops}
 
 
 def test_volumes_of_overlapping_boxes_count_elements_once() -> None:

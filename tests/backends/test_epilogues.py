@@ -18,7 +18,7 @@ from vacc_opt.backends.vacc.linear_space import linear_space
 from vacc_opt.backends.vacc.linear_tiles import LinearShape, LinearTiles
 from vacc_opt.backends.vacc.linear_time import linear_cycles
 from vacc_opt.backends.vacc.schedule import DTYPES, Param
-from vacc_opt.backends.vacc.search import fastest_linear
+from vacc_opt.backends.vacc.search import search_linear
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
@@ -98,7 +98,7 @@ def test_a_fused_linear_computes_all_of_its_steps_in_any_order_of_engines(
     """f32 sums in another order: a few units in the last place of the largest output; codes at most one step apart."""
     target = machine()
     params, after = fused(steps, rows, 3 * HEAD, 71, weights, "f32")
-    kernel = fastest_linear(*params, target, after)
+    kernel = search_linear(*params, target, after).kernel
     for pos in (0, 1, CONTEXT - rows):
         assert kernel_violations(kernel, target, [{"pos": pos}]) == []
     program = Program.from_text(single(kernel, target).to_text())

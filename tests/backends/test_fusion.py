@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 
 from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
 from vacc_opt.backends.vacc.fusion import EVERY, Fusion
-from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
+from vacc_opt.backends.vacc.schedule import Kernel
+from vacc_opt.backends.vacc.simulate_time import time_kernel
+from vacc_opt.backends.vacc.timing import KernelTiming
 from vacc_opt.ir import DType, Graph, TensorType
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.fuse.fold_norm_weight import FoldNormWeight
 from vacc_opt.passes.infra.testing import run_pass
 from vacc_opt.tests.backends.llama import Llama, inputs
+from vacc_opt.tests.backends.pack import empty_caches, rank_weights
 
 Array = npt.NDArray[Any]
 TARGET = load_target("vacc-reference")
@@ -265,6 +269,22 @@ def test_of_two_linears_that_are_added_up_one_adds_the_other() -> None:
         return {"y": rw.op.Add(linear(x), linear(x))}
 
     assert families(small(build)) == ["linear", "linear+residual"]
+
+
+def test_what_a_fusion_gains_is_asked_for_each_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An addition, and one with a norm behind it, of the same sums: two kernels that a fusion spares."""
+    timed: list[str] = []
+
+    def listened(kernel: Kernel, *more: Any) -> KernelTiming:
+        timed.append(kernel.name)
+        return time_kernel(kernel, *more)
+
+    def build(rw: Rewriter, x: Any, linear: Callable[..., Any]) -> Any:
+        return {"y": rw.op.Add(linear(x), x), "z": block(rw, x, linear(x), True)}
+
+    monkeypatch.setattr(import_module("vacc_opt.backends.vacc.fusion"), "time_kernel", listened)
+    families(small(build))
+    assert sorted(timed) == ["add", "add_rms_norm", "rms_norm"]
 
 
 @pytest.mark.parametrize("what", ["gated", "read twice", "repeated for every column"])

@@ -9,13 +9,13 @@ import numpy.typing as npt
 import pytest
 
 from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
-from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.ir import DType, Graph, TensorType, UserError
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.onnx_proto import export_names
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.ir.storage import stored_tensors
 from vacc_opt.tests.backends.llama import Llama, inputs
+from vacc_opt.tests.backends.pack import empty_caches, rank_weights
 
 Array = npt.NDArray[Any]
 TARGET = load_target("vacc-reference")

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
-from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.ir import DType, Graph, TensorType, UserError, Value
 from vacc_opt.ir.evaluate import evaluate
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.tests.backends.pack import rank_weights
 
 Array = npt.NDArray[Any]
 TARGET = load_target("vacc-reference")
@@ -171,3 +171,38 @@ def test_an_output_has_the_type_that_the_graph_says() -> None:
         return rw.op.Cast(rw.op.Cast(x, to=DType.FLOAT16.onnx), to=DType.FLOAT.onnx)
 
     assert check((2, 5, 64), build) == ["cast", "cast"]
+
+
+@pytest.mark.parametrize("op", ["AllReduce", "ReduceScatter"])
+def test_ranks_add_up_in_the_type_that_the_graph_says(op: str) -> None:
+    """3 x 683 is 2049, which f16 does not hold: a cast that moves nothing elsewhere comes before the sum."""
+    graph = Graph("sum")
+    graph.ranks = 3
+    rw = Rewriter(graph)
+    wide = rw.op.Cast(rw.add_input("x", TensorType(DType.FLOAT16, (1, 3, 8))), to=DType.FLOAT.onnx)
+    given = {"ranks": 3} | ({"axis": 1} if op == "ReduceScatter" else {})
+    total = getattr(rw.vastai, op)(wide, **given)
+    rw.set_output("y", rw.op.Sub(total, rw.const(np.ones(8, np.float32), "one")))
+    program = lower(graph, TARGET, phase="prefill")
+    verify(program, TARGET)
+    found = ValueSimulator(program, [rank_weights(program, graph, rank) for rank in range(3)])
+    y = found.run({"x": np.full((1, 3, 8), 683, np.float16)})["y"]
+    assert y.dtype == np.float32
+    assert set(y.flat) == {2048.0}
+
+
+def test_a_rotary_embedding_gives_the_type_that_the_graph_says() -> None:
+    """Of numbers in f16 that a cast left as they were: 2.5 times 1025 is 2562.5, which f16 does not hold."""
+    graph = Graph("turn")
+    rw = Rewriter(graph)
+    x = rw.op.Cast(rw.add_input("x", TensorType(DType.FLOAT16, (1, 2, 3, 8))), to=DType.FLOAT.onnx)
+    pos = rw.add_input("pos", TensorType(DType.INT64, (1,)))
+    ones = [rw.const(np.full((16, 4), size, np.float32), f"ones.{size}") for size in (1.0, 1.5)]
+    places = rw.op.Add(rw.op.Unsqueeze(pos, rw.const(np.array([1]))), rw.const(np.arange(3)))
+    rw.set_output("y", rw.op.RotaryEmbedding(x, *ones, places))
+    program = lower(graph, TARGET, phase="prefill")
+    verify(program, TARGET)
+    given = {"x": np.full((1, 2, 3, 8), 1025, np.float16), "pos": np.array([0])}
+    y = ValueSimulator(program, [rank_weights(program, graph, 0)]).run(given)["y"]
+    assert y.dtype == np.float32
+    assert set(y.flat) == {1025 * -0.5, 1025 * 2.5}

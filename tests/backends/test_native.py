@@ -25,13 +25,13 @@ from vacc_opt.backends.vacc.native.build import build
 from vacc_opt.backends.vacc.native.emit import emit
 from vacc_opt.backends.vacc.native.operations import OPERATIONS
 from vacc_opt.backends.vacc.ops import PRIMITIVES
-from vacc_opt.backends.vacc.pack import empty_caches, rank_weights
 from vacc_opt.backends.vacc.schedule import Kernel, Loop, Scope
 from vacc_opt.backends.vacc.text import parse_kernel, print_kernel
 from vacc_opt.ir import DType, UserError
 from vacc_opt.tests.backends.conftest import TARGETS, machine, zoo
 from vacc_opt.tests.backends.llama import Llama, inputs
 from vacc_opt.tests.backends.natives import results, together, values
+from vacc_opt.tests.backends.pack import empty_caches, rank_weights
 
 Array = npt.NDArray[Any]
 RANKS = 3

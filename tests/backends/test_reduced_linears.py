@@ -17,7 +17,7 @@ from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.kernels.linear import linear
 from vacc_opt.backends.vacc.linear_tiles import LinearTiles
 from vacc_opt.backends.vacc.linear_time import linear_cycles
-from vacc_opt.backends.vacc.search import fastest_linear, search_linear
+from vacc_opt.backends.vacc.search import search_linear
 from vacc_opt.backends.vacc.simulate_time import time_kernel
 from vacc_opt.backends.vacc.single import execute, single
 from vacc_opt.backends.vacc.verify_kernel import kernel_violations
@@ -38,7 +38,7 @@ def test_every_rank_adds_its_share_of_the_residual_stream() -> None:
             ("X", "in", "f32", (m, k)), ("W", "in", "f32", (n, k)), ("Y", "out", "f32", (m, n)), ("RES", "in", "f32", (m, n)),
         )
     )  # fmt: skip
-    kernel = fastest_linear(x, w, None, y, target, Epilogue(residual=stream, ranks=RANKS))
+    kernel = search_linear(x, w, None, y, target, Epilogue(residual=stream, ranks=RANKS)).kernel
     assert kernel.name == "linear+residual+all_reduce"
     assert kernel_violations(kernel, target, [{}]) == []
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_a_tenth_of_a_reduction_is_exposed_at_most(k: int, rows: int) -> None:
     """ChatGLM2-6B over 4 ranks, links of 25 GB/s: what the reduction adds to the product before it."""
     params = operands(rows, 4096, k, "f16")
     both, alone = (
-        time_kernel(fastest_linear(*params, TARGET, after), TARGET, {}, 4).cycles
+        time_kernel(search_linear(*params, TARGET, after).kernel, TARGET, {}, 4).cycles
         for after in (Epilogue(ranks=4), Epilogue())
     )
     flat = [param(name, mode, "f16", (rows * 4096,)) for name, mode in (("X", "in"), ("Y", "out"))]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from vacc_opt.backends.vacc.memory import memory_plan
-from vacc_opt.backends.vacc.report import PhaseReport, write_report
+from vacc_opt.backends.vacc.report import PhaseReport
 from vacc_opt.backends.vacc.report.html import LinearLoss, render_report
 from vacc_opt.backends.vacc.schedule import Kernel, Program
 from vacc_opt.backends.vacc.simulate_time import simulate_time
@@ -50,11 +49,10 @@ def program(make_gemm: Callable[..., Kernel]) -> Program:
 
 
 @pytest.fixture
-def page(program: Program, tmp_path: Path) -> Page:
+def page(program: Program) -> Page:
     timing = simulate_time(program, load_target("vacc-reference"))
-    write_report(tmp_path / "report.html", "gemm & <more>", [PhaseReport(timing, memory_plan(program))])
     page = Page()
-    page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page.feed(render_report("gemm & <more>", [PhaseReport(timing, memory_plan(program))]))
     return page
 
 

@@ -158,6 +158,36 @@ def test_a_negative_number_is_refused(raw: Any) -> None:
         parse_target(raw)
 
 
+@pytest.mark.parametrize(
+    ("rates", "message", "hint"),
+    [
+        ({"f32": 1, "f16": 1, "i8": 1, "int8": 1}, "unknown type `core.matrix.macs_per_cycle.int8`", "did you mean `i8`?"),
+        ({"f32": 1, "f16": 1}, "`core.matrix.macs_per_cycle.i8` is missing", "types are f32, f16, i8"),
+    ],
+)  # fmt: skip
+def test_the_array_has_a_rate_for_each_type_and_for_no_other(
+    raw: Any, rates: dict[str, int], message: str, hint: str
+) -> None:
+    raw["core"]["matrix"]["macs_per_cycle"] = rates
+    with pytest.raises(UserError) as caught:
+        parse_target(raw)
+    assert message in caught.value.message
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("name", ["my machine", "", "a\tb"])
+def test_a_name_that_is_not_one_word_is_refused_as_schedules_could_not_be_read_back(raw: Any, name: str) -> None:
+    raw["name"] = name
+    with pytest.raises(UserError, match="name = "):
+        parse_target(raw)
+
+
+def test_an_alignment_that_schedules_do_not_have_is_refused(raw: Any) -> None:
+    raw["core"]["sram"]["align"] = 128
+    with pytest.raises(UserError, match=r"core\.sram\.align = 128, but slots of schedules start at 64s"):
+        parse_target(raw)
+
+
 def test_a_dma_that_cannot_hide_the_latency_is_refused(raw: Any) -> None:
     """Little's law: 8 cores x 1 request x 64 bytes is less than 300 cycles x 58.88 bytes a cycle."""
     raw["core"]["dma"] |= {"max_outstanding": 1, "chunk": 64}

@@ -193,6 +193,17 @@ def test_cores_take_turns_on_the_links_of_their_die() -> None:
     steps = [Step("all_reduce", 30, bytes=40, latency=5)]
     records, total = Machine([Stream("link", core, steps) for core in range(2)], {}, ddr_rate=10, port=10).run()
     (first,), (second,) = records
+    assert (first.linked, second.linked) == ((0, 30), (30, 60))
     assert (first.wants, first.start, first.end) == (0, 30 + 5, 30 + 5 + 4)
     assert (second.wants, second.start, second.end) == (0, 60 + 5, 60 + 5 + 4)
     assert total == 69
+
+
+def test_a_link_engine_is_busy_on_the_links_and_while_its_bytes_move() -> None:
+    """The links go on at once: 0..60 for both steps, in which the bytes of the first move at 35..39; then 65..69."""
+    streams = [Stream("link", 0, [Step("all_reduce", 30, bytes=40, latency=5)] * 2, outstanding=2)]
+    (records,), total = Machine(streams, {}, ddr_rate=10, port=10).run()
+    assert [one.spans for one in records] == [((0, 30), (35, 39)), ((30, 60), (65, 69))]
+    spent = account(records, total)
+    assert (spent["busy"], spent["latency"]) == (60 + 4, 5)
+    assert sum(spent.values()) == total == 69

@@ -55,6 +55,17 @@ def test_a_program_takes_at_least_its_bound_and_every_cycle_is_accounted_for(pro
     assert [call.end for call in timing.calls[:-1]] == [call.start for call in timing.calls[1:]]
 
 
+def test_the_bound_of_a_program_leaves_out_what_calls_that_overlap_can_hide(program: Program) -> None:
+    """The array drains, and a last hop passes, while the next call works."""
+    timing = simulate_time(program, TARGET)
+    bounds = [timing.kernels[call.kernel].bound for call in timing.calls]
+    assert TARGET.links is not None
+    fill, hop = TARGET.core.matrix.fill, TARGET.links.hop_latency
+    assert timing.bound.compute == sum(one.compute for one in bounds) - fill * sum(one.compute > 0 for one in bounds)
+    assert timing.bound.link == sum(one.link for one in bounds) - hop * sum(one.link > 0 for one in bounds)
+    assert timing.bound.link > 0 or program.ranks == 1
+
+
 def test_more_context_never_makes_a_pass_faster(program: Program) -> None:
     few, many = simulate_time(program, TARGET, context=0), simulate_time(program, TARGET, context=10)
     assert many.cycles >= few.cycles

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from vacc_opt.backends.vacc.kernels.builder import param
+from vacc_opt.backends.vacc.kernels.collectives import all_reduce
 from vacc_opt.backends.vacc.schedule import Kernel
 from vacc_opt.backends.vacc.simulate_time import simulate_time
 from vacc_opt.backends.vacc.single import single
@@ -46,6 +48,20 @@ def test_operations_of_an_engine_follow_each_other_inside_the_call(written: Any,
         tracks[track] = event["ts"] + event["dur"]
         assert tracks[track] <= call["ts"] + call["dur"] + 1e-3
     assert len(tracks) == sum(len(one.engines) for one in timing.kernels.values())
+
+
+def test_what_a_collective_moves_has_a_track_beside_that_of_the_links(tmp_path: Path) -> None:
+    card = load_target("vacc-card4")
+    kernel = all_reduce(param("X", "in", "f32", (40_000,)), param("Y", "out", "f32", (40_000,)))
+    write_trace(simulate_time(single(kernel, card, 4), card), tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    tracks = {one["args"]["name"]: one["tid"] for one in events if one["name"] == "thread_name" and one["pid"] == 1}
+    spans = [one for one in events if one["ph"] == "X" and one["pid"] == 1]
+    over, moved = ([one for one in spans if one["tid"] == tracks[name]] for name in ("link", "link transfers"))
+    assert len(over) == len(moved) == len(spans) // 2 > 0
+    assert [one["args"] for one in over] == [{}] * len(over)
+    assert all(one["args"]["bytes"] for one in moved)
+    assert all(first["ts"] + first["dur"] <= then["ts"] + 1e-3 for first, then in zip(over, moved, strict=True))
 
 
 def test_the_bandwidth_counter_rises_and_returns_to_zero(written: Any, timing: Timing) -> None:

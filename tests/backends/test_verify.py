@@ -8,6 +8,7 @@ from typing import Protocol
 
 import pytest
 
+from vacc_opt.backends.vacc.kernels.builder import KernelBuilder, param
 from vacc_opt.backends.vacc.memory import Lifetime, plan_ddr
 from vacc_opt.backends.vacc.schedule import ALIGN, Argument, Call, Kernel, Output, Program, ScheduleError, Tensor
 from vacc_opt.backends.vacc.target import Target, load_target
@@ -286,3 +287,59 @@ def test_an_output_that_nobody_writes_is_uncovered(reference: Target) -> None:
 
 def test_a_tensor_beyond_the_stated_memory_is_refused(reference: Target) -> None:
     assert "capacity" in program_kinds(moved(chain(reference), "y", 1 << 20), reference)
+
+
+def test_more_ranks_than_the_target_has_dies_are_refused() -> None:
+    """A target of one die stands for any number of them."""
+    card, die = load_target("vacc-card4"), load_target("vacc-reference")
+    assert check(replace(chain(card), ranks=4), card) == check(replace(chain(die), ranks=8), die) == []
+    (found,) = check(replace(chain(card), ranks=5), card)
+    assert str(found) == "target: chain: 5 ranks, a die each, but vacc-card4 has 4 dies"
+
+
+# Tiles of one operation
+
+
+def applied(kind: str, out: tuple[int, ...], *ins: tuple[int, ...], **attributes: int) -> Kernel:
+    """A kernel of one vector operation on all of its parameters."""
+    k = KernelBuilder("applied")
+    given = [k.param(param(f"X{i}", "in", "f32", shape)) for i, shape in enumerate(ins)]
+    rings = [k.ring(f"x{i}", "f32", shape, "dma_in", "vector", 1) for i, shape in enumerate(ins)]
+    y, result = k.param(param("Y", "out", "f32", out)), k.ring("y", "f32", out, "vector", "dma_out", 1)
+    with k.engine("dma_in"):
+        for ring, x in zip(rings, given, strict=True):
+            with k.fill(ring):
+                k.op("load", ring[...], x[...])
+    with k.engine("vector"), k.use(*rings), k.fill(result):
+        k.op(kind, result[...], *(ring[...] for ring in rings), **attributes)
+    with k.engine("dma_out"), k.use(result):
+        k.op("store", y[...], result[...])
+    return k.build()
+
+
+def exchanged(kind: str, out: tuple[int, ...], given: tuple[int, ...]) -> Kernel:
+    """A kernel of one collective on all of its parameters."""
+    k = KernelBuilder("exchanged")
+    x, y = k.param(param("X", "in", "f32", given)), k.param(param("Y", "out", "f32", out))
+    with k.engine("link"):
+        k.op(kind, y[...], x[...])
+    return k.build()
+
+
+TURNED = [(2, 4, 8), (4, 4), (4, 4)]
+MISFITS = [
+    (applied("rotary", (2, 4, 8), *TURNED, interleaved=0), applied("rotary", (2, 4, 8), (2, 4, 8), (3, 4), (3, 4), interleaved=0)),
+    (applied("rotary", (2, 4, 8), *TURNED, interleaved=0), applied("rotary", (2, 4, 8), (2, 4, 8), (4, 5), (4, 5), interleaved=0)),
+    (applied("row_dot", (4, 1), (4, 8), (1, 8)), applied("row_dot", (4, 1), (4, 8), (2, 4, 8))),
+    (exchanged("all_reduce", (64,), (64,)), exchanged("all_reduce", (64,), (1,))),
+    (exchanged("reduce_scatter", (4,), (3, 4)), exchanged("reduce_scatter", (4,), (3, 1))),
+    (exchanged("all_gather", (5, 3, 4), (5, 4)), exchanged("all_gather", (5, 3, 4), (1, 4))),
+    (parse_kernel(COPY), parse_kernel(COPY.replace("X f32[4, 8]", "X f32[4, 1, 8]").replace("X[0:4, 0:8]", "X[0:4, 0:1, 0:8]"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fits", "misfits"), MISFITS, ids=lambda one: "")
+def test_tiles_that_the_simulators_cannot_take_are_refused(reference: Target, fits: Kernel, misfits: Kernel) -> None:
+    scalars = [dict.fromkeys(fits.scalars, 0)]
+    assert kernel_violations(fits, reference, scalars) == []
+    assert "shape" in {one.kind for one in kernel_violations(misfits, reference, scalars)}

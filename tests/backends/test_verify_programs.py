@@ -23,7 +23,7 @@ from vacc_opt.tests.backends.llama import Llama
 
 TARGET = load_target("vacc-reference")
 CACHES = ["float", "int8-quantised", "int8"]
-HALVES = [("m:m+1", "0:1"), ("m+1:m+|m|", "1:|m|")]  # rows of X and of its tile
+HALVES = [("m:m+3", "0:3"), ("m+3:m+|m|", "3:|m|")]  # rows of X and of its tile
 FIRST, SECOND = "past_key_values.0.", "past_key_values.1."
 
 
@@ -180,7 +180,7 @@ def in_two_loads(text: str, tiles: Sequence[str] = ()) -> str:
 
 def test_a_tile_may_be_loaded_in_parts_that_lie_as_in_the_parameter() -> None:
     assert violations(in_two_loads(print_kernel(gemm()))) == []
-    swapped = in_two_loads(print_kernel(gemm())).replace("X[m:m+1,", "X[m+1:m+2,")
+    swapped = in_two_loads(print_kernel(gemm())).replace("X[m:m+3,", "X[m+1:m+4,")
     assert any(one.startswith("coverage") for one in violations(swapped))
 
 

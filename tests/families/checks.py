@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from vacc_opt.backends.vacc import ValueSimulator, load_target, lower, verify
-from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.frontends.families import LAYERS
 from vacc_opt.ir import Graph, PerRank
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.model.linear import as_linear
+from vacc_opt.tests.backends.pack import rank_weights
 from vacc_opt.tests.families.harness import (
     CONTEXT,
     Array,

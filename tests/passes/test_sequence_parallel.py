@@ -9,13 +9,13 @@ import pytest
 
 from vacc_opt.backends.vacc import Program, ValueSimulator, load_target, lower, verify
 from vacc_opt.backends.vacc.fusion import EVERY, Fusion
-from vacc_opt.backends.vacc.pack import rank_weights
 from vacc_opt.ir import Graph
 from vacc_opt.ir.copy import copy
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.testing import assert_no_match, assert_rewrites
 from vacc_opt.passes.shard.sequence_parallel import SequenceParallel
+from vacc_opt.tests.backends.pack import rank_weights
 from vacc_opt.tests.passes.decoder import decoder
 from vacc_opt.tests.shard.models import Layer
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vacc_opt.ir.errors import UserError
 from vacc_opt.ir.provenance import Origin
 from vacc_opt.passes.infra.registry import all_passes
 from vacc_opt.runtime.artifact import Artifact
-from vacc_opt.runtime.explain import Explanation, explain, explainers
+from vacc_opt.runtime.explain import Explainer, Explanation, explain, explainers
 from vacc_opt.runtime.explain_text import explanation_text
 
 NODE = """\
@@ -160,7 +161,7 @@ def test_a_long_list_ends_in_a_count(artifact: Artifact) -> None:
             "no 'frobnicate' in prefill, decode",
             "give a node, a value, a weight, a call such as `call 17`",
         ),
-        ("call 99", {"phase": "decode"}, "decode: has no call 99", "calls are 0 to"),
+        ("call 99", {"phase": "decode"}, "no 'call 99' in decode", "calls are 0 to"),
         ("call 1", {"rank": 2}, "has no rank 2", "ranks are 0 to 1"),
         ("call 1", {"rank": -1}, "has no rank -1", "ranks are 0 to 1"),
         ("call 1", {"phase": "warmup"}, "has no phase 'warmup'", "choices: decode, prefill"),
@@ -173,6 +174,21 @@ def test_what_is_not_there_is_answered_with_what_is(
         explain(artifact.path, subject, **options)  # type: ignore[arg-type]
     assert message in caught.value.message
     assert hint in (caught.value.hint or "")
+
+
+def test_a_call_that_prefill_lacks_is_looked_for_in_decode(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shortened(path: Path, phase: str | None, rank: int | None) -> Iterator[Explainer]:
+        prefill, decode = explainers(path, phase, rank)
+        assert prefill.program is not None
+        yield replace(prefill, program=replace(prefill.program, calls=prefill.program.calls[:2]))
+        yield decode
+
+    monkeypatch.setattr("vacc_opt.runtime.explain.explainers", shortened)
+    assert explain(artifact.path, "call 1").model == "prefill, rank 0"
+    assert explain(artifact.path, "call 2").model == "decode, rank 0"
+    with pytest.raises(UserError, match="no 'call 999' in prefill, decode") as caught:
+        explain(artifact.path, "call 999")
+    assert re.fullmatch(r"calls are 0 to 1 in prefill, 0 to \d+ in decode", caught.value.hint or "")
 
 
 def test_what_is_no_artifact_is_refused_in_one_line(

@@ -218,9 +218,13 @@ def test_simulate_of_a_shorter_context_is_no_slower(artifact: Artifact, capsys: 
     assert main(["simulate", str(artifact.path), "--phase", "decode", "--context", "48"]) == 2
 
 
-@pytest.mark.parametrize(("phase", "most"), [("prefill", 32), ("decode", 47)])
-def test_simulate_times_the_context_that_it_reports(artifact: Artifact, phase: str, most: int) -> None:
-    assert simulate(artifact.path, phase).context == most
+@pytest.mark.parametrize(("phase", "cached", "most"), [("prefill", 0, 32), ("decode", 47, 47)])
+def test_simulate_times_the_context_that_it_reports(artifact: Artifact, phase: str, cached: int, most: int) -> None:
+    """Its own default given as a number is the same prediction; another context takes another time."""
+    found = simulate(artifact.path, phase)
+    assert found.context == cached
+    assert found == simulate(artifact.path, phase, context=cached)
+    assert found.cycles != simulate(artifact.path, phase, context=most - cached).cycles
     with pytest.raises(UserError, match=f"{phase} starts after 0 to {most} of 48 tokens"):
         simulate(artifact.path, phase, context=most + 1)
 

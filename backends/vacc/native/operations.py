@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from vacc_opt.backends.vacc.schedule import Kernel, Op, View
+from vacc_opt.backends.vacc.tiling import round_up
 
 AXES = 4
 
@@ -177,15 +178,11 @@ def _work(kernel: Kernel, op: Op) -> int:
     if op.kind in ("mma", "mma_nn"):
         (*rows, depth), (*_, deep, wide) = shapes[0], shapes[1]
         if op.kind == "mma":
-            return (prod(rows) + 8) * _up(max(depth, wide), 8)
-        return prod(rows) * depth + deep * _up(wide, 32)
+            return (prod(rows) + 8) * round_up(max(depth, wide), 8)
+        return prod(rows) * depth + deep * round_up(wide, 32)
     return 2 * max((shape[-1] for shape in shapes if shape), default=0)
 
 
 def _shape(kernel: Kernel, view: View) -> tuple[int, ...]:
     where = kernel.param.get(view.ref) or kernel.buffer[view.ref]
     return where.shape
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step

@@ -20,7 +20,7 @@ from vacc_opt.backends.vacc.text import print_op
 from vacc_opt.ir.errors import UserError
 
 Array = npt.NDArray[Any]
-_FAULTS = {  # as `enum fault` of engines.h counts
+_FAULTS = {  # as `enum fault` of interface.h counts
     1: ("bounds", "a box lies outside of its tensor: {op}"),
     2: ("operands", "{op}: the shapes of the operands do not fit each other"),
     3: ("operands", "{op}: a row lies outside of the table"),

@@ -92,7 +92,7 @@ def ddr_map(plan: MemoryPlan, calls: int) -> str:
     ]
     floor = y(plan.persistent_bytes)
     parts.append(f'<rect class="kept" x="{LEFT}" y="{floor:.1f}" width="{WIDTH - LEFT - PAD}" height="24"/>')
-    kept = f"weights, KV cache, inputs, outputs: {plan.persistent_bytes:,} bytes (not to scale)"
+    kept = f"weights, KV cache, inputs: {plan.persistent_bytes:,} bytes (not to scale)"
     parts.append(f'<text x="{LEFT + 8}" y="{floor + 16:.1f}">{kept}</text>')
     return svg("ddr", "".join(parts), f"call 0 to {max(calls - 1, 0)}", f"{top:,} bytes")
 

@@ -46,13 +46,11 @@ class _Row:
     bar: Markup
 
 
-def write_report(path: Path, title: str, phases: Sequence[PhaseReport]) -> None:
-    """Write the report of `phases` (at least one, all on one target) to `path`."""
-    path.write_text(render_report(title, phases), encoding="utf-8")
-
-
 def render_report(title: str, phases: Sequence[PhaseReport], linears: Sequence[LinearLoss] = ()) -> str:
-    """The report as one HTML page without external assets; with `linears` it says what GPTQ measured."""
+    """The report of `phases` (at least one, all on one target) as one HTML page without external assets.
+
+    With `linears` it says what GPTQ measured.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
