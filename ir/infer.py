@@ -296,7 +296,7 @@ def type_from_proto(proto: TypeProto, stem: str) -> TensorType:
         return TensorType(dtype)
     dims: list[Dim] = []
     for axis, dim in enumerate(tensor.shape.dim):
-        if dim.HasField("dim_value"):
+        if dim.HasField("dim_value") and dim.dim_value >= 0:  # some exporters write -1 for what they do not know
             dims.append(dim.dim_value)
         else:
             dims.append(SymbolicDim.parse(dim.dim_param or f"{stem}.{axis}".replace("-", "_")))

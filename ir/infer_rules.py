@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vacc_opt.ir.infer import MAX_ELEMENTS, Context, Elements, Result, broadcast, rule, shape_text
-from vacc_opt.ir.types import Dim, DType, Shape, SymbolicDim, TensorType, divide
+from vacc_opt.ir.types import Dim, DType, Shape, TensorType, divide, least
 
 INT_MAX = 2**31 - 1
 
@@ -325,30 +325,18 @@ def _slice(ctx: Context) -> Result:
 def slice_bounds(size: Dim, start: Dim, stop: Dim, step: int) -> tuple[Dim, Dim, Dim] | None:
     """Normalized (start, stop, length) of one sliced axis, or None when it cannot be told symbolically."""
     if isinstance(start, int) and isinstance(stop, int) and isinstance(size, int):
-        low, high, stride = slice(start, stop, step).indices(size)
-        if step < 0 and stop <= -size - 1:
-            high = -1
-        return low, high, len(range(low, high, stride))
+        first, end, stride = slice(start, stop, step).indices(size)
+        return first, end, len(range(first, end, stride))
     if step != 1:
         return None
-    low_dim: Dim = start + size if isinstance(start, int) and start < 0 else start
-    if (isinstance(stop, int) and stop >= INT_MAX) or stop == size:
-        high_dim: Dim = size
-    elif isinstance(stop, int) and stop < 0:
-        high_dim = stop + size
-    elif isinstance(stop, SymbolicDim) and isinstance(size, SymbolicDim) and _at_most(stop, size):
-        high_dim = stop
-    else:
+    low = start + size if isinstance(start, int) and start < 0 else start
+    high = stop + size if isinstance(stop, int) and stop < 0 else stop
+    if isinstance(stop, int) and stop >= INT_MAX:
+        high = size
+    # a bound beyond an end is moved to it, which no polynomial says
+    if any(least(part) < 0 for part in (low, high - low, size - high)):
         return None
-    return low_dim, high_dim, high_dim - low_dim
-
-
-def _at_most(dim: SymbolicDim, size: SymbolicDim) -> bool:
-    """True when ``size - dim`` is a sum of sizes with positive coefficients, so it cannot be negative."""
-    rest = size - dim
-    if isinstance(rest, int):
-        return rest >= 0
-    return all(c > 0 for _, c in rest.terms)
+    return low, high, high - low
 
 
 @rule("Range")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,8 @@ def from_onnx(
     graph.opset, domains = _versions(model.opset_import)
     graph.metadata = {p.key: p.value for p in model.metadata_props if not p.key.startswith("onnxsim.")}
     graph.metadata.update(metadata or {})
-    graph.ranks = int(graph.metadata.pop("ranks", "1"))
+    if re.fullmatch("[1-9][0-9]{0,3}", graph.metadata.get("ranks", "")):  # ours; what else a model calls so is its own
+        graph.ranks = int(graph.metadata.pop("ranks"))
     functions = _Functions(graph, function_table(model.functions), bodies or {})
     known = {i.name: i.type for i in (*model.graph.value_info, *model.graph.output)}
     reader = _Reader(graph, known, provenance or {}, functions, model)

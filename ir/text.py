@@ -58,7 +58,7 @@ def to_text(graph: Graph) -> str:
     del model.functions[:]
     del model.metadata_props[:]
     model.producer_name = ""
-    lines = [f"# meta {key} = {value}" for key, value in sorted(graph.metadata.items())]
+    lines = [f"# meta {_word(key)} = {_rest(value)}" for key, value in sorted(graph.metadata.items())]
     if graph.ranks > 1:
         lines.append(f"# meta ranks = {graph.ranks}")
     _drop_initializers(model, graph)
@@ -75,6 +75,15 @@ def to_text(graph: Graph) -> str:
 
 def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
+
+
+def _word(name: str) -> str:
+    return name if re.fullmatch(r'[^\s"#]+', name) else _quoted(name)
+
+
+def _rest(text: str) -> str:
+    """What stands behind the sign of a line: itself where it ends with the line, else quoted."""
+    return text if text.isprintable() and text == text.strip() and not text.startswith('"') else _quoted(text)
 
 
 def _inline(value: Value) -> bool:
@@ -226,11 +235,16 @@ def from_text(text: str) -> Graph:
     for function in model.functions:
         _add_attributes(function.node, scopes.get(f"{function.domain}::{function.name}", {}))
     constants, sources = _extras(outer)
-    return from_onnx(model, constants, sources, outer.get("meta"), {op: _extras(lines) for op, lines in scopes.items()})
+    metadata = {key: _unquoted_rest(value) for key, value in outer.get("meta", {}).items()}
+    return from_onnx(model, constants, sources, metadata, {op: _extras(lines) for op, lines in scopes.items()})
 
 
 def _unquoted(name: str) -> str:
     return str(json.loads(name)) if name.startswith('"') else name
+
+
+def _unquoted_rest(rest: str) -> str:
+    return _unquoted(rest) if re.fullmatch(_QUOTED, rest) else rest
 
 
 def _extras(lines: _Lines) -> Extras:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,17 @@ class SymbolicDim:
 
 Dim = int | SymbolicDim
 Shape = tuple[Dim, ...]
+
+
+def least(dim: Dim) -> float:
+    """What a dimension is at least: named sizes are 1 or more, but `past`, which is 0 in the first call.
+
+    >>> [least(SymbolicDim.parse(text)) for text in ("past + seq", "2*seq - 1", "seq - past")]
+    [1, 1, -inf]
+    """
+    if any(coefficient < 0 for names, coefficient in _terms(dim) if names):
+        return -math.inf
+    return sum(coefficient for names, coefficient in _terms(dim) if "past" not in names)
 
 
 def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:

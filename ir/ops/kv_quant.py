@@ -9,6 +9,8 @@ from vacc_opt.ir.types import DType, TensorType
 
 def _check(ctx: Context) -> None:
     x, scale, zero = ctx.shape(0), ctx.shape(1), ctx.shape(2)
+    if {ctx.dtype(1), ctx.dtype(2)} != {DType.FLOAT}:
+        raise ctx.error(f"scale and zero have types {ctx.type(1)} and {ctx.type(2)}, float[H,D] is expected")
     if x is None or scale is None or zero is None:
         return
     if len(x) != 4 or scale != zero or scale != (x[1], x[3]):

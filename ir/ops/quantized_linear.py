@@ -13,7 +13,10 @@ def _infer(ctx: Context) -> Result:
         raise ctx.error(f"qweight has type {ctx.type(1)}, int8[N,K] is expected")
     if x is None or weight is None or scale is None:
         return Result(TensorType(ctx.dtype(0)))
-    if len(weight) != 2 or x[-1] != weight[1] or scale != (weight[0],):
+    if ctx.dtype(2) is not DType.FLOAT:
+        raise ctx.error(f"scale has type {ctx.type(2)}, float[N] is expected")
+    another_k = isinstance(x[-1], int) and x[-1] != weight[-1]
+    if len(weight) != 2 or another_k or scale != (weight[0],):
         raise ctx.error(f"x {shape_text(x)}, qweight {shape_text(weight)} and scale {shape_text(scale)} do not fit")
     return Result(TensorType(ctx.dtype(0), (*x[:-1], weight[0])))
 

@@ -43,12 +43,26 @@ class KvCache(Pass):
     attention; a mask that is anything else is refused, or with ``other_masks=input`` becomes an input over all slots.
 
     Before:
-        g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
+        g (int64[B,S] input_ids, int64[B,T] attention_mask, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
            float[B,1,past,2] "past.0.key", float[B,1,past,2] "past.0.value")
         => (y, "present.0.key", "present.0.value") {
             "present.0.key" = Concat <axis = 2> ("past.0.key", k)
             "present.0.value" = Concat <axis = 2> ("past.0.value", v)
-            y = Attention <is_causal = 1> (q, "present.0.key", "present.0.value")
+            zero = Constant <value_int = 0> ()
+            unit = Constant <value_int = 1> ()
+            past_size = Shape <start = 2, end = 3> ("past.0.key")
+            all_size = Shape <start = 1> (attention_mask)
+            first = Squeeze (past_size)
+            all = Squeeze (all_size)
+            column = Range (zero, all, unit)
+            place = Range (first, all, unit)
+            row = Unsqueeze (place, unit)
+            causal = LessOrEqual (column, row)
+            axes = Constant <value_ints = [1, 2]> ()
+            kept = Cast <to = 9> (attention_mask)
+            given = Unsqueeze (kept, axes)
+            mask = And (causal, given)
+            y = Attention (q, "present.0.key", "present.0.value", mask)
         }
     After kv-cache{context=16}:
         g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
@@ -107,6 +121,9 @@ class KvCache(Pass):
             mask, causal = node.input(3), bool(node.attributes.get("is_causal"))
             if mask is None and not causal:
                 raise CheckError(f"{where(node)} has no mask: it is bidirectional")
+            if mask is None and not _is_first_call(node):
+                message = f"{where(node)} is causal without a mask: from the first key on, not from the end of the past"
+                raise CheckError(message, "export it with an attention mask")
             if mask is not None and causal:
                 raise CheckError(f"{where(node)} has a mask and is_causal, which is not supported")
             if mask not in known:
@@ -221,6 +238,14 @@ def _sees(attention: Node) -> str:
     if attention.attributes.get("clamp"):
         parts.append(f"scores limited to {attention.attributes['clamp']:g}")
     return ", ".join(["reads a fixed KV buffer", *parts])
+
+
+def _is_first_call(attention: Node) -> bool:
+    """Whether there are as many keys as queries, so that ``is_causal`` counts from the same end as after a past."""
+    query, key = attention.inputs[:2]
+    assert query is not None
+    assert key is not None
+    return query.shape is not None and key.shape is not None and query.shape[2] == key.shape[2]
 
 
 def _layer(graph: Graph, attention: Node, mask: Meaning) -> _Layer:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from vacc_opt.ir import TensorExpr
 from vacc_opt.ir.errors import UserError, did_you_mean
 from vacc_opt.ir.storage import read_safetensors_header
-from vacc_opt.ir.tensor import Source
+from vacc_opt.ir.tensor import Casted, Source
+from vacc_opt.ir.types import DType
 
 # NAME.codes int8 [N, K] and NAME.scales float [N], or NAME.keep where the weight stays float;
 # NAME.mark int64 [1] says of which weight they are
@@ -49,8 +50,8 @@ class CodesFile:
             )
         return CodesFile(path, tensors)
 
-    def of(self, name: str, rows: TensorExpr) -> tuple[Source, Source] | None:
-        """(codes, scales) of a weight; None when the file says that it stays float.
+    def of(self, name: str, rows: TensorExpr) -> tuple[TensorExpr, TensorExpr] | None:
+        """(codes, fp32 scales) of a weight; None when the file says that it stays float.
 
         Raises:
             UserError: the file lacks the weight, or was made of another one.
@@ -68,4 +69,4 @@ class CodesFile:
         if codes is None or scales is None or codes.shape != rows.shape or scales.shape != rows.shape[:1]:
             found = "missing" if codes is None or scales is None else f"{list(codes.shape)}"
             raise UserError(f"{self.path}: the codes of {name} are {found}, the weight is {list(rows.shape)}")
-        return codes, scales
+        return codes, scales if scales.dtype is DType.FLOAT else Casted(scales, DType.FLOAT.value)

@@ -127,18 +127,24 @@ class Kv8(Pass):
     def _grid(self, cache: Value) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """(scale, zero) of a buffer, [heads, 1, channels]."""
         stored = read_safetensors_header(Path(self.scales))
-        scale, zero = (self._stored(cache, stored, what)[1].read()[:, None, :] for what in ("scale", "zero"))
+        scale, zero = (self._numbers(cache, stored, what)[2][:, None, :] for what in ("scale", "zero"))
         return scale, zero
 
     def _constant(self, rw: Rewriter, cache: Value, stored: dict[str, Source], what: str) -> Value:
-        name, source = self._stored(cache, stored, what)
-        numbers = source.read()
+        name, source, numbers = self._numbers(cache, stored, what)
         if not np.isfinite(numbers).all() or (what == "scale" and (numbers <= 0).any()):
             raise UserError(
                 f"{self.scales}: {name} holds a number that is {'not above 0' if what == 'scale' else 'not finite'}"
             )
         label = f"{cache.name}.{what}"
         return rw.const(Literal(numbers), label, of=Provenance(weight_origins(label, source)))
+
+    def _numbers(
+        self, cache: Value, stored: dict[str, Source], what: str
+    ) -> tuple[str, Source, npt.NDArray[np.float32]]:
+        """A tensor of the file, in fp32 whatever its type there."""
+        name, source = self._stored(cache, stored, what)
+        return name, source, source.read().astype(np.float32)
 
     def _stored(self, cache: Value, stored: dict[str, Source], what: str) -> tuple[str, Source]:
         match = _LAYER.search(cache.name)

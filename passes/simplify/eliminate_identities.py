@@ -9,6 +9,7 @@ from vacc_opt.ir import Dim, DType, Graph, Node, Value
 from vacc_opt.ir.infer import RULES_OPSET, elements_of
 from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.rewriter import Rewriter
+from vacc_opt.ir.types import least
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass
 from vacc_opt.passes.infra.driver import Make, Rule, replacement, run_rules
 from vacc_opt.passes.infra.patterns.values import scalar
@@ -166,13 +167,8 @@ def constant_target(shape: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> list[int
     # a literal 0 would now mean "same"; and nothing can be inferred beside a kept size that may be 0
     if entries.count(-1) > 1 or any(w == 0 for w in wanted):
         return None
-    empty = any(entry == 0 and _may_be_empty(shape[axis]) for axis, entry in enumerate(entries))
+    empty = any(entry == 0 and least(shape[axis]) <= 0 for axis, entry in enumerate(entries))
     return None if empty and -1 in entries else entries
-
-
-def _may_be_empty(dim: Dim) -> bool:
-    """True for the length of a past, which is 0 in the first call; every other named size is at least 1."""
-    return not isinstance(dim, int) and dim.bind({"past": 0}) == 0
 
 
 def _cast_like(node: Node, rw: Rewriter) -> Value | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vacc_opt.ir import Dim, Graph, VaccError
+from vacc_opt.ir import Dim, Graph, SymbolicDim, VaccError
 from vacc_opt.ir.evaluate import Executable, random_feeds
-from vacc_opt.ir.infer import elements_of
+from vacc_opt.ir.infer import elements_of, type_from_proto
+from vacc_opt.ir.infer_rules import slice_bounds
 from vacc_opt.ir.text import from_text
 
 SIZES = {"B": 2, "S": 5, "P": 3}
@@ -177,3 +179,30 @@ def test_the_result_of_a_subgraph_has_the_type_of_its_branches() -> None:
             y = If (c) <then_branch = a () => (u) { u = Exp (t) }, else_branch = b () => (v) { v = Abs (t) }>
         }""")
     assert str(graph.values["y"].type) == "float[B,4]"
+
+
+@pytest.mark.parametrize(
+    ("size", "start", "stop", "length"),
+    [
+        ("S", -1, 1 << 62, "1"),
+        ("S", -5, 1 << 62, None),  # of fewer than five all are taken
+        ("past", -1, 1 << 62, None),  # of an empty past none
+        ("past + S", -1, 1 << 62, "1"),
+        ("S", 1, 1 << 62, "S - 1"),
+        ("S", 2, 1 << 62, None),
+        ("S", 0, -2, None),
+        ("past + S", "past", 1 << 62, "S"),
+        ("S", 0, "past", None),
+    ],
+)
+def test_a_slice_of_a_symbolic_size_is_told_where_no_bound_is_beyond_an_end(
+    size: str, start: int | str, stop: int | str, length: str | None
+) -> None:
+    low, high = (SymbolicDim.parse(one) if isinstance(one, str) else one for one in (start, stop))
+    found = slice_bounds(SymbolicDim.parse(size), low, high, 1)
+    assert (found and str(found[2])) == length
+
+
+def test_a_size_that_a_file_gives_as_minus_one_is_unknown() -> None:
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [-1, 2])
+    assert str(type_from_proto(x.type, "x")) == "float[x.0,2]"

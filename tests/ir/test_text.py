@@ -204,3 +204,12 @@ def test_a_misspelt_line_is_no_comment() -> None:
     with pytest.raises(UserError, match="a line begins with `# form`\n  did you mean `from`"):
         from_text(text)
     assert len(from_text(text.replace("# form", "# note that"))) == 1
+
+
+def test_metadata_of_any_text_survives() -> None:
+    graph = Graph("odd")
+    graph.metadata = {"two lines": "x\n# meta ranks = 7", "my key": ' "x" ', "ranks": "two", "half": '"'}
+    rw = Rewriter(graph)
+    rw.set_output("y", rw.op.Neg(rw.add_input("x", TensorType(DType.FLOAT, (2,)))))
+    again = round_trip(graph)
+    assert (again.ranks, again.metadata) == (1, graph.metadata)

@@ -9,7 +9,7 @@ import pytest
 
 from vacc_opt.ir import CheckError, DType, Graph, Literal, UserError
 from vacc_opt.ir.evaluate import Executable
-from vacc_opt.ir.storage import write_safetensors
+from vacc_opt.ir.storage import read_safetensors_header, write_safetensors
 from vacc_opt.passes.infra.testing import assert_close, run_pass
 from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.quantize.kv8 import Kv8
@@ -149,3 +149,22 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     run_pass(item, graph)
     record = run_pass(item, graph)
     assert (record.changes, record.summary) == (0, "the KV buffers are int8 already")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("new_tokens", ["float", "quantized"])
+def test_scales_of_another_float_type_are_those_numbers(tmp_path: Path, dtype: type, new_tokens: str) -> None:
+    (tmp_path / "other").mkdir()
+    scales(tmp_path)
+    stored = {
+        n: Literal(s.read().astype(dtype)) for n, s in read_safetensors_header(tmp_path / "kv.safetensors").items()
+    }
+    write_safetensors(tmp_path / "other" / "kv.safetensors", stored)
+    same = {n: Literal(one.array.astype(np.float32)) for n, one in stored.items()}
+    write_safetensors(tmp_path / "kv.safetensors", same)
+    logits = []
+    for place in (tmp_path, tmp_path / "other"):
+        graph = cached()
+        run_pass(Kv8(scales=str(place / "kv.safetensors"), new_tokens=new_tokens), graph)
+        logits.append(first_call(graph)["logits"])
+    np.testing.assert_array_equal(*logits)

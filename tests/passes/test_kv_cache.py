@@ -183,3 +183,17 @@ def test_another_reader_of_the_mask_is_named() -> None:
     with pytest.raises(CheckError, match="kv-cache: dead reads 'attention_mask', which the new interface has not"):
         run_pass(KvCache(context=32), graph)
     assert to_text(graph) == before
+
+
+def test_causal_without_a_mask_is_refused_over_a_past() -> None:
+    """It counts from the first key: query 0 sees key 0 alone, whatever the past holds."""
+    graph = decoder(
+        (
+            '<scale = 0.25> (q, "present.0.key", "present.0.value", mask)',
+            '<scale = 0.25, is_causal = 1> (q, "present.0.key", "present.0.value")',
+        )
+    )
+    before = to_text(graph)
+    with pytest.raises(CheckError, match=r"kv-cache: a0.* is causal without a mask: from the first key on"):
+        run_pass(PASS, graph)
+    assert to_text(graph) == before

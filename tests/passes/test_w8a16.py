@@ -13,7 +13,7 @@ from vacc_opt.ir import CheckError, Graph, Literal, TensorExpr, UserError
 from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.tensor import Casted, Codes, Scales, Sliced
 from vacc_opt.ir.text import from_text
-from vacc_opt.passes.infra.testing import assert_close, assert_rewrites, run_pass
+from vacc_opt.passes.infra.testing import assert_close, assert_no_match, assert_rewrites, run_pass
 from vacc_opt.passes.quantize.w8a16 import W8A16
 
 Array = npt.NDArray[Any]
@@ -222,3 +222,19 @@ def test_a_split_graph_is_refused() -> None:
     graph.ranks = 2
     with pytest.raises(CheckError, match="put w8a16 before split-tp: quantize, then split"):
         run_pass(W8A16(), graph)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+def test_products_that_fp32_does_not_hold_are_left(dtype: type) -> None:
+    name = {np.int32: "int32", np.float64: "double"}[dtype]
+    text = (
+        f"g ({name}[B,3] x) => ({name}[B,2] y) {{ y = MatMul (x, w) }}\n# const w = {Literal(np.ones((3, 2), dtype))}\n"
+    )
+    assert_no_match(W8A16(), text, f"w is {name}")
+
+
+def test_a_linear_of_an_input_whose_width_is_open_is_quantized() -> None:
+    graph = from_text(
+        f"g (float[B,D] x) => (float[B,2] y) {{ y = MatMul (x, w) }}\n# const w = {Literal(np.ones((3, 2), np.float32))}\n"
+    )
+    assert run_pass(W8A16(), graph).fused == 1
