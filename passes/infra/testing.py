@@ -14,6 +14,7 @@ from vacc_opt.ir.evaluate import Executable, random_feeds
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.passes.infra.author.examples import doc_of
 from vacc_opt.passes.infra.base import Kind, Pass
+from vacc_opt.passes.infra.check.numerics import CheckNumerics
 from vacc_opt.passes.infra.instrument import PassRecord
 from vacc_opt.passes.infra.manager import run_pipeline
 from vacc_opt.passes.infra.patterns.pattern_pass import Matching, PatternPass
@@ -44,6 +45,10 @@ def assert_rewrites(item: Pass, before: str, after: str, *, sizes: Mapping[str, 
     assert canonical(graph) == canonical(expected), f"got\n{canonical(graph)}\nexpected\n{canonical(expected)}"
     if item.kind in (Kind.EXACT, Kind.REASSOCIATING):
         assert_same_values(original, graph, item.kind, sizes=sizes)
+    elif item.kind is Kind.INTERFACE:
+        check = CheckNumerics(sizes=sizes)
+        run_pipeline(original, [item], instruments=[check])
+        assert [one.sentence for one in check.checked if not one.compared] == []
 
 
 def assert_examples(cls: type[Pass]) -> None:

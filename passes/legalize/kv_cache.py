@@ -64,6 +64,7 @@ class KvCache(Pass):
             mask = And (causal, given)
             y = Attention (q, "present.0.key", "present.0.value", mask)
         }
+        # dim T = past + S
     After kv-cache{context=16}:
         g (int64[B,S] input_ids, float[B,1,S,2] q, float[B,1,S,2] k, float[B,1,S,2] v,
            float[B,1,16,2] "past.0.key", float[B,1,16,2] "past.0.value", int64[B] pos, int64[B] valid)
