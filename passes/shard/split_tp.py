@@ -44,7 +44,7 @@ class SplitTp(Pass):
 
     Heads that do not divide are padded inside their KV group or by whole groups, KV heads replicated: the cheapest, and
     said. Two AllReduce a layer (one where attention and feed-forward are added side by side), one for the embedding,
-    one AllGather for the logits. Nothing is read or copied.
+    one AllGather for the logits. Nothing is read or copied. The ids of an embedding count from 0.
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 
     Before:

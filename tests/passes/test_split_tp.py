@@ -17,7 +17,7 @@ from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.quantize.w8a16 import W8A16
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
 from vacc_opt.passes.shard.split_tp import SplitTp
-from vacc_opt.tests.passes.decoder import cached_logits, decoder
+from vacc_opt.tests.passes.decoder import HIDDEN, VOCABULARY, cached_logits, decoder
 
 IDS = np.random.default_rng(5).integers(0, 40, (2, 9))
 
@@ -164,6 +164,25 @@ def test_a_table_that_others_read_too_is_kept_whole() -> None:
     whole, split = cached(*edits), cached(*edits)
     run_pass(SplitTp(tp=2), split)
     assert not split.by_op("EmbeddingShard", "Vastai")
+    assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
+
+
+TABLES = [
+    ("ids of 32 bits", "narrow = Cast <to = 6> (input_ids) h = Gather <axis = 0> (embed, narrow)", {}),
+    ("a table of flags", "h0 = Gather <axis = 0> (embed, input_ids) f = Gather <axis = 0> (flags, input_ids) f1 = Cast <to = 1> (f) h = Mul (h0, f1)",
+     {"flags": np.random.default_rng(3).random((VOCABULARY, HIDDEN)) > 0.3}),
+    ("a row from the end", "h0 = Gather <axis = 0> (embed, input_ids) end = Constant <value_ints = [-1]> () f = Gather <axis = 0> (places, end) h = Add (h0, f)",
+     {"places": np.random.default_rng(3).random((9, HIDDEN), np.float32)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "more"), [t[1:] for t in TABLES], ids=[t[0] for t in TABLES])
+def test_an_embedding_is_split_and_other_tables_are_kept(text: str, more: dict[str, np.ndarray]) -> None:
+    edit = ("h = Gather <axis = 0> (embed, input_ids)", text)
+    whole, split = cached(edit, **more), cached(edit, **more)
+    run_pass(SplitTp(tp=2), split)
+    (shard,) = split.by_op("EmbeddingShard", "Vastai")
+    assert shard.inputs[0] is split.values["embed"]
     assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
 
 
