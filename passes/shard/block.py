@@ -43,11 +43,15 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention with its four projections; ``heads`` is (query, KV), ``width`` channels a head."""
+    """An attention with its four projections; ``heads`` is (query, KV), ``width`` channels a head.
+
+    Heads of values, and so of the result, have ``value_width``.
+    """
 
     node: Node
     heads: tuple[int, int]
     width: int
+    value_width: int
     query: Linear
     key: Linear
     value: Linear
@@ -89,18 +93,20 @@ def attention_block(node: Node) -> Attention:
     assert v is not None
     if q.shape is None or k.shape is None or len(q.shape) != 4:
         raise CheckError(f"{where(node)} is not in [batch, heads, seq, channels] layout")
-    heads, kv, width = q.shape[1], k.shape[1], q.shape[3]
-    if not isinstance(heads, int) or not isinstance(kv, int) or not isinstance(width, int):
+    heads, kv, width, value_width = q.shape[1], k.shape[1], q.shape[3], (v.shape or q.shape)[-1]
+    if not (isinstance(heads, int) and isinstance(kv, int) and isinstance(width, int) and isinstance(value_width, int)):
         raise CheckError(f"{where(node)} has a symbolic number of heads")
     mask = node.input(3)
     if mask is not None and mask.shape is not None and len(mask.shape) > 2 and mask.shape[-3] != 1:
         raise CheckError(f"the mask of {where(node)} is {mask.type}: one a head, which is not split")
-    (query_linear, query), (key_linear, key), (value_linear, value) = (_upstream(x, width) for x in (q, k, v))
+    (query_linear, query), (key_linear, key) = (_upstream(x, width) for x in (q, k))
+    value_linear, value = _upstream(v, value_width)
     out, joins = downstream(node.output, _BY_HEAD)
     return Attention(
         node,
         (heads, kv),
         width,
+        value_width,
         query_linear,
         key_linear,
         value_linear,

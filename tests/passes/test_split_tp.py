@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError, VaccError
+from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import verify, verify_origins
@@ -205,6 +206,18 @@ def block(width: int, attend: str = "a0 = Attention (q, k, v)") -> Graph:
     shapes = {"wq": (16, 16), "wk": (16, 16), "wv": (16, 4 * width), "bv": (4 * width,), "wo": (4 * width, 16)}
     weights = "".join(f"# const \"{n}\" = Seeded('{n}', 'float', {shape})\n" for n, shape in shapes.items())
     return from_text(BLOCK.format(width=width, joined=4 * width, attend=attend) + weights)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("width", [2, 8])
+def test_heads_of_values_may_have_another_width(width: int, tp: int) -> None:
+    whole, split = block(width), block(width)
+    run_pass(SplitTp(tp=tp), split)
+    assert split.values["bv"].shape == (-(-4 // tp) * width,)
+    x = {"x": np.random.default_rng(4).standard_normal((2, 5, 16)).astype(np.float32)}
+    (expected,) = Executable(whole).run(x)
+    for outputs in Executable(split).run(x):
+        assert_close(outputs["y"], expected["y"], REASSOCIATED)
 
 
 @pytest.mark.parametrize(
