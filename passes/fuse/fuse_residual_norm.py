@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vacc_opt.ir import Graph, Node
+from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Kind, Outcome, Pass, Remark, option, where
 from vacc_opt.passes.infra.registry import register
@@ -66,8 +66,24 @@ def _why_not(graph: Graph, norm: Node, add: Node | None) -> str:
     weight = norm.inputs[1]
     if weight is None or weight.shape != (x.shape or ())[-1:]:
         return f"the weight is {weight.type if weight else 'missing'}, one number a channel of {x.type} is expected"
+    if _depends_on(weight, add):
+        return f"the weight {weight.name!r} is computed from the sum"
     if norm.attributes.get("stash_type", 1) != 1:
         return f"stash_type is {norm.attributes['stash_type']}"
     if graph.use_count(x) == 1 and not graph.is_output(x):
         return "the sum is read by the norm alone: it would be written for nobody"
     return ""
+
+
+def _depends_on(value: Value, node: Node) -> bool:
+    """True when ``node`` is upstream of a value."""
+    pending, seen = [value], {value}
+    while pending:
+        producer = pending.pop().producer
+        if producer is node:
+            return True
+        if producer is not None and producer.place > node.place:  # what stands before is not made of it
+            fresh = {v for v in producer.inputs if v is not None} - seen
+            seen |= fresh
+            pending += fresh
+    return False

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TypeVar
 
 import vacc_opt.passes
-from vacc_opt.ir.errors import UserError, did_you_mean
+from vacc_opt.ir.errors import UserError
 from vacc_opt.passes.infra.base import Pass
 
 _PASSES: dict[str, type[Pass]] = {}
@@ -62,11 +62,3 @@ def all_passes() -> dict[str, type[Pass]]:
     """
     _load()
     return dict(sorted(_PASSES.items()))
-
-
-def get_pass(name: str) -> type[Pass]:
-    """The pass of that name; raises UserError with the nearest name."""
-    passes = all_passes()
-    if name not in passes:
-        raise UserError(f"unknown pass {name!r}", did_you_mean(name, passes))
-    return passes[name]

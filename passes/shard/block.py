@@ -28,6 +28,8 @@ _DOWNSTREAM = frozenset({"Transpose", "Reshape", "Cast"})
 _PASSED_ON = frozenset({*_UPSTREAM, *_DOWNSTREAM, "Attention", "Vastai::Attention"})
 _CACHE_WRITES = ("TensorScatter", "Concat")
 _NORMS = ("RMSNormalization", "LayerNormalization")
+_Axes = tuple[int, int]  # of the heads, and of the channels of each
+_BY_HEAD: _Axes = (1, 3)  # of what an attention reads and gives
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention with its four projections; ``heads`` is (query, KV), ``width`` channels a head."""
+    """An attention with its four projections; ``heads`` is (query, KV), ``width`` channels a head.
+
+    Heads of values, and so of the result, have ``value_width``.
+    """
 
     node: Node
     heads: tuple[int, int]
     width: int
+    value_width: int
     query: Linear
     key: Linear
     value: Linear
@@ -87,18 +93,20 @@ def attention_block(node: Node) -> Attention:
     assert v is not None
     if q.shape is None or k.shape is None or len(q.shape) != 4:
         raise CheckError(f"{where(node)} is not in [batch, heads, seq, channels] layout")
-    heads, kv, width = q.shape[1], k.shape[1], q.shape[3]
-    if not isinstance(heads, int) or not isinstance(kv, int) or not isinstance(width, int):
+    heads, kv, width, value_width = q.shape[1], k.shape[1], q.shape[3], (v.shape or q.shape)[-1]
+    if not (isinstance(heads, int) and isinstance(kv, int) and isinstance(width, int) and isinstance(value_width, int)):
         raise CheckError(f"{where(node)} has a symbolic number of heads")
     mask = node.input(3)
     if mask is not None and mask.shape is not None and len(mask.shape) > 2 and mask.shape[-3] != 1:
         raise CheckError(f"the mask of {where(node)} is {mask.type}: one a head, which is not split")
-    (query_linear, query), (key_linear, key), (value_linear, value) = (_upstream(x, width) for x in (q, k, v))
-    out, joins = downstream(node.output)
+    (query_linear, query), (key_linear, key) = (_upstream(x, width) for x in (q, k))
+    value_linear, value = _upstream(v, value_width)
+    out, joins = downstream(node.output, _BY_HEAD)
     return Attention(
         node,
         (heads, kv),
         width,
+        value_width,
         query_linear,
         key_linear,
         value_linear,
@@ -118,23 +126,48 @@ def attention_block(node: Node) -> Attention:
 
 def _upstream(value: Value, width: int) -> tuple[Linear, _Path]:
     path = _Path()
-    axis = 1  # of the heads
+    axes: _Axes | None = _BY_HEAD  # None where heads and channels are one axis: vectors there are biases
     while value.producer is not None:
         node = value.producer
         linear = as_linear(node)
         if linear is not None:
             return linear, path
-        following = _before(node, value, axis, width, path)
+        following = _before(node, value, -1 if axes is None else axes[0], width, path)
         if following is None:
             break
         if node.op == "Transpose":
-            axis = tuple(node.attributes["perm"])[axis] if axis >= 0 else axis
+            perm = _permutation(node, axes)
+            axes = axes and (perm[axes[0]], perm[axes[1]])
         if node.op == "Reshape":
             path.reshapes.append(node)
-            axis = axis if following.rank == 4 else -1  # heads and channels in one: vectors there are biases
+            axes = _reshaped(node, value, following, axes)
         value = following
     at = where(value.producer) if value.producer is not None else value.name
     raise CheckError(f"no linear layer is found upstream of an attention: stopped at {at}")
+
+
+def _permutation(node: Node, axes: _Axes | None) -> tuple[int, ...]:
+    """The permutation of a Transpose, which leaves heads and channels together where they are one axis."""
+    rank = node.output.rank or 0
+    perm = tuple(node.attributes.get("perm") or reversed(range(rank)))
+    if axes is None and (rank > 3 or perm[-1] != rank - 1):
+        raise CheckError(f"{where(node)} turns heads and channels that are one axis")
+    return perm
+
+
+def _reshaped(node: Node, near: Value, far: Value, axes: _Axes | None) -> _Axes | None:
+    """Where heads and channels are on the far side of a Reshape: where they were, or in one axis.
+
+    A rank holds whole heads, one after another; so they are joined heads first, each with its channels behind.
+    """
+    if axes is None or near.shape is None:
+        return None
+    sizes = [near.shape[axis] for axis in axes]
+    if far.shape is not None and len(far.shape) == 4 and [far.shape[axis] for axis in axes] == sizes:
+        return axes
+    if axes != (len(near.shape) - 2, len(near.shape) - 1) and sizes[0] != 1:
+        raise CheckError(f"{where(node)} joins {near.type}, whose heads are axis {axes[0]} and channels axis {axes[1]}")
+    return None
 
 
 def _before(node: Node, value: Value, axis: int, width: int, path: _Path) -> Value | None:
@@ -144,7 +177,12 @@ def _before(node: Node, value: Value, axis: int, width: int, path: _Path) -> Val
     if node.op in ("Vastai::QuantizeKV", "Vastai::DequantizeKV"):
         path.constants += [v for v in node.inputs[1:] if v is not None]
     if node.op in _CACHE_WRITES:
-        path.caches += _caches(node.inputs[0], path.constants)
+        cache = _cache(node, path.constants)
+        if cache is None:
+            return None
+        path.caches.append(cache)
+    if node.op == "RotaryEmbedding" and value.rank != 4:
+        return None  # it counts the heads of all ranks, in an attribute
     # a norm over all heads needs the other ranks
     across = node.op in _NORMS and value.shape is not None and value.shape[-1] != width
     return node.inputs[_UPSTREAM[node.op]] if node.op in _UPSTREAM and not across else None
@@ -158,7 +196,7 @@ def _beside_constant(node: Node, value: Value, axis: int, path: _Path) -> Value 
         return None
     vector, shape = vectors[0], vectors[0].shape
     own = axis - value.rank + len(shape) if shape is not None and value.rank is not None and axis >= 0 else None
-    if axis < 0 and node.op == "Add" and shape == value.shape[-1:]:
+    if axis < 0 and node.op == "Add" and shape == value.shape[-1:] and len(value.shape) <= 3:
         path.adds.append(node)
         path.biases.append(vector)
     elif own is not None and own >= 0 and shape is not None and shape[own] != 1:
@@ -170,31 +208,41 @@ def _beside_constant(node: Node, value: Value, axis: int, path: _Path) -> Value 
     return sides[0]
 
 
-def _caches(value: Value | None, constants: list[Value]) -> list[Value]:
-    """The graph input that a cache write starts from, directly or dequantized."""
-    while value is not None and value.producer is not None:
+def _cache(write: Node, constants: list[Value]) -> Value | None:
+    """The graph input [batch, heads, seq, channels] to which a node adds tokens, directly or dequantized."""
+    value, shape = write.inputs[0], write.output.shape
+    if write.attributes.get("axis", -2) not in (2, -2) or shape is None or len(shape) != 4:
+        return None
+    while value is not None and value.const is None and value.rank == 4 and (value.shape or ())[1::2] == shape[1::2]:
         node = value.producer
+        if node is None:
+            return value
         if node.op == "Vastai::DequantizeKV":
             constants += [v for v in node.inputs[1:] if v is not None]
-        value = node.inputs[0]
-    return [value] if value is not None else []
+        value = node.input(0)
+    return None
 
 
-def downstream(value: Value) -> tuple[Linear, list[Node]]:
-    """The linear that reads a value, and the Reshapes on the way."""
+def downstream(value: Value, axes: _Axes | None = None) -> tuple[Linear, list[Node]]:
+    """The linear that reads a value, and the Reshapes on the way; ``axes`` hold its heads and their channels."""
     reshapes: list[Node] = []
     while True:
         users = value.users()
         if len(users) != 1:
             raise CheckError(f"{value.name} has {len(users)} users; one output projection is expected")
-        linear = as_linear(users[0])
+        user = users[0]
+        linear = as_linear(user)
         if linear is not None and linear.x is value:
             return linear, reshapes
-        if users[0].op not in _DOWNSTREAM:
-            raise CheckError(f"no linear layer follows the attention: stopped at {where(users[0])}")
-        if users[0].op == "Reshape":
-            reshapes.append(users[0])
-        value = users[0].output
+        if user.op not in _DOWNSTREAM:
+            raise CheckError(f"no linear layer follows the attention: stopped at {where(user)}")
+        if user.op == "Transpose":
+            perm = _permutation(user, axes)
+            axes = axes and (perm.index(axes[0]), perm.index(axes[1]))
+        if user.op == "Reshape":
+            reshapes.append(user)
+            axes = _reshaped(user, value, user.output, axes)
+        value = user.output
 
 
 def check_read_inside(

@@ -9,6 +9,7 @@ from vacc_opt.ir import Graph, Node, Value
 from vacc_opt.ir.errors import CheckError
 from vacc_opt.passes.infra.base import where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear
+from vacc_opt.passes.infra.patterns.values import scalar
 from vacc_opt.passes.shard.block import downstream
 
 _GATED = ("Vastai::SwiGLU", "Vastai::GeGLU")
@@ -110,5 +111,8 @@ def _operands(node: Node, channels: int, vectors: dict[Value, None]) -> list[Val
             vectors[value] = None
     rest = [v for v in given if not v.is_const]
     if node.op in _BY_SCALAR and rest != given[:1]:
+        return None
+    exponent = scalar(node.input(1)) if node.op == "Pow" else 0
+    if exponent is None or exponent < 0:  # a channel of padding may be zero
         return None
     return rest or None

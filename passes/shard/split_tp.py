@@ -44,7 +44,7 @@ class SplitTp(Pass):
 
     Heads that do not divide are padded inside their KV group or by whole groups, KV heads replicated: the cheapest, and
     said. Two AllReduce a layer (one where attention and feed-forward are added side by side), one for the embedding,
-    one AllGather for the logits. Nothing is read or copied.
+    one AllGather for the logits. Nothing is read or copied. The ids of an embedding count from 0.
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 
     Before:
@@ -152,18 +152,19 @@ def head_plans(graph: Graph, tp: int) -> list[HeadPlan]:
 
 
 def _split_attention(split: SplitConstants, block: Attention, plan: HeadPlan) -> None:
-    query = tuple(head_rows(heads, block.width) for heads in plan.query)
-    kv = tuple(head_rows(heads, block.width) for heads in plan.kv)
-    split.outputs(block.query, query, block.query_bias)
-    for linear, bias in ((block.key, block.key_bias), (block.value, block.value_bias)):
-        split.outputs(linear, kv, bias)
-    split.inputs(block.out, query)
+    for linear, heads, width, bias in (
+        (block.query, plan.query, block.width, block.query_bias),
+        (block.key, plan.kv, block.width, block.key_bias),
+        (block.value, plan.kv, block.value_width, block.value_bias),
+    ):
+        split.outputs(linear, tuple(head_rows(of_rank, width) for of_rank in heads), bias)
+    split.inputs(block.out, tuple(head_rows(of_rank, block.value_width) for of_rank in plan.query))
     split.readers.update((block.node, *block.inside))
     for which, heads in ((block.query_headwise, plan.query), (block.kv_headwise, plan.kv)):
         for one in which:
             split.along(one.value, one.axis, heads)
     sizes = {block.heads[1]: plan.kv_per_rank, block.heads[0]: plan.query_per_rank}
-    joined = {h * block.width: n * block.width for h, n in sizes.items()}
+    joined = {h * block.value_width: n * block.value_width for h, n in sizes.items()}
     for node, axis in block.reshapes:
         _of_a_rank(split.rw, node, axis, sizes if axis == -2 else joined)
     # a padded KV head writes zeros; any finite scale will do, the first head's is one
@@ -174,8 +175,8 @@ def _split_attention(split: SplitConstants, block: Attention, plan: HeadPlan) ->
         split.along(block.slopes, 0, plan.query)
     for cache in block.caches:
         assert cache.shape is not None
-        batch, _, context, width = cache.shape
-        split.rw.set_type(cache, TensorType(cache.type.dtype, (batch, plan.kv_per_rank, context, width)))
+        batch, _, *rest = cache.shape
+        split.rw.set_type(cache, TensorType(cache.type.dtype, (batch, plan.kv_per_rank, *rest)))
 
 
 def _split_channels(split: SplitConstants, block: FeedForward) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vacc_opt.ir import Graph, Literal, Node, PerRank, Value
+from vacc_opt.ir import DType, Graph, Literal, Node, PerRank, Value
+from vacc_opt.ir.infer import elements_of
 from vacc_opt.ir.rewriter import Rewriter
 from vacc_opt.passes.infra.base import Remark, where
 from vacc_opt.passes.infra.model.linear import Linear, as_linear
@@ -30,6 +31,10 @@ def split_vocabulary(graph: Graph, split: SplitConstants, logits: str, by: str) 
         table, ids = node.inputs[:2]
         if table is None or table.const is None or len(table.const.shape) != 2 or node.attributes.get("axis", 0):
             continue
+        if ids is None or not table.type.dtype.is_float:
+            continue  # a mask or positions: no parts of it are added up
+        if any(isinstance(row, int) and row < 0 for row in elements_of(ids) or ()):
+            continue  # rows from the end, which no rank would know as its own
         if table not in split.done and any(user.op != "Gather" for user in table.users()):
             continue  # no embedding, or one with other readers: every rank keeps all of it
         rows = sizes.setdefault(table, table.const.shape[0])
@@ -40,7 +45,8 @@ def split_vocabulary(graph: Graph, split: SplitConstants, logits: str, by: str) 
         remarks.append(Remark("passed", by, f"{width} rows of the embedding a rank", where(node)))
         with rw.on_behalf_of(node):
             rank_first = rw.const(firsts, f"{table.name}.first")
-            part = rw.vastai.EmbeddingShard(table, ids, rank_first)
+            wide = ids if ids.type.dtype is DType.INT64 else rw.op.Cast(ids, to=DType.INT64.onnx)
+            part = rw.vastai.EmbeddingShard(table, wide, rank_first)
             split.readers.update(rw.made[-1:])
             rw.replace(node.output, rw.vastai.AllReduce(part, ranks=tp))
     return remarks

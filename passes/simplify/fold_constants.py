@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from onnx import NodeProto
 
 from vacc_opt.ir import DType, Graph, Literal, Node, Value
 from vacc_opt.ir.attributes import nodes_within
@@ -126,10 +127,15 @@ def is_random(node: Node, graph: Graph) -> bool:
     """True when two runs of a node may differ, because of itself, a subgraph or the function that it calls."""
     # a Dropout draws in training mode, which its third operand asks for
     drops = node.op == "Dropout" and node.input(2) is not None and scalar(node.input(2)) != 0
-    if drops or node.op_type in RANDOM or any(n.op_type in RANDOM for n in nodes_within(node)):
+    if drops or node.op_type in RANDOM or any(map(_may_draw, nodes_within(node))):
         return True
     body = graph.functions.get(node.op) if node.domain else None
     return body is not None and any(is_random(inner, graph) for inner in body.nodes())
+
+
+def _may_draw(node: NodeProto) -> bool:
+    """True for a node in a subgraph whose results may differ; what its operands hold is not looked up there."""
+    return node.op_type in RANDOM or (node.op_type == "Dropout" and any(node.input[2:3]))
 
 
 def _fold_known(node: Node, rw: Rewriter) -> bool:

@@ -173,6 +173,9 @@ WRONG = [
     ("y, t = Vastai.AddRMSNormalization (x, s, s)", r"x float\[2,8\] and residual float\[3\] differ"),
     ("y, t = Vastai.AddRMSNormalization (x, x, s)", r"weight float\[3\] does not fit the channels of x float\[2,8\]"),
     ("y = Vastai.EmbeddingShard (s, x, x)", r"table float\[3\] is no \[V, H\] matrix"),
+    ("y = Vastai.EmbeddingShard (q, x, x)", r"table is int8\[3,4\], float is expected"),
+    ("y = Vastai.EmbeddingShard (x, q, s)", r"ids is int8\[3,4\], int64 is expected"),
+    ("i = Cast <to = 7> (q) y = Vastai.EmbeddingShard (x, i, s)", r"first is float\[3\], int64 is expected"),
 ]
 
 

@@ -87,6 +87,15 @@ def test_different_nodes_stay_apart(body: str) -> None:
     assert len(graph) == 3
 
 
+@pytest.mark.parametrize(("operands", "count"), [("x, , training", 2), ("x", 1)])
+def test_branches_become_one_unless_a_dropout_in_them_draws(operands: str, count: int) -> None:
+    branches = f"then_branch = t () => (r) {{ r = Dropout ({operands}) }}, else_branch = e () => (r) {{ r = Neg (x) }}"
+    body = f"a = If <{branches}> (c) b = If <{branches}> (c) y = Add (a, b)"
+    graph = from_text(f"g (float[4] x, bool c, bool training) => (y) {{ {body} }}")
+    run_pass(CSE, graph)
+    assert graph.op_counts()["If"] == count
+
+
 def test_constants_of_another_type_or_shape_stay_apart() -> None:
     consts = [np.zeros(4, np.float32), np.zeros((1, 4), np.float32)]
     lines = "".join(f'# const "c{i}" = {Literal(c)}\n' for i, c in enumerate(consts))

@@ -26,6 +26,12 @@ def test_the_default_epsilon_stays_the_default() -> None:
     assert_rewrites(FuseResidualNorm(expect=1), before=before, after=after)
 
 
+def test_a_weight_may_be_computed_from_anything_but_the_sum() -> None:
+    head = HEAD.replace("[8] w", "[8] w0")
+    before = f"{head} {{ {SUM} w = Abs (w0) {NORM} }}"
+    assert_rewrites(FuseResidualNorm(expect=1), before=before, after=f"{head} {{ w = Abs (w0) {FUSED} }}")
+
+
 def test_in_half_precision_the_sum_is_rounded_first() -> None:
     head = HEAD.replace("float[", "float16[")
     assert_rewrites(FuseResidualNorm(expect=1), before=f"{head} {{ {SUM} {NORM} }}", after=f"{head} {{ {FUSED} }}")
@@ -58,6 +64,11 @@ WRONG = {
     "one weight for all channels": (
         f"{HEAD.replace('[8] w', '[1] w')} {{ {SUM} {NORM} }}",
         "the weight is float[1], one number",
+    ),
+    "a weight made of the sum": (
+        f"{HEAD.replace(', float[8] w', '')} {{ {SUM} rows = Constant <value_ints = [0, 1]> () "
+        f"m = ReduceMean <keepdims = 0> (stream, rows) w = Neg (m) {NORM} }}",
+        "the weight 'w' is computed from the sum",
     ),
     "a sum that nothing else reads": (f"{LONE} {{ {SUM} {NORM} }}", "the sum is read by the norm alone"),
 }

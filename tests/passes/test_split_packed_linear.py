@@ -107,6 +107,16 @@ WRONG = {
         HEAD.replace(", v)", ")"),
         "its parts overlap",
     ),
+    "an empty part": (
+        "some = Constant <value_ints = [7, 0, 5]> () y = MatMul (x, w) q, k, v = Split <axis = -1> (y, some)",
+        HEAD,
+        "takes nothing of it",
+    ),
+    "an empty slice": (
+        "y = MatMul (x, w) q = Slice (y, zero, five, last) k = Slice (y, five, five, last) v = Slice (y, five, twelve, last)",
+        HEAD,
+        "k takes nothing of it",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vacc_opt.ir import CheckError, Graph, Literal, PerRank, UserError, VaccError
+from vacc_opt.ir.evaluate import Executable
 from vacc_opt.ir.provenance import Origin, Provenance
 from vacc_opt.ir.text import from_text, to_text
 from vacc_opt.ir.verify import verify, verify_origins
@@ -17,7 +18,7 @@ from vacc_opt.passes.legalize.kv_cache import KvCache
 from vacc_opt.passes.quantize.w8a16 import W8A16
 from vacc_opt.passes.shard.heads import PAD, HeadPlan, head_rows, plan_heads
 from vacc_opt.passes.shard.split_tp import SplitTp
-from vacc_opt.tests.passes.decoder import cached_logits, decoder
+from vacc_opt.tests.passes.decoder import HIDDEN, VOCABULARY, cached_logits, decoder
 
 IDS = np.random.default_rng(5).integers(0, 40, (2, 9))
 
@@ -167,6 +168,71 @@ def test_a_table_that_others_read_too_is_kept_whole() -> None:
     assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
 
 
+TABLES = [
+    ("ids of 32 bits", "narrow = Cast <to = 6> (input_ids) h = Gather <axis = 0> (embed, narrow)", {}),
+    ("a table of flags", "h0 = Gather <axis = 0> (embed, input_ids) f = Gather <axis = 0> (flags, input_ids) f1 = Cast <to = 1> (f) h = Mul (h0, f1)",
+     {"flags": np.random.default_rng(3).random((VOCABULARY, HIDDEN)) > 0.3}),
+    ("a row from the end", "h0 = Gather <axis = 0> (embed, input_ids) end = Constant <value_ints = [-1]> () f = Gather <axis = 0> (places, end) h = Add (h0, f)",
+     {"places": np.random.default_rng(3).random((9, HIDDEN), np.float32)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "more"), [t[1:] for t in TABLES], ids=[t[0] for t in TABLES])
+def test_an_embedding_is_split_and_other_tables_are_kept(text: str, more: dict[str, np.ndarray]) -> None:
+    edit = ("h = Gather <axis = 0> (embed, input_ids)", text)
+    whole, split = cached(edit, **more), cached(edit, **more)
+    run_pass(SplitTp(tp=2), split)
+    (shard,) = split.by_op("EmbeddingShard", "Vastai")
+    assert shard.inputs[0] is split.values["embed"]
+    assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)
+
+
+BLOCK = """
+g (float[B,S,16] x) => (float[B,S,16] y) {{
+    split = Constant <value_ints = [0, 0, -1, 4]> ()
+    split_values = Constant <value_ints = [0, 0, 4, {width}]> ()
+    join = Constant <value_ints = [0, 0, {joined}]> ()
+    q0 = MatMul (x, wq) q1 = Reshape (q0, split) q = Transpose <perm = [0, 2, 1, 3]> (q1)
+    k0 = MatMul (x, wk) k1 = Reshape (k0, split) k = Transpose <perm = [0, 2, 1, 3]> (k1)
+    v0 = MatMul (x, wv) v1 = Add (v0, bv) v2 = Reshape (v1, split_values) v = Transpose <perm = [0, 2, 1, 3]> (v2)
+    {attend}
+    a1 = Transpose <perm = [0, 2, 1, 3]> (a0) a2 = Reshape (a1, join) y = MatMul (a2, wo)
+}}
+"""
+
+
+def block(width: int, attend: str = "a0 = Attention (q, k, v)") -> Graph:
+    """4 heads whose values have ``width`` channels, queries and keys 4."""
+    shapes = {"wq": (16, 16), "wk": (16, 16), "wv": (16, 4 * width), "bv": (4 * width,), "wo": (4 * width, 16)}
+    weights = "".join(f"# const \"{n}\" = Seeded('{n}', 'float', {shape})\n" for n, shape in shapes.items())
+    return from_text(BLOCK.format(width=width, joined=4 * width, attend=attend) + weights)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("width", [2, 8])
+def test_heads_of_values_may_have_another_width(width: int, tp: int) -> None:
+    whole, split = block(width), block(width)
+    run_pass(SplitTp(tp=tp), split)
+    assert split.values["bv"].shape == (-(-4 // tp) * width,)
+    x = {"x": np.random.default_rng(4).standard_normal((2, 5, 16)).astype(np.float32)}
+    (expected,) = Executable(whole).run(x)
+    for outputs in Executable(split).run(x):
+        assert_close(outputs["y"], expected["y"], REASSOCIATED)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        "both = Concat <axis = -1> (q, k) a0 = Attention (both, both, v)",  # channels of two projections, one not rotated
+        "both = Concat <axis = 2> (k, q) both_values = Concat <axis = 2> (v, v) a0 = Attention (q, both, both_values)",
+    ],
+)
+def test_a_concat_that_writes_no_cache_is_refused(attend: str) -> None:
+    graph = block(4, attend)
+    with pytest.raises(CheckError, match="no linear layer is found upstream of an attention: stopped at both"):
+        run_pass(SplitTp(tp=2), graph)
+
+
 def test_a_layer_has_two_all_reduces_and_the_vocabulary_two_collectives() -> None:
     graph = cached()
     record = run_pass(SplitTp(tp=2), graph)
@@ -181,6 +247,16 @@ def test_a_layer_has_two_all_reduces_and_the_vocabulary_two_collectives() -> Non
 REFUSED = [
     ("a norm over all heads", [("q2 = Reshape (q1, to_heads)", "qn = RMSNormalization <axis = -1> (q1, bq) q2 = Reshape (qn, to_heads)")],
      "no linear layer is found upstream of an attention: stopped at qn"),
+    ("heads behind their channels", [("q2 = Reshape (q1, to_heads)", "to_channels = Constant <value_ints = [0, 0, -1, 6]> () q2 = Reshape (q1, to_channels)"),
+     ("q3 = Transpose <perm = [0, 2, 1, 3]> (q2)", "q3 = Transpose <perm = [0, 3, 1, 2]> (q2)")], "q2 joins float.*, whose heads are axis 3 and channels axis 2"),
+    ("heads joined behind their channels", [("a1 = Transpose <perm = [0, 2, 1, 3]> (a0)", "a1 = Transpose <perm = [0, 2, 3, 1]> (a0)")],
+     "a2 joins float.*, whose heads are axis 3 and channels axis 2"),
+    ("heads cut out of tokens", [("q2 = Reshape (q1, to_heads)", "to_rows = Constant <value_ints = [0, 6, -1, 8]> () q3 = Reshape (q1, to_rows)"), ("q3 = Transpose <perm = [0, 2, 1, 3]> (q2)", "")],
+     "q3 joins float.*, whose heads are axis 1 and channels axis 3"),
+    ("channels turned before the heads", [("q2 = Reshape (q1, to_heads)", "to_channels = Constant <value_ints = [0, 0, 8, 6]> () qa = Reshape (q1, to_channels) qb = Transpose <perm = [0, 1, 3, 2]> (qa) qc = Reshape (qb, to_hidden) q2 = Reshape (qc, to_heads)")],
+     "qb turns heads and channels that are one axis"),
+    ("a rotation of all heads in one", [("q1 = Add (q0, bq)", "qa = Add (q0, bq) q1 = RotaryEmbedding <num_heads = 6> (qa, cos, sin, position_ids)")],
+     "no linear layer is found upstream of an attention: stopped at q1"),
     ("a bias of another shape", [("q1 = Add (q0, bq)", "q1 = Add (q0, one1)")], "stopped at q1"),
     ("a gate with an extra operation", [("s = Vastai.SwiGLU (g, u)", "g2 = Softmax (g) s = Vastai.SwiGLU (g2, u)")], "is not fed by two linear layers"),
     ("an output that two layers read", [("a = Add (a3, bo)", "a4 = MatMul (a2, ot2) a5 = Add (a3, a4) a = Add (a5, bo)"),

@@ -29,6 +29,7 @@ FORWARD = [
     ("a squared ReLU", "rg = Relu (g) r2 = Mul (rg, rg) s = Mul (r2, u)"),
     ("a factor for each channel", "gf = Mul (g, factors) s = Vastai.SwiGLU (gf, u)"),
     ("a GELU by its error function", "g1 = Div (g, root2) ge = Erf (g1) gs = Add (ge, unit1) gg = Mul (g, gs) s = Mul (gg, u)"),
+    ("a power of a ReLU", "rg = Relu (g) rp = Pow (rg, root2) s = Mul (rp, u)"),
     ("a bounded gate", "gb = Clip (g, low, root2) s = Vastai.SwiGLU (gb, u)"),
 ]  # fmt: skip
 
@@ -53,14 +54,19 @@ KEPT = [
     ("a norm inside", "t = Tanh (u) s = RMSNormalization <axis = -1> (t, twenty)", {"twenty": np.ones(20, np.float32)}),
     ("no activation", "s = Add (g, u)", {}),
     ("another reader", "t = Tanh (u) m = ReduceMean <keepdims = 1> (t) s = Mul (t, m)", {}),
+    ("a power that is infinite at zero", "t = Tanh (g) ta = Abs (t) tp = Pow (ta, eighth) s = Mul (tp, u)",
+     {"eighth": np.array(-0.125, np.float32)}),
     ("a division by a channel's number", "t = Tanh (u) e1 = Exp (g) s = Div (t, e1)", {}),
-]
+]  # fmt: skip
 
 
+@pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize(("text", "more"), [k[1:] for k in KEPT], ids=[k[0] for k in KEPT])
-def test_a_feed_forward_that_is_not_recognized_is_computed_by_every_rank(text: str, more: dict[str, Any]) -> None:
+def test_a_feed_forward_that_is_not_recognized_is_computed_by_every_rank(
+    text: str, more: dict[str, Any], tp: int
+) -> None:
     whole, split = cached((GATED, text), **more), cached((GATED, text), **more)
-    record = run_pass(SplitTp(tp=2), split)
+    record = run_pass(SplitTp(tp=tp), split)
     assert "0 feed-forward blocks split by channels" in [r.message for r in record.remarks]
     assert not isinstance(split.values["wd"].const, PerRank)
     assert_close(cached_logits(split, IDS, 3), cached_logits(whole, IDS, 3), REASSOCIATED)

@@ -74,7 +74,9 @@ def _follow(graph: Graph, value: Value, rows: Rows, lead: int) -> Iterator[Part 
             yield f"{where(user)} reads all of it"
             continue
         for part, own in zip(user.outputs, taken, strict=True):
-            if graph.use_count(part):
+            if graph.use_count(part) and own.size == 0:
+                yield f"{where(user)} takes nothing of it"
+            elif graph.use_count(part):
                 yield Part(part, user, tuple(own.reshape(-1).tolist()), own.shape)
 
 
