@@ -70,9 +70,9 @@ def _say(found: Scheduled, as_json: bool) -> None:
 
 def _new_file(out: str | None) -> Path | None:
     """The path of -o, checked before the search; raises UserError when no file can be written there."""
-    from vacc_opt.ir.errors import UserError
+    from vacc_opt.passes.infra.show.files import check_place
 
     path = Path(out) if out else None
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"{path}: not a file in an existing directory", "name a file for the schedule text")
+    if path:
+        check_place(path)
     return path

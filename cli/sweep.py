@@ -25,12 +25,12 @@ def command(source: str, over: tuple[str, ...], overrides: tuple[str, ...], as_j
     read. A key is the dotted path of a number in the target file, or the end of one: ddr.bytes_per_cycle. A machine
     that cannot run the model is a line that says why.
     """
-    from vacc_opt.ir.errors import UserError
+    from vacc_opt.passes.infra.show.files import check_place
     from vacc_opt.runtime.sweep import parse_over, sweep
 
     page = Path(html) if html else None
-    if page and (page.is_dir() or not page.absolute().parent.is_dir()):
-        raise UserError(f"{page}: not a file in an existing directory", "name a file for the page")
+    if page:
+        check_place(page)
     with Steps(to_stderr=True, quiet=as_json) as steps:
         found = sweep(Path(source), parse_over(over), overrides, lambda text: steps.running(f"sweep: {text}"))
     if page:

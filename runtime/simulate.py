@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vacc_opt.ir.errors import UserError
+from vacc_opt.passes.infra.show.files import check_place
 from vacc_opt.runtime.artifact import TARGET, open_artifact
 from vacc_opt.runtime.entry_points import DECODE
 from vacc_opt.runtime.machine import changed
@@ -89,8 +90,8 @@ def simulate(
     """
     from vacc_opt.backends.vacc import Program, load_target, verified_time, write_trace
 
-    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
-        raise UserError(f"{trace}: not a file in an existing directory", "name a .json file for the trace")
+    if trace is not None:
+        check_place(trace)
     artifact = open_artifact(path)
     entry = artifact.find_phase(phase)
     program = Program.from_text(artifact.schedule(entry.name))

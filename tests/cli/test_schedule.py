@@ -104,7 +104,7 @@ def test_a_wrong_schedule_is_refused_with_the_rule_that_it_breaks(
         (["schedule", "gemm", "--m", "0", "--n", "1", "--k", "1", "--target", TARGET], "0 x 1 x 1 is empty"),
         (["schedule", "gemm", *SIZES, "--target", "peer-64x64-1mib"], "unknown target `peer-64x64-1mib`"),
         (gemm("--weights", "int4"), "'int4' is not one of"),
-        (gemm("-o", "no/such/directory.schedule"), "not a file in an existing directory"),
+        (gemm("-o", "no/such/directory.schedule"), "no/such does not exist"),
         (["schedule", "check", "none.schedule", "--target", TARGET], "none.schedule cannot be read"),
         (gemm("--what-if", "ddr.latancy=3"), "did you mean `ddr.latency`?"),
         (gemm("--what-if", "ddr.latency"), "no KEY=VALUE"),

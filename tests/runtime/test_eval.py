@@ -241,7 +241,9 @@ def test_the_command_prints_a_table_an_object_and_a_page(
     assert found["tokens"] == sum(high - low + 1 for low, high, _ in found["models"][0]["by_position"]) == 48
     assert str(tmp_path) not in json.dumps(found)
     assert main([*arguments, "--html", str(tmp_path / "no/page.html")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/no/page.html: not a file")
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path}/no/page.html: the directory {tmp_path}/no does not exist"
+    )
 
 
 def test_the_texts_of_the_examples_have_no_paragraph_in_common() -> None:
