@@ -50,6 +50,7 @@ class Found:
         return f"within {math.ceil(1000 * (self.cycles / self.floor - 1)) / 10:.1f} % of the optimum of {space}"
 
 
+Searched = tuple[Param, Param, Param | None, Param, Target, Epilogue]  # what is given to a search
 Signature = tuple[Param, Param, Param | None, Param, str, Epilogue]
 _KNOWN: dict[Signature, Found] = {}  # one search a signature: parameters and machine
 
@@ -93,6 +94,13 @@ def search_linear(x: Param, w: Param, scale: Param | None, y: Param, target: Tar
         if memory and not found:
             memory.put(repr(signature), _noted(_KNOWN[signature]))
     return _KNOWN[signature]
+
+
+def estimate_linear(
+    x: Param, w: Param, scale: Param | None, y: Param, target: Target, after: Epilogue = PLAIN
+) -> float:
+    """Cycles of the tiles that the closed form ranks first."""
+    return linear_space(LinearShape.of(x, w, scale, y, after), target, 1).best[0].cycles
 
 
 def _noted(found: Found) -> bytes:
