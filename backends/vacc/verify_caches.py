@@ -14,6 +14,7 @@ from vacc_opt.backends.vacc.verify_dataflow import Mask, window
 
 Boxes = Mapping[str, tuple[Box, ...]]  # parameter -> what a kernel touches of it
 Touches = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Boxes, Boxes]]  # (kernel, scalars) -> reads, writes
+Use = tuple[Call, list[Argument]]  # a call, and where it is given the cache
 Masks = dict[tuple[object, ...], Mask]  # what was touched of a cache of some shape -> its elements
 PICKS = 4  # smallest, largest, one above the smallest, middle: the choices of `binding.scalar_samples`
 
@@ -49,9 +50,9 @@ class _Cache:
             self.valid[row, :, :pos] = True
             self.new[row, :, pos : pos + tokens] = True
         self.old = self.valid.copy()
-        self.appended: set[str] = set()  # tensors from which the new rows are made
         self.reach = 0  # rows up to and including its own that a reader's query may see; 0: there is no reader
-        self.beside: list[tuple[Call, set[str]]] = []  # readers of old rows alone, with what else they read
+        self.appends: list[int] = []  # uses that write new rows
+        self.beside: list[int] = []  # uses that read old rows alone
 
     @property
     def visible(self) -> Mask:
@@ -69,6 +70,12 @@ def _reach(kernel: Kernel, context: int) -> int:
     return max(windows) if steps and len(windows) == len(steps) else context
 
 
+def _told(use: Use) -> tuple[object, ...]:
+    """What a use does to a cache, whichever it is."""
+    call, arguments = use
+    return call.kernel, call.scalars, tuple((one.name, one.offset) for one in arguments)
+
+
 class _Pass:
     """One pass over the calls, with one choice of the run-time scalars."""
 
@@ -79,19 +86,33 @@ class _Pass:
         self._touches, self._masks, self._unroll = touches, masks, unroll
 
     def run(self, tensors: list[Tensor]) -> Iterator[Violation]:
+        """What is wrong with the caches; of those that are used alike, as in the layers of a model, one is followed."""
         batch, tokens = self._program.tensor["input_ids"].shape
         positions = [self._value("pos", row) for row in range(batch)]
-        caches = {one.name: _Cache(one, positions, tokens) for one in tensors}
+        uses: dict[str, list[Use]] = {one.name: [] for one in tensors}
         for call in self._program.calls:
-            touched = [one for one in call.arguments if one.tensor in caches]
-            if touched:
-                reads, writes = self._unrolled(call)
-                for one in touched:
-                    yield from self._reads(call, one, caches[one.tensor], reads)
-                for one in touched:
-                    yield from self._writes(call, one, caches[one.tensor], writes)
-        for cache in caches.values():
-            yield from self._end(cache)
+            for name in dict.fromkeys(one.tensor for one in call.arguments if one.tensor in uses):
+                uses[name].append((call, [one for one in call.arguments if one.tensor == name]))
+        good: dict[tuple[object, ...], _Cache] = {}
+        for tensor in tensors:
+            key = tensor.shape, *(_told(use) for use in uses[tensor.name])
+            cache = good.get(key)
+            if cache is None:
+                cache = _Cache(tensor, positions, tokens)
+                found = list(self._follow(cache, uses[tensor.name]))
+                yield from found
+                if not found:
+                    good[key] = cache
+            yield from self._alone(tensor, uses[tensor.name], cache)
+
+    def _follow(self, cache: _Cache, uses: list[Use]) -> Iterator[Violation]:
+        for index, (call, arguments) in enumerate(uses):
+            reads, writes = self._unrolled(call)
+            for one in arguments:
+                yield from self._reads(index, call, one, cache, reads)
+            for one in arguments:
+                yield from self._writes(index, call, one, cache, writes)
+        yield from self._end(cache)
 
     def _value(self, tensor: str, place: int) -> int:
         low, high = scalar_range(self._program, tensor)
@@ -121,7 +142,7 @@ class _Pass:
         given = {one.tensor for one in call.arguments if params[one.name].mode == "in"}
         return {name for name in given if self._program.tensor[name].role in {"input", "temp"}}
 
-    def _reads(self, call: Call, one: Argument, cache: _Cache, reads: Boxes) -> Iterator[Violation]:
+    def _reads(self, index: int, call: Call, one: Argument, cache: _Cache, reads: Boxes) -> Iterator[Violation]:
         mask = self._mask(call, one, cache, reads)
         missing = int((mask & ~cache.valid).sum())
         if missing:
@@ -132,9 +153,9 @@ class _Pass:
         if kernel.param[one.name].mode == "in":
             cache.reach = max(cache.reach, _reach(kernel, mask.shape[2]))
         if mask.any() and not (mask & cache.new).any():
-            cache.beside.append((call, self._moving(call)))
+            cache.beside.append(index)
 
-    def _writes(self, call: Call, one: Argument, cache: _Cache, writes: Boxes) -> Iterator[Violation]:
+    def _writes(self, index: int, call: Call, one: Argument, cache: _Cache, writes: Boxes) -> Iterator[Violation]:
         mask = self._mask(call, one, cache, writes)
         if (mask & ~cache.new).any():
             message = f"{one.name} writes cache `{one.tensor}` outside of the rows from `pos` to `pos` + S"
@@ -145,19 +166,24 @@ class _Pass:
         cache.written |= mask
         cache.valid |= mask
         if mask.any():
-            cache.appended |= self._moving(call)
+            cache.appends.append(index)
 
     def _end(self, cache: _Cache) -> Iterator[Violation]:
-        """New rows are all written, old ones in reach read, readers of those alone are given what the new ones hold."""
+        """New rows are all written, and old ones in reach are read."""
         name = f"cache `{cache.tensor.name}`"
         if (cache.new & ~cache.written).any():
             message = f"new rows of {name} are not all written"
             yield Violation("uncovered", self._program.name, None, message)
         if (cache.visible & ~cache.read).any():
             yield Violation("uncovered", self._program.name, None, f"rows of {name} are never read")
-        for call, given in cache.beside:
-            if not given & cache.appended:
-                message = f"reads the old rows of {name} and nothing that is appended to it"
+
+    def _alone(self, tensor: Tensor, uses: list[Use], cache: _Cache) -> Iterator[Violation]:
+        """Readers of old rows alone are given what the new ones are made of; `cache` is used like `tensor`."""
+        appended = {name for index in cache.appends for name in self._moving(uses[index][0])}
+        for index in cache.beside:
+            call = uses[index][0]
+            if not self._moving(call) & appended:
+                message = f"reads the old rows of cache `{tensor.name}` and nothing that is appended to it"
                 yield Violation("coverage", call.kernel, call.index, message)
 
     def _mask(self, call: Call, one: Argument, cache: _Cache, boxes: Boxes) -> Mask:
