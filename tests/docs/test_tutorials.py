@@ -78,7 +78,7 @@ def test_the_page_about_schedules_does_what_it_shows(tmp_path: Path) -> None:
 @pytest.mark.full  # exports SmolLM2
 def test_the_page_about_sweeps_does_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
-    assert run((DOCS / "sweep_a_target.md").read_text(encoding="utf-8"), tmp_path) == 1
+    assert run((DOCS / "sweep_a_target.md").read_text(encoding="utf-8"), tmp_path) == 6
     assert '<svg class="sweep"' in (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
