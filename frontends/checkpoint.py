@@ -19,7 +19,6 @@ from vacc_opt.ir.storage import read_safetensors_header
 from vacc_opt.ir.tensor import TensorExpr
 from vacc_opt.ir.types import DType
 
-_FLOATS = {DType.DOUBLE, DType.FLOAT, DType.FLOAT16, DType.BFLOAT16}
 _PACKAGE = "package:"
 _READERS: dict[str, Callable[[Path], Mapping[str, TensorExpr]]] = {
     "model.safetensors": read_safetensors_header,
@@ -48,7 +47,7 @@ class Checkpoint:
         None for a float weight. Raises UserError for integers without such scales: they are no weights.
         """
         weight, scales = self.tensors[name], self.tensors.get(f"{name}_scale")
-        if weight.dtype in _FLOATS:
+        if weight.dtype.is_float:
             return None
         if weight.dtype is DType.INT8 and scales is not None and scales.shape == weight.shape[:1]:
             return scales

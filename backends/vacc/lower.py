@@ -252,9 +252,12 @@ def _elementwise(low: Lowering, node: Node) -> Ref:
     return _combined(low, node, _ELEMENTWISE[node.op], [low.ref(one) for one in node.inputs])
 
 
-def _combined(low: Lowering, node: Node, kind: str, refs: list[Ref]) -> Ref:
-    """An operation of one or two tensors, rows in the order in which the first lies in memory."""
-    shape = low.type(node.outputs[0])[1]
+def _combined(low: Lowering, node: Node, kind: str, refs: list[Ref], shape: tuple[int, ...] | None = None) -> Ref:
+    """An operation of one or two tensors, rows in the order in which the first lies in memory.
+
+    `shape`: of the result, if it is not what `node` gives.
+    """
+    shape = low.type(node.outputs[0])[1] if shape is None else shape
     if kind in ("add", "mul"):
         refs.sort(key=lambda one: one.shape != shape)  # either way round
     if not shape or refs[0].shape != shape:
@@ -314,17 +317,8 @@ def _all_reduce(low: Lowering, node: Node) -> Known:
 
 def _given(low: Lowering, node: Node) -> Ref:
     """What ranks add up, in the type of the sum: a transfer does not convert what a cast left as it was."""
-    source, dtype = low.ref(node.inputs[0]), low.dtype(node)
-    if source.dtype == dtype:
-        return source
-    x = low.rows(source)
-    y = low.out.temp(dtype, x.shape)
-
-    def build(a: Param, b: Param) -> Kernel:
-        return elementwise("cast", a, None, b, low.target)
-
-    low.emit(("cast",), build, [Operand("A", "in", x), Operand("Y", "out", y)])
-    return low.view(y, source.shape)
+    source = low.ref(node.inputs[0])
+    return source if source.dtype == low.dtype(node) else _combined(low, node, "cast", [source], source.shape)
 
 
 def _reduce_scatter(low: Lowering, node: Node) -> Ref:

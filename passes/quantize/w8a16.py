@@ -19,8 +19,6 @@ from vacc_opt.passes.infra.model.linear import Linear, as_linear, linears
 from vacc_opt.passes.infra.registry import register
 from vacc_opt.passes.quantize.codes_file import CodesFile
 
-_QUANTIZED = (DType.FLOAT, DType.FLOAT16, DType.BFLOAT16)  # types of weights that fp32 holds
-
 
 @dataclass(frozen=True)
 class RoundedRows(TensorExpr):
@@ -144,8 +142,9 @@ class W8A16(Pass):
             raise UserError(f"include or exclude is no regular expression: {error}") from error
         if isinstance(linear.rows, PerRank):
             return "the weight is split over ranks already"
-        if linear.rows.dtype not in _QUANTIZED:
-            return f"{name} is {linear.rows.dtype.value}"
+        dtype = linear.rows.dtype
+        if not dtype.is_float or dtype is DType.DOUBLE:  # codes and scales are made of what fp32 holds
+            return f"{name} is {dtype.value}"
         return ""
 
     def _rewrite(self, linear: Linear, rw: Rewriter, made: tuple[TensorExpr, TensorExpr] | None) -> None:
